@@ -1,0 +1,60 @@
+# Each target sets up what it needs: a virtual environment in .venv, made once and again when its inputs change.
+#   make demo    train the tiny model on 2 ranks beside unsharded eager, and compare
+#   make test    lint, types and the whole test suite
+#   make bench   time and memory against sequence length, into bench/results/
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# Test processes side by side; each of them computes on one thread.
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+# Where there is no GPU, prefer PyTorch's CPU wheels, which spare gigabytes of CUDA libraries. An unreachable index
+# would cost pip minutes of retries, so it is used only if it answers.
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+PROBE := import urllib.request as u; u.urlopen(u.Request("$(CPU_INDEX)/torch/", method="HEAD"), timeout=5)
+PIP_FLAGS ?= $(shell command -v nvidia-smi >/dev/null || \
+	{ $(PYTHON) -c '$(PROBE)' 2>/dev/null && echo "--extra-index-url $(CPU_INDEX)"; })
+
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint bench clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "== setting up $(VENV) (once; a few minutes on a slow network)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off $(PIP_FLAGS) \
+		-c constraints.txt -e ".[demo,bench,test,dev]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m demo $(DEMO_ARGS)
+
+lint: $(STAMP)
+	@echo "== ruff"
+	$(BIN)/ruff check .
+	@echo "== mypy"
+	$(BIN)/mypy
+
+# The smoke test runs first and alone: if it fails, nothing else is worth the wait.
+test: lint
+	@echo "== smoke test"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -x tests/test_tiny.py
+	@echo "== all tests, $(JOBS) at a time"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests $(PYTEST_ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo/out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

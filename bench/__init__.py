@@ -1,0 +1,1 @@
+"""Benchmarks of spcompile: `python -m bench [names] [--quick]`."""

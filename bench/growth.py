@@ -1,0 +1,146 @@
+"""Time and peak memory against sequence length, and the exponents with which they grow."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench import cases
+from bench.launch import WorkerError, launch
+from bench.options import Options, Row, Table
+
+MODES = {"forward": False, "forward+backward": True}
+LENGTHS = (1024, 2048, 4096, 8192, 16_384, 32_768)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to run a case: `backend` of torch.compile (None: eager) on `ranks` processes."""
+
+    label: str
+    backend: str | None
+    ranks: int = 1
+
+    @property
+    def is_quadratic(self) -> bool:
+        return self.backend != "spcompile"
+
+
+EAGER = Variant("eager", None)
+INDUCTOR = Variant("inductor", "inductor")
+ALONE = Variant("spcompile P=1", "spcompile")
+PAIR = Variant("spcompile P=2", "spcompile", ranks=2)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A benchmark: every variant of a case at every length, side by side."""
+
+    title: str
+    case: str
+    variants: tuple[Variant, ...]
+    lengths: tuple[int, ...] = LENGTHS
+    modes: tuple[str, ...] = field(default=tuple(MODES))
+
+    def plan(self, options: Options) -> list[tuple[str, int, Variant]]:
+        """What to measure, one length after the other, so that the variants of a length share its moment."""
+        lengths = [t for t in self.lengths if t <= (4096 if options.quick else options.max_seq)]
+        return [(mode, t, variant) for mode in self.modes for t in lengths for variant in self.variants]
+
+    def measure(self, step: tuple[str, int, Variant], options: Options) -> Row:
+        mode, length, variant = step
+        backward = MODES[mode]
+        row: Row = {"variant": variant.label, "mode": mode, "T": length}
+        square_bytes = self.square_bytes(length, backward)
+        fits = square_bytes <= options.square_limit
+        if variant.is_quadratic and not fits:
+            return row | {"note": f"skipped: {square_bytes / 1e9:.0f} GB of T x T tensors"}
+        work = {
+            "case": self.case,
+            "length": length,
+            "backward": backward,
+            "backend": options.backend if variant.backend == "spcompile" else variant.backend,
+            "ranks": variant.ranks,
+            "eager_fits": fits,
+            "budget": options.budget,
+        }
+        try:
+            got = launch("bench.worker", work, variant.ranks, options.threads)
+        except WorkerError as error:
+            options.log(str(error))
+            return row | {"note": "failed: " + (str(error).strip().splitlines() or ["?"])[-1][:80]}
+        return row | summary(got)
+
+    def square_bytes(self, length: int, backward: bool) -> int:
+        """Bytes of T x T tensors that eager holds at once; a short case tells, since they grow with T^2."""
+        short = cases.CASES[self.case](64).square_elements[backward]
+        return 4 * short * (length // 64) ** 2
+
+    def tables(self, rows: list[Row]) -> list[Table]:
+        """The measurements, eager's ratio beside them, and the fitted exponents."""
+        eager = {
+            (r["mode"], r["T"]): r["seconds"] for r in rows if r["variant"] == "eager" and "seconds" in r
+        }
+        body = []
+        for row in rows:
+            if "seconds" not in row:
+                body.append([row["mode"], row["T"], row["variant"], row["note"]])
+                continue
+            base = eager.get((row["mode"], row["T"]))
+            ratio = f"{base / row['seconds']:.1f}x" if base else ""
+            numbers = [row["seconds"] * 1e3, ratio, row["bytes"] / 1e6, f"{row['error']:.0e}", row["first"]]
+            body.append([row["mode"], row["T"], row["variant"], *numbers])
+        heads = ["mode", "T", "variant", "ms", "vs eager", "peak MB", "error", "first call s"]
+        return [(self.title, heads, body), self.exponents(rows)]
+
+    def exponents(self, rows: list[Row]) -> Table:
+        body = []
+        for mode in self.modes:
+            for variant in self.variants:
+                mine = [
+                    r for r in rows if r["variant"] == variant.label and r["mode"] == mode and "seconds" in r
+                ]
+                used = [r for r in mine if r["T"] >= 4096]
+                used = used if len(used) >= 2 else mine
+                if len(used) < 2:
+                    continue
+                lengths = [r["T"] for r in used]
+                powers = [slope(lengths, [r[key] for r in used]) for key in ("seconds", "bytes")]
+                body.append(
+                    [mode, variant.label, f"{lengths[0]}-{lengths[-1]}", *(f"T^{p:.2f}" for p in powers)]
+                )
+        return ("growth, fitted", ["mode", "variant", "T", "time", "memory"], body)
+
+    def plots(self, rows: list[Row]) -> list[tuple[str, str, dict[str, tuple[list[Any], list[Any]]]]]:
+        """(title, y label, {line: (T, y)}) for each picture."""
+        pictures = []
+        for mode in self.modes:
+            for key, label, unit in (("seconds", "ms", 1e3), ("bytes", "peak MB", 1e-6)):
+                lines = {}
+                for variant in self.variants:
+                    mine = [
+                        r for r in rows if (r["variant"], r["mode"]) == (variant.label, mode) and key in r
+                    ]
+                    lines[variant.label] = ([r["T"] for r in mine], [r[key] * unit for r in mine])
+                pictures.append((mode, label, lines))
+        return pictures
+
+
+def summary(got: list[dict[str, Any]]) -> Row:
+    """One row from the ranks: the slowest, the largest, the worst."""
+    worst = max(rank["error"] for rank in got)
+    first = max(rank["first"] for rank in got)
+    if any("seconds" not in rank for rank in got):
+        return {"note": f"WRONG: error {worst:.1e}", "error": worst, "first": first}
+    peak = max(rank["bytes"] for rank in got)
+    seconds = max(rank["seconds"] for rank in got)
+    return {"seconds": seconds, "bytes": peak, "error": worst, "first": first, "repeats": got[0]["repeats"]}
+
+
+def slope(x: list[int], y: list[float]) -> float:
+    """The p of the least-squares fit  y = c x^p."""
+    log_x, log_y = [math.log(a) for a in x], [math.log(max(b, 1e-12)) for b in y]
+    mean_x, mean_y = sum(log_x) / len(x), sum(log_y) / len(y)
+    spread = sum((a - mean_x) ** 2 for a in log_x)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(log_x, log_y)) / spread

@@ -1,0 +1,13 @@
+"""The benchmarks: a new one is one row here."""
+
+from __future__ import annotations
+
+from bench.compile_time import CompileTime
+from bench.growth import ALONE, EAGER, INDUCTOR, PAIR, Growth
+from bench.options import Benchmark
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "layer": Growth("a textbook causal linear attention layer, B1 H8 D64", "layer", (EAGER, INDUCTOR, ALONE)),
+    "model": Growth("linear_llama3:tiny, pattern LLLN, B1", "model", (EAGER, INDUCTOR, ALONE, PAIR)),
+    "compile": CompileTime("compile time of linear_llama3:tiny with 16 layers, forward and backward"),
+}

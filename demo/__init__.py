@@ -1,0 +1,1 @@
+"""The demo: a hybrid model trained on two ranks beside unsharded eager; `python -m demo`."""

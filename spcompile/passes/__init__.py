@@ -1,0 +1,87 @@
+"""The passes in the order in which they run on the joint graph; docs/how_it_works.md is the guided tour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from spcompile import _torch
+from spcompile.collectives import Group
+from spcompile.config import Config
+from spcompile.emit import Emitter
+from spcompile.passes.localize import Localizer
+from spcompile.passes.propagate import Value, propagate
+from spcompile.passes.specialise import specialise
+from spcompile.passes.verify import check_outputs, verify
+from spcompile.placement import Shard
+from spcompile.rules import attention
+
+__all__ = ["find_sequences", "shard_joint_graph"]
+
+aten = torch.ops.aten
+
+
+def shard_joint_graph(
+    graph: fx.Graph, group: Group, config: Config, hints: Mapping[str, int] | None = None
+) -> Localizer:
+    """Rewrite a joint forward and backward graph with global shapes into the graph that each of P ranks runs."""
+    specialise(graph)
+    fake_mode = next(x.fake_mode for n in graph.nodes for x in tree_leaves(n.meta.get("val")) if hasattr(x, "fake_mode"))
+    decompositions = _torch.select_decomp_table()
+    before = [x.meta["val"] if isinstance(x, fx.Node) else x for x in _returned(graph)]
+    seeds = find_sequences(graph, group.size, hints or {}) if group.size > 1 else {}
+    plan = propagate(graph, group.size, seeds)
+    localizer = Localizer(graph, plan, group, Emitter(graph, fake_mode, decompositions), config)
+    localizer.run()
+    _erase_dead(graph, localizer.emitter.emitted)
+    verify(graph, localizer, decompositions)
+    check_outputs(before, graph)
+    return localizer
+
+
+def find_sequences(graph: fx.Graph, ranks: int, hints: Mapping[str, int]) -> dict[Value, Shard]:
+    """The tensors from which the sequence axis is known: attention's queries and keys; without any attention, the
+    indices of embeddings; a hint by placeholder name overrides both."""
+
+    def shard(value: Tensor, dim: int) -> Shard:
+        length = int(value.shape[dim])
+        return Shard(dim % value.dim(), length, -(-length // ranks))
+
+    def found(target: Any, position: int, dim: int) -> dict[Value, Shard]:
+        seeds: dict[Value, Shard] = {}
+        for node in graph.nodes:
+            if node.op == "call_function" and node.target is target:
+                operand = node.args[position]
+                value = operand.meta["val"]
+                if value.dim() >= -dim and value.shape[dim] > 1:
+                    seeds[(operand, 0)] = shard(value, dim)
+        return seeds
+
+    hinted = {
+        (node, 0): shard(node.meta["val"], hints[node.name])
+        for node in graph.nodes
+        if node.op == "placeholder" and node.name in hints
+    }
+    by_attention: dict[Value, Shard] = {}
+    for target in attention.FORWARD:
+        for position in (0, 1):
+            by_attention |= found(target, position, 2 - 4)
+    return hinted or by_attention or found(aten.embedding.default, 1, -1)
+
+
+def _returned(graph: fx.Graph) -> list[Any]:
+    return tree_leaves(next(n for n in reversed(graph.nodes) if n.op == "output").args)
+
+
+def _erase_dead(graph: fx.Graph, emitted: list[fx.Node]) -> None:
+    """Erase what was emitted and is not used, waits included: a wait without users keeps its collective alive."""
+    for node in reversed(emitted):
+        impure = node.is_impure() and getattr(node.target, "namespace", "") not in ("_c10d_functional", "spcompile")
+        if not node.users and not impure:
+            graph.erase_node(node)
+
+

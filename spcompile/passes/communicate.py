@@ -1,0 +1,103 @@
+"""From one placement to another: the collective, or the local slice, that it takes.
+
+Each function is PyTorch code on local tensors; the caller traces it into the graph.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spcompile import collectives
+from spcompile.placement import Partial, Placement, Replicate, Shard, local_shape
+from spcompile.rules.base import Context
+
+__all__ = ["redistribute"]
+
+
+def redistribute(context: Context, x: Tensor, have: Placement, want: Placement, shape: tuple[int, ...]) -> Tensor:
+    """The local tensor under ``want``, given the local tensor ``x`` under ``have``; ``shape`` is the global one."""
+    if have == want:
+        return x
+    if isinstance(have, Shard):
+        if isinstance(want, Shard) and _same_dim(have, want):
+            return _shift(context, x, have, want)
+        return redistribute(context, _gather(context, x, have), Replicate(), want, shape)
+    if isinstance(have, Partial):
+        if isinstance(want, Shard) and have.op == "sum" and want.holds_all(context.group.size):
+            return _reduce_scatter(context, x, want)
+        whole = collectives.all_reduce(x, context.group, have.op)
+        return redistribute(context, whole, Replicate(), want, shape)
+    if isinstance(want, Partial):
+        assert want.op == "sum", "only a sum has a neutral term"
+        return torch.where(context.rank(x.device) == 0, x, x.new_zeros(()))
+    assert isinstance(want, Shard)
+    return _slice(context, x, want, shape)
+
+
+def _same_dim(have: Shard, want: Shard) -> bool:
+    return (have.dim, have.block, have.outer, have.inner) == (want.dim, want.block, want.outer, want.inner)
+
+
+def _split(x: Tensor, shard: Shard, sequence: int) -> Tensor:
+    """View the sharded dim as [outer, sequence, inner]."""
+    return x.reshape(*x.shape[: shard.dim], shard.outer, sequence, shard.inner, *x.shape[shard.dim + 1 :])
+
+
+def _merge(x: Tensor, shard: Shard) -> Tensor:
+    """Undo :func:`_split`."""
+    return x.reshape(*x.shape[: shard.dim], -1, *x.shape[shard.dim + 3 :])
+
+
+def _gather(context: Context, x: Tensor, have: Shard) -> Tensor:
+    """The whole tensor: one all-gather, the ranks' blocks side by side, padding cut off."""
+    ranks = context.group.size
+    assert have.holds_all(ranks), have
+    blocks = collectives.all_gather(_split(x, have, have.block), context.group)
+    at = have.dim + 1  # [P, ..., outer, block, inner, ...] -> [..., outer, P, block, inner, ...]
+    whole = blocks.movedim(0, at).flatten(at, at + 1)
+    whole = whole.narrow(at, have.start, have.length) if have.padded(ranks) else whole
+    return _merge(whole, have)
+
+
+def _slice(context: Context, x: Tensor, want: Shard, shape: tuple[int, ...]) -> Tensor:
+    """This rank's positions of a whole tensor; padding repeats the nearest valid entry."""
+    index = context.clamped_index(want, x.device)
+    parts = _split(x, want, want.length)
+    return _merge(parts[(slice(None),) * (want.dim + 1) + (index,)], want).reshape(local_shape(shape, want))
+
+
+def _reduce_scatter(context: Context, x: Tensor, want: Shard) -> Tensor:
+    """The sum of the ranks' terms, of which each rank gets its positions."""
+    ranks, at = context.group.size, want.dim + 1
+    parts = _split(x, want, want.length)
+    before, after = want.start, ranks * want.block - want.start - want.length
+    if before or after:
+        parts = F.pad(parts, [0, 0] * (parts.dim() - 1 - at) + [before, after])
+    parts = parts.unflatten(at, (ranks, want.block)).movedim(at, 0)
+    return _merge(collectives.reduce_scatter(parts, context.group), want)
+
+
+def _shift(context: Context, x: Tensor, have: Shard, want: Shard) -> Tensor:
+    """The halo: entry i moves from position have.start + i to want.start + i, across rank boundaries.
+
+    Every rank gathers the edges of all (|shift| tokens each, at most a block) and picks its neighbour's by its own
+    rank at run time, so that the code of all ranks is one.
+    """
+    shift = have.start - want.start
+    if shift == 0:
+        return x
+    block, at = have.block, have.dim + 1
+    parts = _split(x, have, block)
+    width = min(abs(shift), block)
+    first = 0 if shift > 0 else block - width
+    edges = collectives.all_gather(parts.narrow(at, first, width), context.group)
+    edges = edges.movedim(0, at).flatten(at, at + 1)
+    source = context.positions(block, x.device) + shift
+    owner = torch.div(source, block, rounding_mode="floor")
+    inside = source - owner * block
+    elsewhere = (block + owner * width + inside - first).clamp(block, block + context.group.size * width - 1)
+    index = torch.where(owner == context.rank(x.device), inside, elsewhere)
+    picked = torch.cat([parts, edges], at)[(slice(None),) * at + (index,)]
+    return _merge(picked, have)

@@ -1,0 +1,299 @@
+"""Rewrite the graph for one rank: every tensor in the placement that its consumer needs, emitted when it is needed.
+
+The original nodes are walked in order. A computed node is emitted once, under its native placement; a free or pulled
+one whenever a consumer asks, in the version that it asks for. Old nodes are erased at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from spcompile import collectives
+from spcompile.config import Config
+from spcompile.emit import Emitter
+from spcompile.passes.communicate import redistribute
+from spcompile.passes.propagate import Plan, Step, Value, value_of
+from spcompile.placement import Partial, Placement, Replicate, Shard
+from spcompile.rules.base import Context
+from spcompile.rules.creation import DRAW_STRIDE, shared_seed
+
+__all__ = ["GatherNote", "Localizer"]
+
+# Gradients are all-reduced together in buckets of about this many bytes, as DistributedDataParallel does.
+BUCKET_BYTES = 25 * 2**20
+
+
+class _GraphContext(Context):
+    """A context whose tensors are emitted into a graph."""
+
+    def __init__(self, group: collectives.Group, emitter: Emitter) -> None:
+        super().__init__(group)
+        self.emitter = emitter
+        self._draws = 0
+
+    def cached(self, key: Any, compute: Any) -> Tensor:
+        # Shared by nodes of several regions, so it must not carry the tags of the first that asks.
+        if key not in self._cache:
+            with self.emitter.untagged():
+                self._cache[key] = compute()
+        return self._cache[key]
+
+    def next_seed(self, device: torch.device) -> Tensor:
+        self._draws += 1
+        with self.emitter.saved():
+            shared = self.cached(("seed", device), lambda: shared_seed(self.group, device))
+            return shared + (self._draws * DRAW_STRIDE) % 2**62
+
+
+class GatherNote(tuple[str, str, str, int]):
+    """One gather that a missing rule forced: (node, operator, reason, bytes gathered)."""
+
+
+class Localizer:
+    """Emit the local graph of ``plan`` into ``graph``, in place."""
+
+    def __init__(
+        self, graph: fx.Graph, plan: Plan, group: collectives.Group, emitter: Emitter, config: Config
+    ) -> None:
+        self.graph, self.plan, self.emitter = graph, plan, emitter
+        self.context = _GraphContext(group, emitter)
+        self.nan_padding = config.nan_padding
+        self.versions: dict[tuple[Value, Placement, float | None], Tensor] = {}
+        self.gathers: list[GatherNote] = []
+        self.originals = list(graph.nodes)
+        self._pending: list[tuple[Value, Tensor]] = []
+
+    def run(self) -> None:
+        """Rewrite the graph."""
+        outputs = next(n for n in self.originals if n.op == "output")
+        wanted = {value_of(x) for x in tree_leaves(outputs.args) if isinstance(x, fx.Node)}
+        self._backward = _depends_on_tangents(self.originals)
+        for node in self.originals:
+            with self.graph.inserting_before(node):
+                if node.op in ("placeholder", "get_attr"):
+                    self._bind(node)
+                elif node.op == "call_function" and node in self.plan.steps:
+                    self._emit(node, self.plan.steps[node])
+                elif node.op == "output":
+                    self._flush()
+                    self._finish(node)
+                self._collect(node, wanted)
+        for node in reversed(self.originals):
+            if node.op == "call_function":
+                self.graph.erase_node(node)
+
+    # ------------------------------------------------------------------------------------------- versions
+
+    def version(self, value: Value, want: Placement, fill: float | None = None) -> Tensor:
+        """The local tensor of ``value`` under ``want``, with ``fill`` in its padding if that is asked."""
+        key = (value, want, fill)
+        if key not in self.versions:
+            if fill is not None and isinstance(want, Shard) and want.padded(self.context.group.size):
+                local = self._run(value[0], self.context.where_valid, self.version(value, want), want, fill)
+            elif fill is not None:
+                local = self.version(value, want)
+            else:
+                local = self._poisoned(value[0], self._compute(value, want), want)
+            self.versions[key] = local
+        return self.versions[key]
+
+    def _compute(self, value: Value, want: Placement) -> Tensor:
+        node, index = value
+        step = self.plan.steps.get(node)
+        if step is not None and step.kind != "computed":
+            found = self._pull(value, step, want)
+            if found is not None:
+                return found
+        have = self._at_hand(value, step, want)
+        shape = tuple(int(s) for s in self._global(value).shape)
+        return self._run(node, redistribute, self.context, self.version(value, have), have, want, shape)
+
+    def _at_hand(self, value: Value, step: Step | None, want: Placement) -> Placement:
+        """The placement from which ``want`` is made: the native one, or whole."""
+        native = self.plan.natural(value)
+        if step is None or native is None or step.kind == "pulled":
+            assert want != Replicate(), f"{value} has no version to start from"
+            return Replicate()
+        return native
+
+    def _pull(self, value: Value, step: Step, want: Placement) -> Tensor | None:
+        """A free or pulled value under ``want``, through its rule; None if the rule can't."""
+        node, index = value
+        assert step.rule is not None and step.call is not None
+        if isinstance(want, Shard):
+            split = step.rule.split("out", index, want)
+            if split is None:
+                return None
+            operands = [self.version(v, p, f) for v, p, f in zip(step.operands, split.inputs, split.fills, strict=True)]
+            outs = self._run(node, split.emit, self.context, operands)
+            placements: tuple[Placement, ...] = split.outputs
+        else:
+            if isinstance(want, Partial) and step.native != (want,):
+                return None
+            terms = [want if self.plan.natural(v) == want else Replicate() for v in step.operands]
+            outs = self._whole(node, step, [self.version(v, p) for v, p in zip(step.operands, terms, strict=True)])
+            placements = tuple(want for _ in step.call.outputs)
+        self._store(node, outs, placements)
+        return self.versions[(value, placements[index], None)]
+
+    def _store(self, node: fx.Node, outs: Any, placements: tuple[Placement, ...]) -> None:
+        outs = tuple(outs) if isinstance(outs, (tuple, list)) else (outs,)
+        for index, (out, placement) in enumerate(zip(outs, placements, strict=True)):
+            if isinstance(out, Tensor):
+                self.versions.setdefault(((node, index), placement, None), self._poisoned(node, out, placement))
+
+    def _poisoned(self, node: fx.Node, local: Tensor, placement: Placement) -> Tensor:
+        ranks = self.context.group.size
+        if not (self.nan_padding and isinstance(placement, Shard) and placement.padded(ranks)):
+            return local
+        if not local.is_floating_point():
+            return local
+        return self._run(node, self.context.where_valid, local, placement, math.nan)
+
+    # ------------------------------------------------------------------------------------------- emission
+
+    def _emit(self, node: fx.Node, step: Step) -> None:
+        if step.kind != "computed":
+            return
+        if step.call is None:
+            self._copy(node)
+            return
+        if step.native and step.native[0] == Partial("sum") and step.split is None:
+            terms = [p if (p := self.plan.natural(v)) == Partial("sum") else Replicate() for v in step.operands]
+            outs = self._whole(node, step, [self.version(v, t) for v, t in zip(step.operands, terms, strict=True)])
+            self._store(node, outs, step.native)
+            return
+        if step.split is None:
+            self._note_gathers(node, step)
+            outs = self._whole(node, step, [self.version(v, Replicate()) for v in step.operands])
+            self._store(node, outs, tuple(Replicate() for _ in step.call.outputs))
+            return
+        split = step.split
+        operands = [self.version(v, p, f) for v, p, f in zip(step.operands, split.inputs, split.fills, strict=True)]
+        self._store(node, self._run(node, split.emit, self.context, operands), split.outputs)
+        for index, (got, native) in enumerate(zip(split.outputs, step.native, strict=True)):
+            if got != native:
+                shape = tuple(int(s) for s in self._global((node, index)).shape)
+                local = self.versions[((node, index), got, None)]
+                self._store_one(node, index, native, self._run(node, redistribute, self.context, local, got, native, shape))
+
+    def _store_one(self, node: fx.Node, index: int, placement: Placement, local: Tensor) -> None:
+        self.versions[((node, index), placement, None)] = self._poisoned(node, local, placement)
+
+    def _whole(self, node: fx.Node, step: Step, operands: list[Tensor]) -> Any:
+        """The operator on whole operands (or on terms of a sum, in which it is linear)."""
+        assert step.call is not None
+        whole = getattr(step.rule, "whole_emit", None)
+        if whole is not None:
+            return self._run(node, whole(), self.context, operands)
+        return self._run(node, step.call.run, operands)
+
+    def _copy(self, node: fx.Node) -> None:
+        """A node that is no operator on tensors (a higher-order one, an assertion, a mutation): as it was, on whole
+        operands in their own strides, with its own value."""
+
+        def whole(x: fx.Node) -> Any:
+            if not isinstance(x.meta.get("val"), Tensor):
+                return x
+            local = self.version(value_of(x), Replicate())
+            return self.emitter.node_of(self._restrided(x, local))
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), whole)
+        copy = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
+        copy.meta = dict(node.meta)
+        self.emitter.emitted.append(copy)
+        node.meta["spcompile_copy"] = copy
+        value = node.meta.get("val")
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        for index, item in enumerate(values):
+            if isinstance(item, Tensor):
+                local = self.emitter.bind(self._fake(item), copy)
+                if isinstance(value, (tuple, list)):
+                    local = self.emitter.getitem(copy, index, item)
+                self.versions[((node, index), Replicate(), None)] = local
+
+    def _run(self, node: fx.Node, function: Any, *args: Any) -> Any:
+        with self.emitter.serving(node):
+            return self.emitter.run(function, *args)
+
+    def _note_gathers(self, node: fx.Node, step: Step) -> None:
+        if not step.gathers:
+            return
+        for value in step.operands:
+            if isinstance(self.plan.natural(value), Shard):
+                x = self._global(value)
+                size = math.prod(int(s) for s in x.shape) * x.dtype.itemsize
+                self.gathers.append(GatherNote((node.name, str(node.target), step.gathers, size)))
+
+    # ---------------------------------------------------------------------------------- inputs and outputs
+
+    def _bind(self, node: fx.Node) -> None:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            self.versions[((node, 0), Replicate(), None)] = self.emitter.bind(self._fake(value), node)
+
+    def _fake(self, value: Tensor) -> Tensor:
+        """A value of its own for a node: two nodes may have been given one fake tensor."""
+        with self.emitter.fake_mode:
+            shape, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
+            return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+
+    def _global(self, value: Value) -> Tensor:
+        result = value[0].meta["val"]
+        return result[value[1]] if isinstance(result, (tuple, list)) else result
+
+    def _collect(self, node: fx.Node, wanted: set[Value]) -> None:
+        """Gradients that are still sums over the ranks are all-reduced as soon as a bucket of them is full."""
+        step = self.plan.steps.get(node)
+        for index in range(len(step.call.outputs) if step is not None and step.call is not None else 1):
+            value = (node, index)
+            if value not in wanted or step is None:
+                continue
+            natural = self.plan.natural(value)
+            if natural == Partial("sum") and node in self._backward:
+                self._pending.append((value, self.version(value, natural)))
+                if sum(x.numel() * x.dtype.itemsize for _, x in self._pending) >= BUCKET_BYTES:
+                    self._flush()
+
+    def _flush(self) -> None:
+        """All-reduce the pending gradients of each dtype in one collective."""
+        for dtype in dict.fromkeys(x.dtype for _, x in self._pending):
+            bucket = [(v, x) for v, x in self._pending if x.dtype == dtype]
+            last = bucket[-1][0][0]
+            sums = self._run(last, collectives.all_reduce_bucket, [x for _, x in bucket], self.context.group)
+            for (value, _), whole in zip(bucket, sums, strict=True):
+                self.versions[(value, Replicate(), None)] = whole
+        self._pending.clear()
+
+    def _finish(self, outputs: fx.Node) -> None:
+        def returned(x: fx.Node) -> Any:
+            if not isinstance(x.meta.get("val"), Tensor):
+                return x.meta.get("spcompile_copy", x)
+            local = self.version(value_of(x), Replicate())
+            return self.emitter.node_of(self._restrided(x, local))
+
+        outputs.args = fx.map_arg(outputs.args, returned)
+
+    def _restrided(self, node: fx.Node, local: Tensor) -> Tensor:
+        """``local`` in the strides that eager gives ``node``."""
+        strides = tuple(int(s) for s in node.meta["val"].stride())
+        if tuple(local.stride()) == strides:
+            return local
+        order = sorted(range(local.dim()), key=lambda d: strides[d], reverse=True)
+        back = [order.index(d) for d in range(local.dim())]
+        return self._run(node, lambda: local.permute(order).contiguous().permute(back))
+
+
+def _depends_on_tangents(nodes: list[fx.Node]) -> set[fx.Node]:
+    """The backward: a forward output must not share a collective with a gradient."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        tangent = node.op == "placeholder" and node.name.startswith("tangents")
+        if tangent or any(x in found for x in node.all_input_nodes):
+            found.add(node)
+    return found

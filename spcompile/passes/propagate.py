@@ -1,0 +1,245 @@
+"""A placement for every tensor: mark, choose, and what is pulled lazily (docs/how_it_works.md).
+
+This pass only analyses. It knows no operator by name: it asks the rule table in both directions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from operator import getitem
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_map
+
+from spcompile.placement import Partial, Placement, Replicate, Shard
+from spcompile.rules import COMMITS, PULLED, Call, Rule, Split, rule_for
+
+__all__ = ["Plan", "Step", "propagate", "value_of"]
+
+Value = tuple[fx.Node, int]
+"""One tensor: a node, and which of its outputs (0 unless it returns several)."""
+
+
+def value_of(node: fx.Node) -> Value:
+    """The tensor that ``node`` stands for: a getitem is an output of the node it reads."""
+    if node.target is getitem and isinstance(node.args[0], fx.Node):
+        return node.args[0], int(node.args[1])  # type: ignore[arg-type]
+    return node, 0
+
+
+@dataclass
+class Step:
+    """What is known of one operator node.
+
+    ``kind``: "free" (computed from inputs alone, every consumer asks for the version it needs), "pulled" (a view of
+    something computed), or "computed" (one native placement per output). ``split`` is how a computed node runs on
+    shards, None if it runs whole; ``gathers`` says why sharded operands are gathered for it.
+    """
+
+    call: Call | None
+    rule: Rule | None
+    operands: tuple[Value, ...]
+    kind: str = "computed"
+    native: tuple[Placement, ...] = ()
+    split: Split | None = None
+    gathers: str = ""
+
+
+@dataclass
+class Plan:
+    """The result of :func:`propagate`: a step for each node, and the sequence dims found."""
+
+    ranks: int
+    steps: dict[fx.Node, Step] = field(default_factory=dict)
+    marks: dict[Value, list[Shard]] = field(default_factory=dict)
+
+    def natural(self, value: Value) -> Placement | None:
+        """Where a value lies without anything being moved; None if it is free to be had in any placement."""
+        node, index = value
+        step = self.steps.get(node)
+        if step is None or step.kind == "free":
+            return None
+        if step.kind == "computed":
+            return step.native[index] if step.native else Replicate()
+        return step.native[0]
+
+
+def propagate(graph: fx.Graph, ranks: int, seeds: Mapping[Value, Shard]) -> Plan:
+    """Decide the placement of every tensor of a joint graph.
+
+    Args:
+        graph: a functional ATen graph; every node has its global fake value in ``meta["val"]``.
+        ranks: the number of ranks on the sequence axis.
+        seeds: tensors whose sequence dim is known.
+    """
+    plan = Plan(ranks)
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is not getitem:
+            plan.steps[node] = _step(node)
+    _mark(plan, seeds)
+    for node, step in plan.steps.items():
+        _choose(plan, node, step)
+    return plan
+
+
+def _step(node: fx.Node) -> Step:
+    leaves = tree_leaves((node.args, node.kwargs))
+    operands = [x for x in leaves if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor)]
+    if len(operands) != sum(isinstance(x, fx.Node) for x in leaves) or not _returns_tensors(node):
+        return Step(None, None, tuple(map(value_of, operands)))
+    args, kwargs = tree_map(lambda x: x.meta["val"] if isinstance(x, fx.Node) else x, (node.args, node.kwargs))
+    call = Call(node.target, args, kwargs, node.meta["val"])
+    return Step(call, rule_for(call), tuple(map(value_of, operands)))
+
+
+def _returns_tensors(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    outputs = value if isinstance(value, (tuple, list)) else (value,)
+    return bool(outputs) and all(isinstance(x, Tensor) for x in outputs)
+
+
+# --------------------------------------------------------------------------------------------------------- mark
+
+
+def _mark(plan: Plan, seeds: Mapping[Value, Shard]) -> None:
+    """Learn which dim of which tensor is the sequence, by applying rules both ways to a fixed point."""
+    users: dict[Value, list[tuple[Step, int]]] = {}
+    for step in plan.steps.values():
+        for index, operand in enumerate(step.operands):
+            users.setdefault(operand, []).append((step, index))
+    outputs = {id(step): node for node, step in plan.steps.items()}
+    todo: deque[tuple[Value, Shard]] = deque()
+
+    def add(value: Value, shard: Shard) -> None:
+        shard = shard.unshifted()
+        known = plan.marks.setdefault(value, [])
+        if all((m.dim, m.outer, m.inner) != (shard.dim, shard.outer, shard.inner) for m in known):
+            known.append(shard)
+            todo.append((value, shard))
+
+    def spread(step: Step, split: Split | None) -> None:
+        if split is None:
+            return
+        for operand, placement in zip(step.operands, split.inputs, strict=True):
+            if isinstance(placement, Shard):
+                add(operand, placement)
+        for index, placement in enumerate(split.outputs):
+            if isinstance(placement, Shard):
+                add((outputs[id(step)], index), placement)
+
+    for value, shard in seeds.items():
+        add(value, shard)
+    while todo:
+        value, shard = todo.popleft()
+        for step, index in users.get(value, ()):
+            if step.rule is not None:
+                spread(step, step.rule.split("in", index, shard))
+        step = plan.steps.get(value[0])
+        if step is not None and step.rule is not None:
+            spread(step, step.rule.split("out", value[1], shard))
+
+
+# ------------------------------------------------------------------------------------------------------- choose
+
+
+def _choose(plan: Plan, node: fx.Node, step: Step) -> None:
+    naturals = [plan.natural(v) for v in step.operands]
+    if step.call is not None and step.rule is not None:
+        if node.target not in COMMITS and all(p is None for p in naturals):
+            step.kind = "free"
+            return
+        if node.target in PULLED:
+            _pull(step, naturals)
+            return
+    if step.rule is not None:
+        terms = frozenset(i for i, p in enumerate(naturals) if isinstance(p, Partial))
+        if _stays_partial(step.rule, naturals, terms):
+            step.native = tuple(Partial("sum") for _ in step.call.outputs)  # type: ignore[union-attr]
+            return
+        _choose_split(plan, node, step, naturals)
+    if step.split is None and any(isinstance(p, Shard) for p in naturals):
+        step.gathers = "no rule" if step.rule is None else "no dim of it can be sharded so"
+
+
+def _stays_partial(rule: Rule, naturals: list[Placement | None], terms: frozenset[int]) -> bool:
+    others = [p for i, p in enumerate(naturals) if i not in terms]
+    return (
+        bool(terms)
+        and terms in rule.linear
+        and all(naturals[i] == Partial("sum") for i in terms)
+        and not any(isinstance(p, Shard) for p in others)
+    )
+
+
+def _pull(step: Step, naturals: list[Placement | None]) -> None:
+    """A view: it lies where what it views lies, as its rule says; nothing is computed for it."""
+    assert step.rule is not None
+    step.kind = "pulled"
+    step.native = (Replicate(),)
+    terms = frozenset(i for i, p in enumerate(naturals) if isinstance(p, Partial))
+    if _stays_partial(step.rule, naturals, terms):
+        step.native = (Partial("sum"),)
+        return
+    for index, placement in enumerate(naturals):
+        if isinstance(placement, Shard):
+            split = step.rule.split("in", index, placement)
+            if split is not None:
+                step.native = split.outputs
+                return
+
+
+def _choose_split(plan: Plan, node: fx.Node, step: Step, naturals: list[Placement | None]) -> None:
+    """Of the ways to run on shards, the one that moves the fewest bytes; ties to the first operand."""
+    assert step.rule is not None and step.call is not None
+    candidates = []
+    for index, placement in enumerate(naturals):
+        if isinstance(placement, Shard):
+            candidates.append(step.rule.split("in", index, placement.unshifted()))
+    for index in range(len(step.call.outputs)):
+        for mark in plan.marks.get((node, index), ()):
+            candidates.append(step.rule.split("out", index, mark))
+    if not any(c is not None for c in candidates):
+        for index, (value, placement) in enumerate(zip(step.operands, naturals, strict=True)):
+            if placement is None:
+                candidates += [step.rule.split("in", index, mark) for mark in plan.marks.get(value, ())]
+    usable = [c for c in candidates if c is not None and _holds_all(plan, c)]
+    if not usable:
+        return
+    step.split = min(usable, key=lambda c: _moved_bytes(plan, step, naturals, c))
+    step.native = tuple(
+        _scattered(plan, (node, i), p) if isinstance(p, Partial) else p for i, p in enumerate(step.split.outputs)
+    )
+
+
+def _holds_all(plan: Plan, split: Split) -> bool:
+    """What is computed must be on some rank entirely: an output that sticks out of the window would lose entries."""
+    return all(p.holds_all(plan.ranks) for p in split.outputs if isinstance(p, Shard))
+
+
+def _scattered(plan: Plan, value: Value, partial: Partial) -> Placement:
+    """A partial sum that carries the sequence is reduce-scattered at once; another waits for the output."""
+    if partial.op == "sum":
+        for mark in plan.marks.get(value, ()):
+            if mark.holds_all(plan.ranks):
+                return mark
+    return partial
+
+
+def _moved_bytes(plan: Plan, step: Step, naturals: Iterable[Placement | None], split: Split) -> float:
+    assert step.call is not None
+    moved = 0.0
+    for x, have, want in zip(step.call.operands, naturals, split.inputs, strict=True):
+        if have is not None and have != want and not (isinstance(have, Replicate) and not isinstance(want, Partial)):
+            moved += _bytes(x)
+    for x, placement in zip(step.call.outputs, split.outputs, strict=True):
+        if isinstance(placement, Partial):
+            moved += _bytes(x)
+    return moved
+
+
+def _bytes(x: Any) -> int:
+    return math.prod(int(s) for s in x.shape) * x.dtype.itemsize

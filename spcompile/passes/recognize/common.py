@@ -1,0 +1,144 @@
+"""What the softmax and the linear recognizer share: the Site, privacy of what is replaced, tracing a dim to tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from spcompile.passes.recognize.dims import Atom, Dims, align, atoms_of, back_through_view, name_dims
+from spcompile.passes.recognize.edit import Refused
+from spcompile.passes.recognize.products import Factor, product_of, same_values
+from spcompile.passes.shadow import Value
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention that was seen, rewritten or not."""
+
+    kind: str
+    """"softmax" or "linear"."""
+    mask: str
+    """"all", "causal", "general" (a mask that stays data), or "causal and general"."""
+    rewritten: bool
+    reason: str
+    """Why it was left as it is; empty if it was rewritten."""
+    source: str
+    """The user's line: "file.py:123 in forward: code"."""
+    name: str
+    """The new node's name, or that of the node that was left."""
+
+
+_FRAME = re.compile(r'File "([^"]*)", line (\d+), in (\S+)\n\s*(.*)')
+
+
+def source_of(node: fx.Node | None) -> str:
+    """The innermost frame of the user's stack: "file.py:123 in forward: code"."""
+    trace = (node.meta.get("stack_trace") if node is not None else None) or ""
+    frames = _FRAME.findall(trace)
+    if not frames:
+        return ""
+    path, line, function, code = frames[-1]
+    return f"{path.replace(chr(92), '/').rsplit('/', 1)[-1]}:{line} in {function}: {code.strip()}"
+
+
+def check_private(interior: Iterable[Value], allowed: set[Value], what: str) -> None:
+    """Refuse if something outside the attention reads what lies inside it."""
+    for v in interior:
+        if any(u.live and u not in allowed for u in v.users):
+            raise Refused(f"its {what} are used elsewhere")
+
+
+def check_one_place(path: Iterable[Value], terminal: Value) -> None:
+    """Refuse pieces in different graphs (a checkpointed block is a graph of its own) or under different grad modes."""
+    assert terminal.node is not None
+    for v in path:
+        if v.node is not None and v.node.graph is not terminal.node.graph:
+            raise Refused("its pieces lie on both sides of a checkpoint boundary")
+        if v.grad_mode != terminal.grad_mode:
+            raise Refused("gradients are switched on or off inside it")
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def tokens(value: Value, dims: Dims, atom: Atom) -> set[tuple[Value, int]]:
+    """Every (Value that is not a parameter, dim) that `atom` of `value` comes from, itself included."""
+    found: set[tuple[Value, int]] = set()
+    todo = [(value, dims, atom)]
+    while todo:
+        v, ds, a = todo.pop()
+        place = next((n for n, d in enumerate(ds) if a in atoms_of((d,))), None)
+        if place is None or (v, place) in found or v.is_parameter:
+            continue
+        found.add((v, place))
+        todo += [(o, od, a) for o, od in _sources(v, ds, place)]
+    return found
+
+
+_SAME_DIMS = {"softmax", "layer_norm", "rms_norm", "group_norm", "cumsum", "dropout", "log_softmax", "normalize", "roll"}
+
+
+def _sources(v: Value, dims: Dims, place: int) -> list[tuple[Value, Dims]]:
+    """Operands that have v's dim `place`, and their dims."""
+    if (source := same_values(v)) is not None:
+        return [(source, dims)]
+    if (back := back_through_view(v, dims)) is not None:
+        return [back]
+    if (product := product_of(v, dims)) is not None:
+        return [(f.value, f.dims) for f in product.factors]
+    if v.name == "linear":
+        return [(v.args["input"], dims[:-1] + name_dims(v.args["input"].shape[-1:]))]
+    if v.name == "embedding":
+        return [(v.args["indices"], dims[:-1])] if place < len(dims) - 1 else []
+    if v.name == "getitem":  # of split, chunk, unbind: dims that kept their length are the same dims
+        whole = v.args["self"].args.get("self")
+        if isinstance(whole, Value) and len(whole.shape) == len(v.shape) and whole.shape[place] == v.shape[place]:
+            return [(whole, _kept_dims(whole, v, dims))]
+        return []
+    out = []
+    for o in v.operands():
+        if len(o.shape) == len(v.shape) and v.name in ("cat", "slice", "index_select", "constant_pad_nd", "pad"):
+            out.append((o, _kept_dims(o, v, dims)))
+        elif v.name in _SAME_DIMS or _broadcasts(o.shape, v.shape):
+            out.append((o, align(dims, o.shape) if len(o.shape) <= len(dims) else dims))
+    return [(o, d) for o, d in out if len(d) == len(o.shape)]
+
+
+def _kept_dims(source: Value, v: Value, dims: Dims) -> Dims:
+    return tuple(
+        d if s == n else name_dims((s,))[0] for d, s, n in zip(dims, source.shape, v.shape, strict=True)
+    )
+
+
+def _broadcasts(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
+    tail = large[len(large) - len(small) :]
+    return len(small) <= len(large) and all(s in (1, n) for s, n in zip(small, tail, strict=True))
+
+
+def same_tokens(a: Factor, b: Factor, atom: Atom) -> bool:
+    """Whether `atom` is a dim that both come to from one activation, or from inputs that are not parameters."""
+    ta, tb = tokens(a.value, a.dims, atom), tokens(b.value, b.dims, atom)
+    if ta & tb:
+        return True
+    return all(any(v.name == "input" for v, _ in t) for t in (ta, tb))
+
+
+def is_activation(v: Value, memo: dict[Value, bool]) -> bool:
+    """Whether it depends on an input that is no parameter."""
+    order = [v]
+    while order:
+        x = order[-1]
+        if x in memo:
+            order.pop()
+        elif x.name == "input":
+            memo[x] = not x.is_parameter
+        else:
+            todo = [o for o in x.operands() if o not in memo]
+            if todo:
+                order += todo
+            else:
+                memo[x] = any(memo[o] for o in x.operands())
+    return memo[v]

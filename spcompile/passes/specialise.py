@@ -1,0 +1,46 @@
+"""Symbolic sizes become numbers: for now each length is compiled for itself (the guard makes Dynamo do so)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+__all__ = ["specialise"]
+
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def specialise(graph: fx.Graph) -> None:
+    """Replace every symbolic number in ``graph`` by its value, with a guard, and erase the nodes that computed it."""
+    for node in graph.nodes:
+        if any(_is_symbolic(x) for x in tree_leaves(node.meta.get("val"))):
+            node.meta["val"] = tree_map_only(Tensor, _concrete, node.meta["val"])
+    symbolic = [n for n in graph.nodes if isinstance(n.meta.get("val"), (*_SYMBOLIC, int, float, bool))]
+    for node in reversed(symbolic):
+        number = _number(node.meta["val"])
+        for user in list(node.users):
+            if user.op != "output":
+                user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda n: number if n is node else n)  # noqa: B023
+        if not node.users and node.op == "call_function":
+            graph.erase_node(node)
+
+
+def _number(value: object) -> object:
+    if isinstance(value, torch.SymInt):
+        return int(value)
+    if isinstance(value, torch.SymFloat):
+        return float(value)
+    return bool(value) if isinstance(value, torch.SymBool) else value
+
+
+def _is_symbolic(value: object) -> bool:
+    return isinstance(value, Tensor) and any(isinstance(s, torch.SymInt) for s in (*value.shape, *value.stride()))
+
+
+def _concrete(value: Tensor) -> Tensor:
+    if not _is_symbolic(value):
+        return value
+    with value.fake_mode:  # type: ignore[attr-defined]
+        shape, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
+        return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)

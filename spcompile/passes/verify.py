@@ -1,0 +1,62 @@
+"""Fail closed: what the passes wrote is checked by other means than those that wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from spcompile.errors import SpcompileError
+from spcompile.passes.localize import Localizer
+from spcompile.placement import local_shape
+
+__all__ = ["verify"]
+
+
+def verify(graph: fx.Graph, localizer: Localizer, decomposed: Container[Any]) -> None:
+    """Check the local graph.
+
+    Every version of every tensor has the shape and dtype that its placement gives the global tensor; what is returned
+    has eager's shape and strides; no operator is left that Inductor would have decomposed.
+
+    Raises:
+        SpcompileError: names the node, the user's source line and what is wrong.
+    """
+    for (value, placement, _), local in localizer.versions.items():
+        node, index = value
+        whole = node.meta["val"]
+        whole = whole[index] if isinstance(whole, (tuple, list)) else whole
+        expected = local_shape(tuple(int(s) for s in whole.shape), placement)
+        if tuple(local.shape) != expected or local.dtype != whole.dtype:
+            _fail(node, f"{placement} should be {expected} {whole.dtype}, is {tuple(local.shape)} {local.dtype}")
+    originals = set(localizer.originals)
+    allowed = localizer.emitter.declined | {n.target for n in originals if n.op == "call_function"}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node in originals:
+            _fail(node, "was left behind")
+        if node.target in decomposed and node.target not in allowed:
+            _fail(node, f"{node.target} is decomposed by Inductor")
+    graph.lint()
+
+
+def check_outputs(before: list[Any], graph: fx.Graph) -> None:
+    """What is returned has the shapes and strides that it had before: ``before`` are the old output values."""
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    for old, new in zip(before, tree_leaves(output.args), strict=True):
+        if not isinstance(old, Tensor):
+            continue
+        value = new.meta["val"]
+        if tuple(value.shape) != tuple(map(int, old.shape)) or value.dtype != old.dtype:
+            _fail(new, f"is returned as {tuple(value.shape)} {value.dtype}, eager has {tuple(old.shape)} {old.dtype}")
+
+
+def _fail(node: fx.Node, what: str) -> None:
+    where = node.meta.get("stack_trace", "").strip() or "no source line is known"
+    raise SpcompileError(
+        f"spcompile wrote a wrong graph at node {node.name} ({node.target}): {what}\n{where}\n"
+        "This is a defect of spcompile, not of the model. Remedy: report it; until then use backend='inductor'."
+    )

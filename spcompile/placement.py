@@ -1,0 +1,104 @@
+"""Placements: how one tensor lies on the ranks of the sequence axis (docs/how_it_works.md draws them).
+
+A *position* is an index into the padded sequence, 0 <= p < P * block; rank r holds positions
+[r * block, (r + 1) * block) of every sharded tensor, whatever its length. This is why a slice or a pad along the
+sequence moves no data: it only renames which positions are valid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+
+__all__ = ["Partial", "Placement", "Replicate", "Shard", "local_shape", "reshape_shard"]
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """The same on every rank."""
+
+    def __str__(self) -> str:
+        return "Replicate"
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Every rank holds a term; the tensor is their ``op`` ("sum", "max", "min" or "product")."""
+
+    op: str = "sum"
+
+    def __str__(self) -> str:
+        return f"Partial({self.op})"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Dim ``dim``, seen as [outer, length, inner], holds the sequence; this rank has ``block`` of its positions.
+
+    Element i of the sequence stands at position start + i. ``outer`` and ``inner`` are what a view merged into the
+    dim ([B, T] -> [B * T] has outer = B). A local tensor's dim has outer * block * inner entries; those at positions
+    outside [start, start + length) are padding.
+    """
+
+    dim: int
+    length: int
+    block: int
+    start: int = 0
+    outer: int = 1
+    inner: int = 1
+
+    def __str__(self) -> str:
+        merged = f", outer={self.outer}" * (self.outer > 1) + f", inner={self.inner}" * (self.inner > 1)
+        shifted = f", start={self.start}" * (self.start != 0)
+        return f"Shard({self.dim}, {self.length}/{self.block}{merged}{shifted})"
+
+    def at(self, dim: int) -> Shard:
+        """The same block of the sequence on another dim (of another tensor)."""
+        return self if dim == self.dim else replace(self, dim=dim)
+
+    def window(self, start: int, length: int) -> Shard:
+        """The same positions, of which others are valid."""
+        return replace(self, start=start, length=length)
+
+    def unshifted(self) -> Shard:
+        """The placement that a computed tensor is given: its first element at position 0."""
+        return self if self.start == 0 else replace(self, start=0)
+
+    def holds_all(self, ranks: int) -> bool:
+        """Whether every valid element is on some rank (a pulled window may leave some out)."""
+        return self.start >= 0 and self.start + self.length <= ranks * self.block
+
+    def padded(self, ranks: int) -> bool:
+        """Whether some position that a rank holds is not valid."""
+        return self.start > 0 or self.start + self.length < ranks * self.block
+
+
+Placement = Replicate | Shard | Partial
+
+
+def local_shape(shape: tuple[int, ...], placement: Placement) -> tuple[int, ...]:
+    """The shape on each rank of a tensor of global ``shape``."""
+    if not isinstance(placement, Shard):
+        return tuple(shape)
+    dim = placement.dim
+    assert shape[dim] == placement.outer * placement.length * placement.inner, (shape, placement)
+    return (*shape[:dim], placement.outer * placement.block * placement.inner, *shape[dim + 1 :])
+
+
+def reshape_shard(shard: Shard, source: tuple[int, ...], target: tuple[int, ...]) -> Shard | None:
+    """Where the sequence of a tensor of shape ``source`` lies once it is viewed as ``target``; None if it is cut.
+
+    Row-major order makes the flat index (o * T + t) * I + i, with O entries of o before the sequence and I of i
+    after. A target dim with b entries before it and a after it holds the sequence whole iff b divides O and a
+    divides I. A sequence of length 1 could be any dim of length 1, so it is never matched.
+    """
+    if shard.length <= 1:
+        return None
+    before = prod(source[: shard.dim]) * shard.outer
+    after = shard.inner * prod(source[shard.dim + 1 :])
+    for dim, size in enumerate(target):
+        outer, cut_outer = divmod(before, max(prod(target[:dim]), 1))
+        inner, cut_inner = divmod(after, max(prod(target[dim + 1 :]), 1))
+        if not cut_outer and not cut_inner and size == outer * shard.length * inner:
+            return replace(shard, dim=dim, outer=outer, inner=inner)
+    return None

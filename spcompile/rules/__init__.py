@@ -1,0 +1,108 @@
+"""The rule table: what each operator does to the factors it runs over. docs/adding.md says how a row is added.
+
+Every row is proved by brute force in tests/test_rules.py. An operator that is not here is computed whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from spcompile.rules import contractions, creation, indexing, pointwise, reductions, views
+from spcompile.rules.base import Call, Context, Factors, Rule, Split, parse
+
+__all__ = ["COMMITS", "PULLED", "RULES", "Call", "Context", "Factors", "Rule", "Split", "rule_for"]
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+RULES: dict[Any, str | Callable[[Call], Rule]] = {
+    **contractions.CONTRACTIONS,
+    aten.addmm.default: contractions.add_contraction,
+    aten.baddbmm.default: contractions.add_contraction,
+    # Views
+    aten.view.default: views.reshape,
+    aten._unsafe_view.default: views.reshape,
+    aten.reshape.default: views.reshape,
+    aten.squeeze.dim: views.reshape,
+    aten.squeeze.dims: views.reshape,
+    aten.squeeze.default: views.reshape,
+    aten.unsqueeze.default: views.reshape,
+    aten.permute.default: views.permute,
+    aten.expand.default: views.expand,
+    aten.select.int: views.select,
+    aten.slice.Tensor: views.window,
+    aten.constant_pad_nd.default: views.pad,
+    aten.slice_scatter.default: views.slice_scatter,
+    # Reductions
+    **{op: reductions.reduction for op in reductions.REDUCED_BY},
+    aten.mean.default: reductions.mean,
+    aten.mean.dim: reductions.mean,
+    aten.cumsum.default: reductions.rowwise,
+    aten.topk.default: reductions.rowwise,
+    aten.sort.default: reductions.rowwise,
+    # Several tensors side by side along one dim
+    aten.cat.default: views.along_dim,
+    aten.split.Tensor: views.along_dim,
+    aten.split_with_sizes.default: views.along_dim,
+    aten.flip.default: views.along_dim,
+    # Indexing
+    aten.embedding.default: "v d, ... -> ... d; whole v",
+    aten.gather.default: indexing.gather,
+    aten.scatter.value: indexing.scatter,
+    aten.scatter.src: indexing.scatter,
+    aten.index.Tensor: indexing.index,
+    aten.index_put.default: indexing.index_put,
+    aten._unsafe_masked_index_put_accumulate.default: indexing.index_put,
+    # Creation
+    aten.full.default: creation.full,
+    prims.iota.default: creation.iota,
+    aten.rand.default: creation.random("rand"),
+    aten.randn.default: creation.random("randn"),
+}
+
+# Same entries under other dims: pulled by each consumer in the placement that it needs, so that a gather happens at
+# the root of a chain of views, once.
+PULLED = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.squeeze.default,
+        aten.unsqueeze.default,
+        aten.permute.default,
+        aten.expand.default,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.constant_pad_nd.default,
+        aten.slice_scatter.default,
+        aten.alias.default,
+        aten.clone.default,
+    }
+)
+
+# Too much work (or chance) to do again for each consumer: computed once, in one placement, even where every operand
+# is an input of the graph.
+COMMITS = frozenset(
+    {
+        *contractions.CONTRACTIONS,
+        aten.addmm.default,
+        aten.baddbmm.default,
+        aten.embedding.default,
+        aten.rand.default,
+        aten.randn.default,
+        aten.sort.default,
+        aten.topk.default,
+    }
+)
+
+
+def rule_for(call: Call) -> Rule | None:
+    """The rule of this call, or None: then it is computed whole on every rank."""
+    entry = RULES.get(call.op)
+    if entry is None:
+        return pointwise.pointwise(call) if pointwise.is_pointwise(call.op) else None
+    return parse(entry, call) if isinstance(entry, str) else entry(call)

@@ -1,0 +1,230 @@
+"""What a rule is: how one operator's tensors may lie on the ranks, and how it then runs on each.
+
+A rule looks at a :class:`Call` and answers one question, :meth:`Rule.split`: if this operand (or output) is sharded
+so, how must all the others be? Propagation asks it in both directions and knows no operator by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from spcompile import collectives
+from spcompile.placement import Partial, Placement, Replicate, Shard
+
+__all__ = ["Call", "Context", "Emit", "Factors", "Rule", "Side", "Split", "along", "parse"]
+
+Side = Literal["in", "out"]
+
+
+class Call:
+    """One call of an operator: its arguments with (fake or real) tensors as leaves, and its results."""
+
+    def __init__(self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        self.op = op
+        self.args = tuple(args)
+        self.kwargs = dict(kwargs)
+        self._leaves, self._spec = tree_flatten((self.args, self.kwargs))
+        self.operands = [x for x in self._leaves if isinstance(x, Tensor)]
+        self.outputs: tuple[Any, ...] = tuple(out) if isinstance(out, (tuple, list)) else (out,)
+
+    def argument(self, index: int, name: str, default: Any = None) -> Any:
+        """The argument at ``index``, or by ``name``, or its default."""
+        return self.args[index] if len(self.args) > index else self.kwargs.get(name, default)
+
+    def replaced(self, operands: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with other tensors in place of the operands."""
+        fresh = iter(operands)
+        leaves = [next(fresh) if isinstance(x, Tensor) else x for x in self._leaves]
+        return tree_unflatten(leaves, self._spec)
+
+    def run(self, operands: list[Tensor]) -> Any:
+        """The operator on other operands, its other arguments as they are."""
+        args, kwargs = self.replaced(operands)
+        return self.op(*args, **kwargs)
+
+
+class Context:
+    """What an emission may ask about the ranks; tensors it returns are computed once per graph."""
+
+    def __init__(self, group: collectives.Group) -> None:
+        self.group = group
+        self._cache: dict[Any, Tensor] = {}
+
+    def cached(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
+        """``compute()`` the first time that ``key`` is asked for."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]
+
+    def rank(self, device: torch.device) -> Tensor:
+        """This rank's index, a 0-dim int64 tensor."""
+        return self.cached(("rank", device), lambda: collectives.rank(self.group, device))
+
+    def positions(self, block: int, device: torch.device) -> Tensor:
+        """The positions that this rank holds, [block] int64."""
+        return self.cached(
+            ("positions", block, device),
+            lambda: torch.arange(block, device=device) + self.rank(device) * block,
+        )
+
+    def valid(self, shard: Shard, device: torch.device) -> Tensor:
+        """Which of this rank's positions are valid, [block] bool."""
+
+        def compute() -> Tensor:
+            positions = self.positions(shard.block, device)
+            below = positions < shard.start + shard.length
+            return below if shard.start <= 0 else below & (positions >= shard.start)
+
+        return self.cached(("valid", shard.block, shard.start, shard.length, device), compute)
+
+    def clamped_index(self, shard: Shard, device: torch.device) -> Tensor:
+        """The sequence index at each position this rank holds, [block] int64; in padding, the nearest valid one."""
+
+        def compute() -> Tensor:
+            index = self.positions(shard.block, device)
+            if shard.start:
+                index = index - shard.start
+            return index.clamp(0, shard.length - 1) if shard.padded(self.group.size) else index
+
+        return self.cached(("index", shard.block, shard.start, shard.length, device), compute)
+
+    def next_seed(self, device: torch.device) -> Tensor:
+        """A seed that no other draw of this graph has and that all ranks share, 0-dim int64."""
+        raise NotImplementedError
+
+    def where_valid(self, x: Tensor, shard: Shard, other: Tensor | float | bool) -> Tensor:
+        """``x``, a local tensor placed as ``shard``, with ``other`` in its padding."""
+        valid = self.valid(shard, x.device)
+        valid = valid.reshape(1, -1, 1).expand(shard.outer, shard.block, shard.inner).reshape(-1)
+        valid = valid.reshape([-1 if d == shard.dim else 1 for d in range(x.dim())])
+        return torch.where(valid, x, other if isinstance(other, Tensor) else x.new_full((), other))
+
+
+Emit = Callable[[Context, list[Tensor]], Any]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One way to run a call on shards.
+
+    ``fills[i]``, where it is not None, is what the padding of operand i must hold: the neutral element of the sum (or
+    maximum, ...) that the operand's sequence dim is reduced by.
+    """
+
+    inputs: tuple[Placement, ...]
+    outputs: tuple[Placement, ...]
+    fills: tuple[float | None, ...]
+    emit: Emit
+
+
+class Rule(Protocol):
+    """The interface of a rule. ``linear``: sets of operands in which the call is jointly linear, so that if exactly
+    they are ``Partial("sum")``, the outputs are too."""
+
+    linear: tuple[frozenset[int], ...]
+
+    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+        """How the call runs if operand (or output) ``index`` is placed as ``shard``; None if it can't."""
+
+
+Dims = tuple[str | None, ...]
+
+
+@dataclass
+class Factors:
+    """A rule that names the factor each dim runs over; None is a dim that runs over none (a broadcast 1).
+
+    A factor in ``whole`` is needed entire on every rank. One that no output has is reduced by ``reduce``, and is
+    whole where that is None. ``localize`` rewrites size arguments: it is given the split's outputs.
+    """
+
+    call: Call
+    inputs: tuple[Dims, ...]
+    outputs: tuple[Dims, ...]
+    whole: frozenset[str] = frozenset()
+    reduce: str | None = "sum"
+    linear: tuple[frozenset[int], ...] = ()
+    emit: Callable[[Split], Emit] | None = None
+    fill: float | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.fill = {"sum": 0.0, "max": -math.inf, "min": math.inf, "product": 1.0, None: None}[self.reduce]
+
+    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+        """See :class:`Rule`."""
+        factor = (self.inputs if side == "in" else self.outputs)[index][shard.dim]
+        if factor is None or factor in self.whole:
+            return None
+        inputs = tuple(_place(dims, factor, shard) for dims in self.inputs)
+        outputs = tuple(_place(dims, factor, shard) for dims in self.outputs)
+        reduced = not any(factor in dims for dims in self.outputs)
+        if reduced:
+            if self.reduce is None:
+                return None
+            outputs = tuple(Partial(self.reduce) for _ in outputs)
+        elif not all(isinstance(p, Shard) for p in outputs):
+            return None  # one output has the factor and another has not
+        fills = tuple(self.fill if reduced and isinstance(p, Shard) else None for p in inputs)
+        split = Split(inputs, outputs, fills, _run(self.call))
+        return split if self.emit is None else Split(inputs, outputs, fills, self.emit(split))
+
+
+def _place(dims: Dims, factor: str, shard: Shard) -> Placement:
+    return shard.at(dims.index(factor)) if factor in dims else Replicate()
+
+
+def _run(call: Call) -> Emit:
+    return lambda context, operands: call.run(operands)
+
+
+def parse(spelling: str, call: Call) -> Factors:
+    """A rule from einsum spelling: ``"m k, k n -> m n"``.
+
+    Dims are letters, ``...`` stands for any leading dims, ``1`` for a dim of size one that is broadcast; after
+    ``whole`` stand the factors that every rank needs entire, after ``linear`` the sets of operands (``0+1`` jointly)
+    in which the call is linear.
+    """
+    head, *options = spelling.split(";")
+    left, right = head.split("->")
+    tensors = [*call.operands], [*call.outputs]
+    sides = []
+    for text, values in zip((left, right), tensors, strict=True):
+        terms = [t.split() for t in text.split(",")]
+        assert len(terms) == len(values), f"{call.op}: {spelling!r} speaks of {len(terms)} tensors, not {len(values)}"
+        sides.append(tuple(_dims(t, v.dim()) for t, v in zip(terms, values, strict=True)))
+    whole: frozenset[str] = frozenset()
+    linear: tuple[frozenset[int], ...] = ()
+    for option in options:
+        name, *words = option.split()
+        if name == "whole":
+            whole = frozenset(words)
+        else:
+            assert name == "linear", f"unknown word {name!r} in {spelling!r}"
+            linear = tuple(frozenset(map(int, w.split("+"))) for w in words)
+    return Factors(call, sides[0], sides[1], whole, linear=linear)
+
+
+def _dims(names: list[str], rank: int) -> Dims:
+    if "..." in names:
+        at = names.index("...")
+        count = rank - len(names) + 1
+        # Numbered from the right, as broadcasting aligns them.
+        names = names[:at] + [f"...{count - i}" for i in range(count)] + names[at + 1 :]
+    assert len(names) == rank, f"{names} for a tensor of {rank} dims"
+    return tuple(None if n == "1" else n for n in names)
+
+
+def along(call: Call, whole_dims: set[int]) -> Factors:
+    """Operands and outputs of one rank; ``whole_dims`` are needed whole, the others pass."""
+    rank = call.outputs[0].dim()
+    names = tuple(f"d{i}" for i in range(rank))
+    whole = frozenset(names[d % rank] for d in whole_dims)
+    inputs = tuple(names for _ in call.operands)
+    return Factors(call, inputs, tuple(names for _ in call.outputs), whole)

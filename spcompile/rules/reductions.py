@@ -1,0 +1,101 @@
+"""Operators that sum, maximise, scan or sort along dims."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spcompile.placement import Partial
+from spcompile.rules.base import Call, Context, Dims, Emit, Factors, Split, along
+
+__all__ = ["REDUCED_BY", "mean", "reduction", "rowwise"]
+
+aten = torch.ops.aten
+
+# By what the terms of several ranks are combined; None: the reduced dims are needed whole.
+REDUCED_BY: dict[Any, str | None] = {
+    aten.sum.default: "sum",
+    aten.sum.dim_IntList: "sum",
+    aten.mean.default: "sum",
+    aten.mean.dim: "sum",
+    aten.amax.default: "max",
+    aten.amin.default: "min",
+    aten.prod.default: "product",
+    aten.prod.dim_int: "product",
+    aten.max.default: "max",
+    aten.min.default: "min",
+    aten.any.default: None,
+    aten.any.dim: None,
+    aten.any.dims: None,
+    aten.all.default: None,
+    aten.all.dim: None,
+    aten.var_mean.correction: None,
+    aten.var.correction: None,
+    aten.max.dim: None,
+    aten.min.dim: None,
+    aten.argmax.default: None,
+    aten.argmin.default: None,
+}
+
+
+def reduction(call: Call) -> Factors:
+    """The dims named are reduced, the others pass."""
+    (x,) = call.operands
+    reduced, dims = _reduced_dims(call), tuple(f"d{i}" for i in range(x.dim()))
+    keepdim = call.outputs[0].dim() == x.dim() and x.dim() > 0
+    kept: Dims = tuple(None if i in reduced else d for i, d in enumerate(dims) if keepdim or i not in reduced)
+    by = REDUCED_BY[call.op]
+    whole = frozenset(dims[i] for i in reduced) if by is None or _unsafe_extreme(call, by) else frozenset()
+    linear = (frozenset({0}),) if by == "sum" and not _narrows(call) else ()
+    return Factors(call, (dims,), tuple(kept for _ in call.outputs), whole, by, linear)
+
+
+def _reduced_dims(call: Call) -> set[int]:
+    rank = call.operands[0].dim()
+    if call.op._overloadname == "default" and call.op not in (aten.amax.default, aten.amin.default):
+        named = call.argument(1, "dim") if call.op in (aten.argmax.default, aten.argmin.default) else None
+    else:
+        named = call.argument(1, "dim")
+    if named is None or (isinstance(named, (list, tuple)) and not named):
+        return set(range(rank))
+    return {d % rank for d in ([named] if isinstance(named, int) else named)}
+
+
+def _unsafe_extreme(call: Call, by: str) -> bool:
+    # Padding is filled with an infinity, which an integer hasn't.
+    return by in ("max", "min") and not call.operands[0].dtype.is_floating_point
+
+
+def _narrows(call: Call) -> bool:
+    return not call.operands[0].dtype.is_floating_point or not call.outputs[0].dtype.is_floating_point
+
+
+def mean(call: Call) -> Factors:
+    """A mean is a sum over the whole count: the mean over a shard would count a shard's tokens."""
+    rule = reduction(call)
+    (x,), (out,) = call.operands, call.outputs
+    count = math.prod(x.shape[d] for d in _reduced_dims(call))
+    dims = sorted(_reduced_dims(call))
+
+    def emit(split: Split) -> Emit:
+        if not isinstance(split.outputs[0], Partial):
+            return lambda context, operands: call.run(operands)
+
+        def divided(context: Context, operands: list[Tensor]) -> Tensor:
+            keepdim = out.dim() == x.dim() and x.dim() > 0
+            return torch.sum(operands[0], dims, keepdim, dtype=out.dtype) / count
+
+        return divided
+
+    rule.emit = emit
+    return rule
+
+
+def rowwise(call: Call) -> Factors:
+    """Sorts, scans and searches along one dim: it is needed whole, the others pass."""
+    at = 2 if call.op is aten.topk.default else 1
+    dim = call.argument(at, "dim", 0 if at == 1 and call.op is aten.cumsum.default else -1)
+    return along(call, {dim})

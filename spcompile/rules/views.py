@@ -1,0 +1,194 @@
+"""Views and copies: the same entries under other dims. They are pulled by their consumers, never computed alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from spcompile.placement import Shard, local_shape, reshape_shard
+from spcompile.rules.base import Call, Context, Emit, Factors, Side, Split, along
+
+__all__ = ["along_dim", "expand", "pad", "permute", "reshape", "select", "slice_scatter", "window"]
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Reshape:
+    """view, reshape, squeeze, unsqueeze: row-major order is kept, so any dim that is not cut passes."""
+
+    call: Call
+    linear: tuple[frozenset[int], ...] = (frozenset({0}),)
+
+    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+        """See :class:`spcompile.rules.base.Rule`."""
+        (source,), (target,) = self.call.operands, self.call.outputs
+        shapes = tuple(source.shape), tuple(target.shape)
+        if side == "in":
+            before, after = shard, reshape_shard(shard, *shapes)
+        else:
+            before, after = reshape_shard(shard, shapes[1], shapes[0]), shard
+        if before is None or after is None:
+            return None
+        shape = local_shape(shapes[1], after)
+        return Split((before,), (after,), (None,), lambda context, operands: operands[0].reshape(shape))
+
+
+def reshape(call: Call) -> Reshape:
+    """See :class:`Reshape`."""
+    return Reshape(call)
+
+
+def permute(call: Call) -> Factors:
+    """Dim i of the output is dim order[i] of the operand."""
+    order = call.args[1]
+    dims = tuple(f"d{i}" for i in range(len(order)))
+    return Factors(call, (dims,), (tuple(dims[i] for i in order),), linear=(frozenset({0}),))
+
+
+def expand(call: Call) -> Factors:
+    """A broadcast dim of the operand runs over no factor; the dim it becomes is a factor of the output alone."""
+    (x,), (out,) = call.operands, call.outputs
+    outputs = tuple(f"d{i}" for i in range(out.dim()))
+    offset = out.dim() - x.dim()
+    inputs = tuple(
+        None if size == 1 != out.shape[offset + d] else outputs[offset + d] for d, size in enumerate(x.shape)
+    )
+
+    def emit(split: Split) -> Emit:
+        shape = local_shape(tuple(out.shape), split.outputs[0])
+        return lambda context, operands: operands[0].expand(shape)
+
+    return Factors(call, (inputs,), (outputs,), linear=(frozenset({0}),), emit=emit)
+
+
+def select(call: Call) -> Factors:
+    """One entry of a dim: that dim is needed whole, the others pass."""
+    (x,), dim = call.operands, call.argument(1, "dim") % call.operands[0].dim()
+    dims = tuple(f"d{i}" for i in range(x.dim()))
+    kept = tuple(d for i, d in enumerate(dims) if i != dim)
+    return Factors(call, (dims,), (kept,), whole=frozenset({dims[dim]}), linear=(frozenset({0}),))
+
+
+def along_dim(call: Call) -> Factors:
+    """cat, split, flip: the dim (or dims) named is needed whole, the others pass."""
+    rank = call.outputs[0].dim()
+    named = call.argument(1, "dims" if call.op is aten.flip.default else "dim", 0)
+    if call.op in (aten.split.Tensor, aten.split_with_sizes.default):
+        named = call.argument(2, "dim", 0)
+    return along(call, set(named) if isinstance(named, (list, tuple)) else {named})
+
+
+@dataclass
+class Window:
+    """slice: the same positions, of which fewer are valid (NOTE in placement.py); other dims pass."""
+
+    call: Call
+    linear: tuple[frozenset[int], ...] = (frozenset({0}),)
+
+    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+        """See :class:`spcompile.rules.base.Rule`."""
+        (x,), (out,) = self.call.operands, self.call.outputs
+        dim, start, step = self._bounds()
+        if shard.dim != dim or x.shape[dim] == out.shape[dim]:
+            return Split((shard,), (shard,), (None,), self._on_other_dim(shard))
+        if step != 1 or shard.outer * shard.inner != 1:
+            return None
+        # Element i of the output is element i + start of the operand, so they stand at the same position.
+        origin = shard.start if side == "in" else shard.start - start
+        before = shard.window(origin, x.shape[dim])
+        after = shard.window(origin + start, out.shape[dim])
+        return Split((before,), (after,), (None,), lambda context, operands: operands[0])
+
+    def _bounds(self) -> tuple[int, int, int]:
+        (x,) = self.call.operands
+        dim = self.call.argument(1, "dim", 0) % x.dim()
+        start, stop = self.call.argument(2, "start"), self.call.argument(3, "end")
+        step = self.call.argument(4, "step", 1)
+        return dim, slice(start, stop, step).indices(x.shape[dim])[0], step
+
+    def _on_other_dim(self, shard: Shard) -> Emit:
+        dim, _, _ = self._bounds()
+        if shard.dim == dim:
+            return lambda context, operands: operands[0]
+        return lambda context, operands: self.call.run(operands)
+
+
+def window(call: Call) -> Window:
+    """See :class:`Window`."""
+    return Window(call)
+
+
+@dataclass
+class Pad:
+    """constant_pad_nd: padding along the sequence renames positions and writes the value where nothing was."""
+
+    call: Call
+
+    @property
+    def linear(self) -> tuple[frozenset[int], ...]:
+        """A sum of padded terms is the padded sum only if the value is zero."""
+        return (frozenset({0}),) if self.call.argument(2, "value", 0) == 0 else ()
+
+    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+        """See :class:`spcompile.rules.base.Rule`."""
+        (x,), (out,) = self.call.operands, self.call.outputs
+        pads = list(self.call.args[1])
+        pads += [0] * (2 * x.dim() - len(pads))
+        left, right = pads[2 * (x.dim() - 1 - shard.dim) :][:2]
+        if (left or right) and shard.outer * shard.inner != 1:
+            return None
+        origin = shard.start if side == "out" else shard.start - left
+        before = shard.window(origin + left, x.shape[shard.dim]) if left or right else shard
+        after = shard.window(origin, out.shape[shard.dim]) if left or right else shard
+        return Split((before,), (after,), (None,), self._emit(before, left or right))
+
+    def _emit(self, before: Shard, moves: bool) -> Emit:
+        value = self.call.argument(2, "value", 0)
+        (x,) = self.call.operands
+        pads = list(self.call.args[1])
+        at = 2 * (x.dim() - 1 - before.dim)
+        others = [0 if at <= i < at + 2 else p for i, p in enumerate(pads)]
+
+        def emit(context: Context, operands: list[torch.Tensor]) -> torch.Tensor:
+            local = operands[0]
+            if moves:
+                local = context.where_valid(local, before, value)
+            return aten.constant_pad_nd.default(local, others, value) if any(others) else local
+
+        return emit
+
+
+def pad(call: Call) -> Pad:
+    """See :class:`Pad`."""
+    return Pad(call)
+
+
+@dataclass
+class SliceScatter:
+    """slice_scatter: ``source`` written over a slice of ``base``; along the sequence, chosen by position."""
+
+    call: Call
+    linear: tuple[frozenset[int], ...] = (frozenset({0, 1}),)
+
+    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+        """See :class:`spcompile.rules.base.Rule`."""
+        base, source = self.call.operands
+        dim = self.call.argument(2, "dim", 0) % base.dim()
+        start, stop = self.call.argument(3, "start"), self.call.argument(4, "end")
+        step = self.call.argument(5, "step", 1)
+        if shard.dim != dim or base.shape[dim] == source.shape[dim]:
+            return Split((shard, shard), (shard,), (None, None), lambda context, ops: self.call.run(ops))
+        if step != 1 or shard.outer * shard.inner != 1:
+            return None
+        start = slice(start, stop, step).indices(base.shape[dim])[0]
+        origin = shard.start - start if (side, index) == ("in", 1) else shard.start
+        whole = shard.window(origin, base.shape[dim])
+        part = shard.window(origin + start, source.shape[dim])
+        return Split((whole, part), (whole,), (None, None), lambda c, ops: c.where_valid(ops[1], part, ops[0]))
+
+
+def slice_scatter(call: Call) -> SliceScatter:
+    """See :class:`SliceScatter`."""
+    return SliceScatter(call)

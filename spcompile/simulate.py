@@ -1,0 +1,160 @@
+"""All ranks in one process: run a graph that was localized for P ranks as P ranks would, without any.
+
+Used by tests and for debugging. It is fx's own interpreter with a list of P values per node; where the graph has a
+collective, the P values are exchanged. (PyTorch's LocalTensorMode does the same through private API.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map
+
+from spcompile import _torch, collectives, frontend
+from spcompile.config import Config
+from spcompile.passes import shard_joint_graph
+
+__all__ = ["RanksDisagree", "simulated"]
+
+_c10d = torch.ops._c10d_functional
+_REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+    "product": torch.mul,
+}
+
+
+class RanksDisagree(AssertionError):
+    """A value that every rank must have alike differs between them."""
+
+
+class _Ranks(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, ranks: int) -> None:
+        super().__init__(module)
+        self.ranks = ranks
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op in ("placeholder", "output", "get_attr"):
+            if n.op == "output":
+                return super().run_node(n)
+            value = super().run_node(n)
+            return value if isinstance(value, _PerRank) else _PerRank([value] * self.ranks)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        exchange = _EXCHANGES.get(n.target)
+        if exchange is not None:
+            return exchange(*args, **kwargs)
+        results = []
+        for r in range(self.ranks):
+            collectives._simulated_rank.append(r)
+            try:
+                mine = tree_map(lambda x: x[r] if isinstance(x, _PerRank) else x, (args, kwargs), is_leaf=_is_per_rank)
+                results.append(n.target(*mine[0], **mine[1]))  # type: ignore[operator]
+            finally:
+                collectives._simulated_rank.pop()
+        return _PerRank(results)
+
+
+class _PerRank(list[Any]):
+    """One value per rank."""
+
+
+def _is_per_rank(x: Any) -> bool:
+    return isinstance(x, _PerRank)
+
+
+def _all_gather(x: _PerRank, size: int, name: str) -> _PerRank:
+    return _PerRank([torch.cat(list(x))] * size)
+
+
+def _all_reduce(x: _PerRank, op: str, name: str) -> _PerRank:
+    return _PerRank([reduce(_REDUCE[op], x)] * len(x))
+
+
+def _reduce_scatter(x: _PerRank, op: str, size: int, name: str) -> _PerRank:
+    return _PerRank(reduce(_REDUCE[op], x).chunk(size))
+
+
+_EXCHANGES: dict[Any, Callable[..., _PerRank]] = {
+    _c10d.all_gather_into_tensor.default: _all_gather,
+    _c10d.all_reduce.default: _all_reduce,
+    _c10d.reduce_scatter_tensor.default: _reduce_scatter,
+    _c10d.wait_tensor.default: lambda x: x,
+}
+
+
+def _agreed(value: Any) -> Any:
+    """Rank 0's value, once it is sure that all ranks have the same to the last bit (NaN equals NaN)."""
+    if not isinstance(value, _PerRank):
+        return value
+    first = value[0]
+    for r, other in enumerate(value[1:], 1):
+        if isinstance(first, Tensor) and not torch.equal(first.nan_to_num(), other.nan_to_num()):
+            raise RanksDisagree(f"rank {r} returns another tensor than rank 0: {first} and {other}")
+    return first
+
+
+def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
+    """A backend for ``torch.compile`` that runs the whole pipeline short of Inductor on simulated ranks.
+
+    The compiled module takes and gives what it would on each of ``ranks`` real ranks, and raises
+    :class:`RanksDisagree` if they would not agree.
+    """
+    config = Config.of(options)
+    group = collectives.Group(ranks, "simulated")
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
+        frontend.prepare(gm, config)
+        run = _AotRanks(group, config)
+        return _torch.aot_autograd(
+            fw_compiler=run.forward,
+            bw_compiler=run.backward,
+            inference_compiler=run.inference,
+            partition_fn=run.partition,
+            decompositions=_torch.select_decomp_table(),
+        )(gm, example_inputs)
+
+    return backend
+
+
+class _AotRanks:
+    """The compilers of one graph: tensors saved for the backward differ between ranks and travel stacked, [P, ...]."""
+
+    def __init__(self, group: collectives.Group, config: Config) -> None:
+        self.group, self.config = group, config
+        self.outputs = 0
+
+    def shard(self, gm: fx.GraphModule) -> None:
+        shard_joint_graph(gm.graph, self.group, self.config)
+        gm.recompile()
+
+    def partition(self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
+        self.shard(joint)
+        self.outputs = num_fwd_outputs
+        return _torch.min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
+
+    def forward(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            outputs = _Ranks(gm, self.group.size).run(*args)
+            user = [_agreed(x) for x in outputs[: self.outputs]]
+            return [*user, *(torch.stack(list(x)) for x in outputs[self.outputs :])]
+
+        return make_boxed_func(run)
+
+    def backward(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+
+        def run(*args: Any) -> Any:
+            mine = [x if "tangents" in n else _PerRank(x.unbind()) for n, x in zip(names, args, strict=True)]
+            return [_agreed(x) for x in _Ranks(gm, self.group.size).run(*mine)]
+
+        return make_boxed_func(run)
+
+    def inference(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        self.shard(gm)
+        return make_boxed_func(lambda *args: [_agreed(x) for x in _Ranks(gm, self.group.size).run(*args)])
