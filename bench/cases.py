@@ -54,7 +54,7 @@ class Case:
         module: to run on `inputs`, keyword arguments.
         direction: the gradient of the output that a backward starts from.
         leaves: the tensors whose gradients a backward yields, by name.
-        square_elements: elements of all T x T tensors that eager holds at once, (forward, forward+backward).
+        square_elements: elements of eager's T x T tensors at their most, (forward, forward+backward).
     """
 
     module: nn.Module
@@ -94,11 +94,11 @@ def model(length: int, dtype: torch.dtype = torch.float32, **overrides: Any) -> 
     """The tiny Linear-Llama3 in the pattern LLLN: ids in, the loss out."""
     torch.manual_seed(0)
     module = models.get("linear_llama3:tiny", **overrides)()
-    inputs = module.example_inputs(length)  # type: ignore[operator]
+    inputs = module.example_inputs(length)
     module = module.to(dtype)
-    # Each linear layer keeps its masked scores for the backward; one layer at a time holds two more copies.
-    square = module.config.heads * length**2  # type: ignore[union-attr, operator]
-    kept = module.config.kinds.count("L")  # type: ignore[union-attr, operator]
+    # Each linear layer keeps its masked scores for the backward; one layer at a time holds two more.
+    square = module.config.heads * length**2
+    kept = module.config.kinds.count("L")
     leaves = dict(module.named_parameters())
     return Case(module, inputs, torch.ones(()), leaves, (2 * square, (kept + 2) * square))
 
@@ -116,7 +116,7 @@ def reference(name: str, length: int, backward: bool) -> Results:
 def error(got: Results, want: Results) -> float:
     """The largest error of all results, each relative to its own largest entry.
 
-    A gradient that is 0 in truth has no relative error: at least 1e-6 of the largest of all counts as its size.
+    A gradient that is 0 in truth has no relative error: its size counts as at least 1e-6 of the largest.
     """
     assert got.keys() == want.keys(), f"{got.keys() ^ want.keys()}"
     sizes = {name: value.abs().max().item() for name, value in want.items()}

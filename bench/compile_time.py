@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.growth import ALONE, INDUCTOR, PAIR, Variant
-from bench.launch import WorkerError, launch
+from bench.launch import WorkerError, launch, reason
 from bench.options import Options, Row, Table
 
 
@@ -33,7 +33,7 @@ class CompileTime:
                 got = launch("bench.compile_worker", work, variant.ranks, options.threads, env=cold)
             except WorkerError as error:
                 options.log(str(error))
-                return row | {"note": "failed: " + (str(error).strip().splitlines() or ["?"])[-1][:80]}
+                return row | {"note": "failed: " + reason(error)[:80]}
         slowest = max(got, key=lambda rank: rank["compile"])
         ours = sum(slowest["passes"].values())
         parts = {f"pass {name}": seconds for name, seconds in slowest["passes"].items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench import cases
-from bench.launch import WorkerError, launch
+from bench.launch import WorkerError, launch, reason
 from bench.options import Options, Row, Table
 
 MODES = {"forward": False, "forward+backward": True}
@@ -69,7 +69,7 @@ class Growth:
             got = launch("bench.worker", work, variant.ranks, options.threads)
         except WorkerError as error:
             options.log(str(error))
-            return row | {"note": "failed: " + (str(error).strip().splitlines() or ["?"])[-1][:80]}
+            return row | {"note": "failed: " + reason(error)[:80]}
         return row | summary(got)
 
     def square_bytes(self, length: int, backward: bool) -> int:

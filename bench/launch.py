@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 MARK = "@report "  # begins a report; other lines that a worker prints are nobody's business
@@ -125,7 +126,7 @@ def collect(
     inbox: queue.Queue[tuple[int, Report]],
     on_report: Callable[[int, Report], None],
     timeout: float,
-    logs: list[TextIO],
+    logs: Sequence[TextIO],
 ) -> dict[int, Report]:
     """Pass reports on until every worker has ended well; raise at the first that has not."""
     deadline = time.monotonic() + timeout
@@ -150,6 +151,15 @@ def collect(
         if rank not in last:
             raise WorkerError(f"rank {rank} reported nothing\n{tail(logs[rank])}")
     return last
+
+
+def reason(error: WorkerError) -> str:
+    """The line of a worker's traceback that names the exception."""
+    lines = str(error).splitlines()
+    named = [
+        line for line in lines if re.match(r"[\w.]*(Error|Exception|Unsupported|Exit|Interrupt)\b", line)
+    ]
+    return (named or lines)[-1]
 
 
 def tail(log: TextIO, lines: int = 30) -> str:

@@ -24,7 +24,8 @@ def machine() -> str:
         if line.startswith("MemTotal"):
             memory = f", {int(line.split()[1]) / 2**20:.0f} GiB"
     system = f"{platform.system()} {platform.machine()}"
-    return f"{cpu}, {cores()} cores{memory}, {system}, Python {platform.python_version()}, torch {torch.__version__}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{cpu}, {cores()} cores{memory}, {system}, {versions}"
 
 
 def _lines(path: str) -> list[str]:
@@ -43,7 +44,7 @@ def available_bytes() -> int | None:
 
 
 def save_csv(path: Path, rows: list[Row], header: list[str]) -> None:
-    """The rows under `header`, whose lines begin with #; a measurement that lacks a column leaves it empty."""
+    """The rows under `header`, whose lines begin with #; a row that lacks a column leaves it empty."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with path.open("w", newline="") as file:
         file.writelines(f"# {line}\n" for line in header)

@@ -15,7 +15,7 @@ from bench import cases
 from bench.launch import report, task
 from bench.memory import peak_growth
 
-# Float32 against float32: sums of up to 32 K terms in another order, through several layers and their gradients.
+# Float32 against float32: sums of up to 32 K terms in another order, through layers and their gradients.
 TOLERANCE = 1e-4
 
 
@@ -33,8 +33,8 @@ def measure(work: dict[str, Any]) -> dict[str, Any]:
     """Compile, check, then take the memory of one run and the times of many.
 
     Returns:
-        error, first (seconds of the first call, which compiles), seconds (median), repeats and bytes (peak growth
-        over what the process held before); with an error above tolerance nothing is measured.
+        error, first (seconds of the first call, which compiles), seconds (median), repeats and bytes (peak
+        growth over what the process held before); with an error above tolerance nothing is measured.
     """
     case = cases.CASES[work["case"]](work["length"])
     backward = work["backward"]

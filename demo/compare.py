@@ -9,8 +9,8 @@ from pathlib import Path
 # the 1.2e-7 relative rounding of float32.
 FIRST = 2e-6
 
-# Each optimizer step then feeds that rounding back into the weights. Unsharded Inductor, whose only difference
-# from eager is rounding too, was 3e-6 away after 80 steps; one wrong token in 2048 is about 1e-3 away.
+# Each optimizer step then feeds that rounding back into the weights. Unsharded Inductor, which differs from
+# eager in rounding alone, was 3e-6 away after 80 steps; one wrong token in 2048 is about 1e-3 away.
 ALL = 5e-5
 
 

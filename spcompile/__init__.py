@@ -1,0 +1,17 @@
+"""Sequence parallelism that nobody has to write: ``torch.compile(model, backend="spcompile")``."""
+
+from __future__ import annotations
+
+from spcompile.errors import SpcompileError
+
+__all__ = ["SpcompileError", "explain"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    # Imported on first use: looking the backend up must not cost anybody the import of Inductor.
+    if name == "explain":
+        from spcompile.explain import explain
+
+        return explain
+    raise AttributeError(f"module 'spcompile' has no attribute {name!r}")

@@ -1,13 +1,34 @@
-"""What happens to Dynamo's graph before autograd: attention is recognized."""
+"""What happens to Dynamo's graph before autograd: attention is recognized, and the user's hints are found in it."""
 
 from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
 from spcompile.config import Config
+from spcompile.passes.recognize import recognize
 
-__all__ = ["prepare"]
+__all__ = ["Frontend", "prepare"]
 
 
-def prepare(gm: fx.GraphModule, config: Config) -> list:
-    return []
+@dataclass
+class Frontend:
+    """The attention sites seen, and the sequence dims hinted by the name of the joint graph's placeholder."""
+
+    sites: list[Any] = field(default_factory=list)
+    hints: dict[str, int] = field(default_factory=dict)
+
+
+def prepare(gm: fx.GraphModule, config: Config) -> Frontend:
+    """Edit Dynamo's graph in place."""
+    sites = recognize(gm) if config.recognize else []
+    hints: dict[str, int] = {}
+    for index, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
+        for name, dim in config.sequence_dims.items():
+            # Dynamo names the argument x of forward L_x_, and an entry of **kwargs L_kwargs_x_.
+            if re.fullmatch(rf"[Ll]_(kwargs_)?{re.escape(name)}_", node.name):
+                hints[f"primals_{index + 1}"] = dim
+    return Frontend(sites, hints)

@@ -7,11 +7,12 @@ one whenever a consumer asks, in the version that it asks for. Old nodes are era
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy
 
 from spcompile import collectives
 from spcompile.config import Config
@@ -22,7 +23,7 @@ from spcompile.placement import Partial, Placement, Replicate, Shard
 from spcompile.rules.base import Context
 from spcompile.rules.creation import DRAW_STRIDE, shared_seed
 
-__all__ = ["GatherNote", "Localizer"]
+__all__ = ["GatherNote", "Localizer", "source_line"]
 
 # Gradients are all-reduced together in buckets of about this many bytes, as DistributedDataParallel does.
 BUCKET_BYTES = 25 * 2**20
@@ -31,10 +32,28 @@ BUCKET_BYTES = 25 * 2**20
 class _GraphContext(Context):
     """A context whose tensors are emitted into a graph."""
 
-    def __init__(self, group: collectives.Group, emitter: Emitter) -> None:
-        super().__init__(group)
-        self.emitter = emitter
+    def __init__(self, group: collectives.Group, emitter: Emitter, config: Config) -> None:
+        super().__init__(group, config.linear, config.softmax)
+        self.emitter, self.config = emitter, config
         self._draws = 0
+
+    def keep(self, state: Tensor) -> Tensor:
+        node = self.emitter.node_of(state)
+        if "recompute" in node.meta:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        return state
+
+    def gathered(self, keys: Tensor | None) -> Tensor | None:
+        if keys is not None and self.config.regather:
+            # The chain from this rank's keys on, not the gather alone: whatever of it is left untagged is saved.
+            chain = [self.emitter.node_of(keys)]
+            while chain:
+                node = chain.pop()
+                node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+                node.meta.setdefault("ac_graph_id", 0)
+                if node.target is not torch.ops._c10d_functional.all_gather_into_tensor.default:
+                    chain += node.all_input_nodes
+        return keys
 
     def cached(self, key: Any, compute: Any) -> Tensor:
         # Shared by nodes of several regions, so it must not carry the tags of the first that asks.
@@ -50,8 +69,14 @@ class _GraphContext(Context):
             return shared + (self._draws * DRAW_STRIDE) % 2**62
 
 
-class GatherNote(tuple[str, str, str, int]):
-    """One gather that a missing rule forced: (node, operator, reason, bytes gathered)."""
+class GatherNote(NamedTuple):
+    """One gather that a missing rule forced."""
+
+    node: str
+    op: str
+    reason: str
+    bytes: int
+    source: str
 
 
 class Localizer:
@@ -61,7 +86,7 @@ class Localizer:
         self, graph: fx.Graph, plan: Plan, group: collectives.Group, emitter: Emitter, config: Config
     ) -> None:
         self.graph, self.plan, self.emitter = graph, plan, emitter
-        self.context = _GraphContext(group, emitter)
+        self.context = _GraphContext(group, emitter, config)
         self.nan_padding = config.nan_padding
         self.versions: dict[tuple[Value, Placement, float | None], Tensor] = {}
         self.gathers: list[GatherNote] = []
@@ -228,7 +253,7 @@ class Localizer:
             if isinstance(self.plan.natural(value), Shard):
                 x = self._global(value)
                 size = math.prod(int(s) for s in x.shape) * x.dtype.itemsize
-                self.gathers.append(GatherNote((node.name, str(node.target), step.gathers, size)))
+                self.gathers.append(GatherNote(node.name, str(node.target), step.gathers, size, source_line(node)))
 
     # ---------------------------------------------------------------------------------- inputs and outputs
 
@@ -287,6 +312,16 @@ class Localizer:
         order = sorted(range(local.dim()), key=lambda d: strides[d], reverse=True)
         back = [order.index(d) for d in range(local.dim())]
         return self._run(node, lambda: local.permute(order).contiguous().permute(back))
+
+
+def source_line(node: fx.Node) -> str:
+    """The user's line that ``node`` comes from: "file:line in function: code"."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
+    places = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    if not places:
+        return "no source line"
+    code = lines[places[-1] + 1] if places[-1] + 1 < len(lines) else ""
+    return f"{lines[places[-1]].removeprefix('File ')}: {code}"
 
 
 def _depends_on_tangents(nodes: list[fx.Node]) -> set[fx.Node]:

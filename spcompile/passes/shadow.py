@@ -110,6 +110,8 @@ class Shadow:
     """The trace of one Dynamo graph and of the graphs nested in it."""
 
     gm: fx.GraphModule
+    mode: Any
+    """Dynamo's fake mode."""
     records: dict[fx.Node, Record]
     values: list[Value]
     scopes: list[fx.GraphModule]
@@ -167,7 +169,7 @@ def trace(gm: fx.GraphModule) -> Shadow | None:
                 builder.alias_inputs(e, f)
         with torch.enable_grad():
             make_fx(builder.run, tracing_mode="real", pre_dispatch=True)(*fakes)
-    return builder.finish()
+    return builder.finish(mode)
 
 
 def _static(example: Any) -> Any:
@@ -342,7 +344,7 @@ class _Builder:
 
     # ---- the end
 
-    def finish(self) -> Shadow:
+    def finish(self, mode: Any) -> Shadow:
         scopes = [g for g, runs in self.scope_runs.items() if runs == 1]
         inputs = {self.storages._find(s) for s in self.input_storage.values()}
         self.roots += [v for s, v in self.written_values if self.storages._find(s) in inputs]
@@ -352,7 +354,7 @@ class _Builder:
             writes.setdefault(self.storages._find(s), []).extend(ws)
         for r in self.records.values():
             r.storages = tuple(self.storages._find(s) for s in r.storages)
-        return Shadow(self.gm, self.records, self.values, scopes, writes, self.value_of)
+        return Shadow(self.gm, mode, self.records, self.values, scopes, writes, self.value_of)
 
 
 class _Interpreter(fx.Interpreter):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from spcompile.rules import contractions, creation, indexing, pointwise, reductions, views
+from spcompile.rules import attention, contractions, creation, indexing, pointwise, reductions, views
 from spcompile.rules.base import Call, Context, Factors, Rule, Split, parse
 
 __all__ = ["COMMITS", "PULLED", "RULES", "Call", "Context", "Factors", "Rule", "Split", "rule_for"]
@@ -60,6 +60,7 @@ RULES: dict[Any, str | Callable[[Call], Rule]] = {
     prims.iota.default: creation.iota,
     aten.rand.default: creation.random("rand"),
     aten.randn.default: creation.random("randn"),
+    **attention.RULES,
 }
 
 # Same entries under other dims: pulled by each consumer in the placement that it needs, so that a gather happens at
@@ -88,6 +89,7 @@ PULLED = frozenset(
 # is an input of the graph.
 COMMITS = frozenset(
     {
+        *attention.RULES,
         *contractions.CONTRACTIONS,
         aten.addmm.default,
         aten.baddbmm.default,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
+import spcompile.attention  # noqa: F401  (registers the operators)
 from spcompile.collectives import Sequence
 from spcompile.placement import Partial, Placement, Replicate, Shard
 from spcompile.rules.base import Call, Context, Emit, Side, Split
@@ -128,11 +128,14 @@ class SoftmaxAttention:
             mask = operands[roles.index("mask")] if "mask" in roles else None
             plain = [x for x, r in zip(operands, roles, strict=True) if r != "mask"]
             keys = plain[2:4] if self.backward else plain[1:3]
-            gathered = context.gathered_keys(keys[0], keys[1], options["kv_sequence"])
+            key = ("kv", *map(id, keys), options["kv_sequence"])
             if not self.backward:
-                return context.softmax.softmax_forward(*plain, mask, kv=gathered, **options)
+                out, lse, gathered = context.softmax.softmax_forward(*plain, mask, **options)
+                context.stash[key] = context.gathered(gathered)
+                return out, lse
             grad, q, k, v, out, lse = plain
-            return context.softmax.softmax_backward(grad, q, k, v, mask, out, lse, kv=gathered, **options)
+            kv = context.stash.get(key)
+            return context.softmax.softmax_backward(grad, q, k, v, mask, out, lse, kv=kv, **options)
 
         return emit
 

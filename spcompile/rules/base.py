@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from spcompile import collectives
 from spcompile.placement import Partial, Placement, Replicate, Shard
+from spcompile.strategies import LINEAR, SOFTMAX
 
 __all__ = ["Call", "Context", "Emit", "Factors", "Rule", "Side", "Split", "along", "parse"]
 
@@ -51,11 +52,26 @@ class Call:
 
 
 class Context:
-    """What an emission may ask about the ranks; tensors it returns are computed once per graph."""
+    """What an emission may ask about the ranks; tensors it returns are computed once per graph.
 
-    def __init__(self, group: collectives.Group) -> None:
+    ``linear`` and ``softmax`` are the strategies by which attention crosses ranks. ``stash`` is where a forward leaves
+    for its backward what it has gathered.
+    """
+
+    def __init__(self, group: collectives.Group, linear: str = "auto", softmax: str = "auto") -> None:
         self.group = group
+        self.linear = LINEAR["allgather" if linear == "auto" else linear]
+        self.softmax = SOFTMAX["allgather" if softmax == "auto" else softmax]
+        self.stash: dict[Any, Tensor | None] = {}
         self._cache: dict[Any, Tensor] = {}
+
+    def keep(self, state: Tensor) -> Tensor:
+        """A small result of a collective: to be saved for the backward, also where the rest is recomputed."""
+        return state
+
+    def gathered(self, keys: Tensor | None) -> Tensor | None:
+        """All ranks' keys and values: to be saved for the backward, or gathered again in it."""
+        return keys
 
     def cached(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
         """``compute()`` the first time that ``key`` is asked for."""

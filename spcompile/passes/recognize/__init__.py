@@ -1,0 +1,68 @@
+"""Find attention in Dynamo's graph and put one of our ops in its place.
+
+Recognition is only speed: whatever is in doubt is left as it is, with a `Site` that says why. The graph is analysed on
+its shadow (`passes/shadow.py`) and edited itself.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from spcompile.passes.recognize import linear, softmax
+from spcompile.passes.recognize.common import Site, source_of
+from spcompile.passes.recognize.edit import Editor, Refused
+from spcompile.passes.recognize.masks import Prover
+from spcompile.passes.shadow import Shadow, Value, trace
+
+__all__ = ["Site", "recognize"]
+
+
+def recognize(gm: fx.GraphModule, *, enabled: bool = True) -> list[Site]:
+    """Rewrite the attention in Dynamo's `gm`, and in graphs nested in it, in place.
+
+    Args:
+        gm: Dynamo's forward graph; placeholders carry `example_value`.
+        enabled: False leaves the graph alone (and returns no sites).
+    Returns:
+        One Site for every attention that was seen, rewritten or not, in order of execution.
+    """
+    if not enabled:
+        return []
+    shadow = trace(gm)
+    if shadow is None:
+        return []
+    editor, prover = Editor(shadow), Prover()
+    sites = _softmax(shadow, editor, prover)
+    sites += linear.recognize(shadow, editor, prover)
+    _clean(shadow, editor)
+    return [site for _, site in sorted(sites, key=lambda s: s[0])]
+
+
+def _softmax(shadow: Shadow, editor: Editor, prover: Prover) -> list[tuple[int, Site]]:
+    sites = []
+    for v in [v for v in shadow.values if v.live and v.node is not None]:
+        found = softmax.match(v)
+        if found is not None:
+            sites.append((v.time, _rewrite(found, editor, prover)))
+    return sites
+
+
+def _rewrite(found: softmax.Found, editor: Editor, prover: Prover) -> Site:
+    node = found.terminal.node
+    assert node is not None
+    source, name = source_of(node), node.name
+    try:
+        call, mask = softmax.rewrite(found, editor, prover)
+    except Refused as why:
+        return Site("softmax", "unknown", False, str(why), source, name)
+    return Site("softmax", mask, True, "", source, call.name)
+
+
+def _clean(shadow: Shadow, editor: Editor) -> None:
+    """Drop what the new ops made dead, and recompile the graphs."""
+    for scope in shadow.scopes:
+        nodes = [n for n in scope.graph.nodes if n in shadow.records]
+        results = {n: shadow.records[n].result for n in nodes}
+        editor.erase([n for n in nodes if isinstance(results[n], Value) and results[n].live])
+        scope.graph.lint()
+        scope.recompile()

@@ -151,7 +151,7 @@ class Editor:
     # ---- emitting
 
     def writer(self, before: fx.Node) -> Writer:
-        return Writer(before)
+        return Writer(before, self.shadow.mode)
 
     def replace(self, node: fx.Node, by: fx.Node) -> None:
         """Let `by` stand for `node`, in the graph and as the holder of its value."""
@@ -179,8 +179,9 @@ class Editor:
 class Writer:
     """Emits torch calls before one node, for which they stand."""
 
-    def __init__(self, before: fx.Node) -> None:
+    def __init__(self, before: fx.Node, mode: Any) -> None:
         self.before = before
+        self.mode = mode
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         graph = self.before.graph
@@ -189,10 +190,7 @@ class Writer:
         keep = ("stack_trace", "nn_module_stack", "source_fn_stack")
         node.meta = {k: self.before.meta[k] for k in keep if k in self.before.meta}
         values, named = fx.map_arg((args, kwargs), lambda n: n.meta["example_value"])
-        mode = next(n for n in node.all_input_nodes if hasattr(n.meta["example_value"], "fake_mode")) if (
-            node.all_input_nodes
-        ) else self.before
-        with mode.meta["example_value"].fake_mode:
+        with self.mode:
             node.meta["example_value"] = function(*values, **named)
         return node
 

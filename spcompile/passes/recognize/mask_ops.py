@@ -24,20 +24,18 @@ _TOO_LARGE = 64  # leaves of a Choice: more than any hand-written mask has
 
 
 def evaluate(v: Value, memo: Memo) -> Function:
-    """The symbolic function of `v`, memoised per Value and index."""
+    """The symbolic function of `v`, memoised per Value; its results, per index, in the Context."""
     if v not in memo:
         memo[v] = _remember(v, _build(v, memo))
     return memo[v]  # type: ignore[return-value]
 
 
 def _remember(v: Value, f: Function) -> Function:
-    seen: dict[tuple, object] = {}
-
     def call(ctx: Context, index: Index) -> object:
-        key = (id(ctx), index)
-        if key not in seen:
-            seen[key] = _kept(ctx, v, index, f(ctx, index))
-        return seen[key]
+        key = (v, index)
+        if key not in ctx.known:
+            ctx.known[key] = _kept(ctx, v, index, f(ctx, index))
+        return ctx.known[key]
 
     return call
 
@@ -362,6 +360,36 @@ def _gather(v: Value, memo: Memo) -> Function | None:
     return g
 
 
+def _joined(ctx: Context, parts: list[Value], memo: Memo, d: int, index: Index) -> object:
+    """The entry of `cat(parts, d)` at `index`."""
+    before = sum(p.shape[d] for p in parts[:-1])
+    at = (*index[:d], sympy.expand(index[d] - before), *index[d + 1 :])
+    here = evaluate(parts[-1], memo)(ctx, at)
+    if len(parts) == 1:
+        return here
+    return _where(ctx, ctx.at_least_zero(at[d]), here, _joined(ctx, parts[:-1], memo, d, index))
+
+
+def _cat(v: Value, memo: Memo) -> Function:
+    parts, d = list(v.args["tensors"]), v.args.get("dim", 0) % len(v.shape)
+    return lambda ctx, index: _joined(ctx, parts, memo, d, index)
+
+
+def _diff(v: Value, memo: Memo) -> Function | None:
+    """y_t = x_{t+1} - x_t, of x between what is prepended and appended."""
+    if v.args.get("n", 1) != 1 or v.dtype == torch.bool:
+        return None
+    parts = [p for p in (v.args.get("prepend"), v.args["self"], v.args.get("append")) if p is not None]
+    d = v.args.get("dim", -1) % len(v.shape)
+
+    def f(ctx: Context, index: Index) -> object:
+        after = (*index[:d], index[d] + 1, *index[d + 1 :])
+        ends = [as_number(_joined(ctx, parts, memo, d, i)) for i in (after, index)]
+        return lift(lambda a, b: sympy.expand(a - b), *ends)
+
+    return f
+
+
 _SAME = _elementwise(lambda ctx, x: x, "self")
 _AND, _OR, _XOR = _bitwise(sympy.And), _bitwise(sympy.Or), _bitwise(sympy.Xor)
 _OPS: dict[str, Callable[[Value, Memo], Function | None]] = {
@@ -383,6 +411,8 @@ _OPS: dict[str, Callable[[Value, Memo], Function | None]] = {
     "select": _reindex(_select),
     "flip": _reindex(_flip),
     "index": _gather,
+    "cat": _cat,
+    "diff": _diff,
     **dict.fromkeys(("add",), _elementwise(_arithmetic(lambda a, b: a + b), "self", "other")),
     **dict.fromkeys(("sub", "subtract"), _elementwise(_arithmetic(lambda a, b: a - b), "self", "other")),
     "rsub": _elementwise(_arithmetic(lambda a, b: b - a), "self", "other"),

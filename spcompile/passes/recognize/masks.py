@@ -47,6 +47,8 @@ class Context:
     def __init__(self) -> None:
         self.ranges: dict[sympy.Symbol, tuple[float, float]] = {}
         self.atoms: dict[sympy.Symbol, sympy.Expr] = {}
+        self.known: dict[object, object] = {}
+        """What has been evaluated: by (Value, index)."""
         self._interned: dict[object, sympy.Symbol] = {}
         self.i = self.index(1)
         self.j = self.index(1)
@@ -168,16 +170,25 @@ def lift(f, *xs: object) -> object:
 class Prover:
     """Evaluates masks of one shadow; keeps what it has evaluated."""
 
-    evaluated: dict[Value, object] = field(default_factory=dict)
+    functions: dict[Value, object] = field(default_factory=dict)
+    proved: dict[tuple, Pieces | None] = field(default_factory=dict)
 
     def pieces(self, value: Value, dims: Dims, rows: Atom, cols: Atom) -> Pieces | None:
         """`value`, whose dims are named, as a function of i - j (rows i, columns j); None if that isn't proved."""
+        numbers = {rows: 0, cols: 1}
+        key = (value, *(tuple((numbers.setdefault(a, len(numbers)), a.size) for a in resolve(d)) for d in dims))
+        key += (rows.size, cols.size)
+        if key not in self.proved:
+            self.proved[key] = self._prove(value, dims, rows, cols)
+        return self.proved[key]
+
+    def _prove(self, value: Value, dims: Dims, rows: Atom, cols: Atom) -> Pieces | None:
         from spcompile.passes.recognize.mask_ops import evaluate
 
         ctx = Context()
         ctx.ranges[ctx.i], ctx.ranges[ctx.j] = (0, rows.size - 1), (0, cols.size - 1)
         index = indices(ctx, dims, {rows: ctx.i, cols: ctx.j})
-        expr = evaluate(value, self.evaluated)(ctx, index)
+        expr = evaluate(value, self.functions)(ctx, index)
         return settle(ctx, expr, rows.size, cols.size)
 
     def triangle(self, rows: Atom, cols: Atom, lower: bool, diagonal: int) -> Pieces:

@@ -1,0 +1,123 @@
+"""The backend: ``torch.compile(model, backend="spcompile")`` comes here with Dynamo's graph."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from spcompile import _torch
+from spcompile.collectives import Group
+from spcompile.config import Config
+from spcompile.errors import SpcompileError
+from spcompile.frontend import prepare
+from spcompile.groups import agree, fingerprint, sequence_group
+from spcompile.passes import shard_joint_graph
+from spcompile.passes.overlap import order_waits
+from spcompile.report import RECORDS, Record
+
+__all__ = ["ForcedGather", "spcompile"]
+
+
+class ForcedGather(UserWarning):
+    """An operator that no rule covers was computed whole on every rank: right, but slower."""
+
+
+def spcompile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile Dynamo's graph to run sharded along the sequence; see :class:`spcompile.config.Config` for options.
+
+    Raises:
+        SpcompileError: bad options, no process group, ranks that disagree; always before a collective of the model.
+    """
+    config = Config.of(options)
+    group = sequence_group(config)
+    record = Record(group)
+    with record.timed("recognize"):
+        frontend = prepare(gm, config)
+    record.sites = frontend.sites
+    shapes = [(tuple(map(int, x.shape)), str(x.dtype)) for x in example_inputs if isinstance(x, torch.Tensor)]
+    key = fingerprint(gm.code, shapes, config.key(), source_hash(), torch.__version__)
+    agree(group, key, f"a graph of {len(gm.graph.nodes)} nodes for inputs {_brief(shapes)}")
+    RECORDS.append(record)
+    patches = {
+        "joint_custom_pre_pass": JointPass(group, config, frontend.hints, record),
+        "post_grad_custom_post_pass": WaitPass(),
+    }
+    compiled = _torch.compile_fx(gm, example_inputs, config_patches=patches)
+    if group.size == 1:
+        return compiled
+
+    @functools.wraps(compiled)
+    def checked(*args: Any) -> Any:
+        agree(group, key, f"the graph compiled for inputs {_brief(shapes)}")
+        return compiled(*args)
+
+    # AOTAutograd's callable takes its inputs as a list if it says so; the wrapper must say the same.
+    for name in ("_boxed_call",):
+        if hasattr(compiled, name):
+            setattr(checked, name, getattr(compiled, name))
+    return checked
+
+
+def _brief(shapes: list[Any]) -> str:
+    return ", ".join(f"{dtype.removeprefix('torch.')}{list(shape)}" for shape, dtype in shapes[-4:])
+
+
+@functools.cache
+def source_hash() -> str:
+    """A hash of spcompile's sources: Inductor's cache must not serve a graph that other passes wrote."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+class JointPass(_torch.CustomGraphPass):
+    """Inductor's hook on the joint graph."""
+
+    def __init__(self, group: Group, config: Config, hints: Mapping[str, int], record: Record) -> None:
+        self.group, self.config, self.hints, self.record = group, config, hints, record
+
+    def __call__(self, graph: fx.Graph) -> None:
+        with self.record.timed("shard"):
+            localizer = shard_joint_graph(graph, self.group, self.config, self.hints)
+        self.record.gathers += localizer.gathers
+        tell_gathers(localizer.gathers, self.config)
+
+    def uuid(self) -> Any:
+        return (source_hash(), self.config.key(), repr(self.group), repr(self.hints))
+
+
+class WaitPass(_torch.CustomGraphPass):
+    """Inductor's hook after its own passes on the forward, and later the backward, graph."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        order_waits(graph)
+
+    def uuid(self) -> Any:
+        return source_hash()
+
+
+def tell_gathers(gathers: Sequence[Any], config: Config) -> None:
+    """Say which operators were computed whole, as the option ``on_gather`` wants it.
+
+    Raises:
+        SpcompileError: under ``on_gather="error"``.
+    """
+    if not gathers or config.on_gather == "ignore":
+        return
+    lines = [f"  {g.node} ({g.op}): {g.reason}; {g.bytes:,} bytes gathered; {g.source}" for g in gathers]
+    text = "computed whole on every rank, because they cannot be sharded:\n" + "\n".join(lines)
+    if config.on_gather == "error":
+        raise SpcompileError(
+            f"{text}\nRemedy: on_gather='warn' accepts this (right, slower); docs/adding.md says how to add a rule."
+        )
+    warnings.warn(f"spcompile: {text}", ForcedGather, stacklevel=2)

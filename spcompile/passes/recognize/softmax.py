@@ -1,0 +1,379 @@
+"""Softmax attention, by dataflow: a contraction with values whose other operand is a softmax of scaled, masked scores.
+
+    logits = c (q . k) + biases, with entries filled where a mask says       out = softmax(logits over keys) v
+
+`match` follows the probabilities back to the contraction of queries and keys, naming dims on the way, or reads a call
+of `scaled_dot_product_attention`. `rewrite` proves what it can of the masks, and emits the op; masks that are not
+proved stay data.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from spcompile.passes.recognize import masks
+from spcompile.passes.recognize.common import check_one_place, check_private
+from spcompile.passes.recognize.dims import Atom, Dims, align, atoms_of, name_dims, resolve
+from spcompile.passes.recognize.edit import Editor, Operand, Refused, Writer
+from spcompile.passes.recognize.products import Factor, peel, product_of, scalar, scaled
+from spcompile.passes.shadow import Value
+
+NEVER = -1e9  # a filled score at or below this has weight zero in a row that keeps a key (see `_is_never`)
+
+
+@dataclass
+class Step:
+    """What happens to the scores, in order from the raw ones outward."""
+
+    kind: str
+    """"scale", "bias" or "fill"."""
+    number: float = 1.0
+    """The factor; the bias's sign; the value that is filled in."""
+    value: Value | None = None
+    dims: Dims = ()
+    keep: bool = False
+    """Of a fill: whether the mask says where to keep (or where to fill)."""
+
+
+@dataclass
+class Found:
+    """A softmax attention, before anything is decided about its dims."""
+
+    terminal: Value
+    out: Dims
+    q: Factor
+    k: Factor
+    v: Factor
+    keys: Atom
+    contracted: tuple[Atom, ...]
+    steps: list[Step]
+    dtype: torch.dtype | None
+    interior: list[Value] = field(default_factory=list)
+    """Everything from the scores to the probabilities."""
+    causal: bool = False
+    dropout: bool = False
+
+
+# ---------------------------------------------------------------- finding
+
+
+def match(v: Value) -> Found | None:
+    """Read `v` as the result of a softmax attention."""
+    if v.name == "scaled_dot_product_attention":
+        return _match_call(v)
+    out = name_dims(v.shape)
+    term = product_of(v, out)
+    if term is None or len(term.factors) != 2 or len(resolve(term.summed)) != 1:
+        return None
+    for p, other in (term.factors, term.factors[::-1]):
+        found = _match_probabilities(v, out, p, other, resolve(term.summed)[0])
+        if found is not None:
+            found.interior += [f.value for f in term.path]
+            return found
+    return None
+
+
+def _match_probabilities(v: Value, out: Dims, p: Factor, values: Factor, keys: Atom) -> Found | None:
+    at, dims, path = peel(p.value, p.dims)
+    dropout = at.name == "dropout"
+    if dropout:
+        path.append(Factor(at, dims))
+        at, dims, more = peel(at.args["input"], dims)
+        path += more
+    if at.name != "softmax" or keys not in values.atoms:
+        return None
+    logits = at.args.get("self", at.args.get("input"))
+    if resolve(dims[at.args["dim"]]) != resolve((keys,)):
+        return None
+    found = _match_logits(logits, dims)
+    if found is None:
+        return None
+    product, steps, walked = found
+    q, k = product.factors
+    keys_now = resolve((keys,))
+    if len(keys_now) != 1:
+        return None
+    if keys_now[0] in q.atoms:
+        q, k = k, q
+    if keys_now[0] in q.atoms or keys_now[0] not in k.atoms:
+        return None
+    interior = [f.value for f in path] + [at] + walked
+    return Found(v, out, q, k, values, keys_now[0], resolve(product.summed), steps, walked[-1].dtype, interior, dropout=dropout)
+
+
+def _match_logits(v: Value, dims: Dims) -> tuple | None:
+    """Back from the logits to the contraction of q and k: (its Term, the steps in order, the Values walked)."""
+    v, dims, path = peel(v, dims)
+    walked = [f.value for f in path] + [v]
+    if v.name == "baddbmm":
+        return _match_baddbmm(v, dims, walked)
+    product = product_of(v, dims) if v.name != "sum" else None
+    if product is not None:
+        return (product, [], walked) if len(product.factors) == 2 else None
+    for source, step in _steps_back(v, dims):
+        deeper = _match_logits(source, dims)
+        if deeper is not None:
+            return deeper[0], [*deeper[1], step], walked + deeper[2]
+    return None
+
+
+def _match_baddbmm(v: Value, dims: Dims, walked: list[Value]) -> tuple | None:
+    pure = Value("bmm", {"self": v.args["batch1"], "mat2": v.args["batch2"]}, v.shape, v.dtype)
+    product = product_of(pure, dims)
+    if product is None:
+        return None
+    steps = [Step("scale", float(v.args.get("alpha", 1)))]
+    bias, beta = v.args["self"], float(v.args.get("beta", 1))
+    if beta != 0:
+        steps.append(Step("bias", beta, bias, align(dims, bias.shape)))
+    return product, steps, walked
+
+
+def _steps_back(v: Value, dims: Dims) -> list[tuple[Value, Step]]:
+    """The ways to read `v` as a step on scores: (the scores, the step)."""
+    sc = scaled(v)
+    if sc is not None:
+        return [(sc[0], Step("scale", sc[1]))]
+    a, b = v.args.get("self"), v.args.get("other")
+    if v.name == "masked_fill":
+        m, fill = v.args["mask"], scalar(v.args["value"])
+        return [(a, Step("fill", fill, m, align(dims, m.shape)))] if fill is not None and a.shape == v.shape else []
+    if v.name == "where" and v.overload != "default":
+        m = v.args["condition"]
+        fills = [(x, scalar(y), keep) for x, y, keep in ((a, b, True), (b, a, False))]
+        return [
+            (x, Step("fill", fill, m, align(dims, m.shape), keep))
+            for x, fill, keep in fills
+            if fill is not None and isinstance(x, Value) and x.shape == v.shape
+        ]
+    if v.name in ("add", "sub") and v.args.get("alpha", 1) == 1 and isinstance(a, Value) and isinstance(b, Value):
+        sign = 1.0 if v.name == "add" else -1.0
+        ways = [(a, Step("bias", sign, b, align(dims, b.shape)))]
+        if v.name == "add":
+            ways.append((b, Step("bias", 1.0, a, align(dims, a.shape))))
+        return [(x, s) for x, s in ways if x.shape == v.shape]
+    return []
+
+
+def _match_call(v: Value) -> Found | None:
+    """A call of scaled_dot_product_attention: its dims are what its documentation says."""
+    q, k, val, mask = v.args["query"], v.args["key"], v.args["value"], v.args.get("attn_mask")
+    if len(q.shape) < 2 or len(v.shape) != len(q.shape):
+        return None
+    out = name_dims(v.shape)
+    keys, features = name_dims(k.shape[-2:-1])[0], name_dims(q.shape[-1:])[0]
+    if len(keys) != 1:
+        return None
+    batch = out[:-2]
+    kv_batch = batch
+    if v.args.get("enable_gqa") and len(q.shape) >= 3 and batch[-1] and k.shape[-3] != q.shape[-3]:
+        head = batch[-1][0]
+        head.parts = (Atom(k.shape[-3]), Atom(q.shape[-3] // k.shape[-3]))
+        kept = head.parts[:1] if k.shape[-3] != 1 else ()
+        kv_batch = (*batch[:-1], kept)
+        if k.shape[-3] != val.shape[-3]:
+            return None
+    scale = v.args.get("scale")
+    steps = [Step("scale", 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale))]
+    scores = (*batch, out[-2], keys)
+    if isinstance(mask, Value):
+        kind = "fill" if mask.dtype == torch.bool else "bias"
+        steps.append(Step(kind, -math.inf if kind == "fill" else 1.0, mask, align(scores, mask.shape), True))
+
+    def factor(x: Value, lead: Dims, *tail: tuple[Atom, ...]) -> Factor:
+        return Factor(x, align(lead, x.shape[:-2]) + tail)
+
+    fq = factor(q, batch, out[-2], features)
+    fk, fv = factor(k, kv_batch, keys, features), factor(val, kv_batch, keys, out[-1])
+    found = Found(v, out, fq, fk, fv, keys[0], features, steps, v.dtype)
+    found.causal, found.dropout = bool(v.args.get("is_causal")), float(v.args.get("dropout_p", 0)) > 0
+    return found
+
+
+# ---------------------------------------------------------------- masks
+
+
+def _is_never(fill: float, dtype: torch.dtype | None) -> bool:
+    """Whether a filled score has weight exactly zero beside a kept one.
+
+    At -1e9 that needs every kept score above -1e9 + 750, in float64 the widest case: scores below that are not numbers
+    that attention produces, and float32 has no precision left there. -10000 is not accepted.
+    """
+    least = torch.finfo(dtype).min if dtype is not None and dtype.is_floating_point else NEVER
+    return fill <= NEVER or fill <= least
+
+
+@dataclass
+class Masking:
+    """What the steps come to: a scale, a proved mask, and the steps that stay data."""
+
+    scale: float
+    causal: bool
+    general: list[Step]
+
+    @property
+    def name(self) -> str:
+        return " and ".join([*(["causal"] if self.causal else []), *(["general"] if self.general else [])]) or "all"
+
+
+def decide(found: Found, rows: Atom, prover: masks.Prover) -> Masking:
+    """Prove the masks, and fold the scales."""
+    scale, proved, general, all_infinite = 1.0, None, [], True
+    for n, step in enumerate(found.steps):
+        if step.kind == "scale":
+            scale *= step.number
+            continue
+        after = math.prod(s.number for s in found.steps[n + 1 :] if s.kind == "scale")
+        if after <= 0:
+            raise Refused("its masked scores are multiplied by a number that is not positive")
+        keep = _proved_keep(step, after, rows, found, prover)
+        if step.kind == "fill" or keep is not None:
+            all_infinite &= step.kind == "fill" and step.number == -math.inf
+        if keep is None:
+            general.append(Step(step.kind, step.number * (after if step.kind == "bias" or step.number > -math.inf else 1),
+                                step.value, step.dims, step.keep))
+        else:
+            general.append(Step("proved", 1.0, step.value, step.dims))
+            proved = keep if proved is None else masks.combine(lambda a, b: a and b, proved, keep)
+    kind = "all" if proved is None else masks.kind_of(proved)
+    data = [s for s in general if s.kind != "proved"]
+    if kind == "all" or (kind == "causal" and (not data or all_infinite)):
+        return Masking(scale, found.causal or kind == "causal", data)
+    return Masking(scale, found.causal, _undo(found))
+
+
+def _undo(found: Found) -> list[Step]:
+    """Every mask as data, with the scales that follow it: what can't be proved stays general."""
+    out = []
+    for n, s in enumerate(found.steps):
+        after = math.prod(x.number for x in found.steps[n + 1 :] if x.kind == "scale")
+        if s.kind != "scale":
+            out.append(Step(s.kind, s.number * after, s.value, s.dims, s.keep))
+    return out
+
+
+def _proved_keep(step: Step, after: float, rows: Atom, found: Found, prover: masks.Prover) -> masks.Pieces | None:
+    """Where the step keeps scores, as pieces of i - j, if it is proved to do nothing there and forbid the rest."""
+    assert step.value is not None
+    pieces = prover.pieces(step.value, step.dims, rows, found.keys)
+    if pieces is None:
+        return None
+    if step.kind == "fill":
+        if not _is_never(step.number * after, found.dtype):
+            return None
+        return masks.mapped(lambda x: bool(x) == step.keep, pieces)
+    values = [float(p.value) * step.number * after for p in pieces]
+    if any(x != 0 and not _is_never(x, found.dtype) for x in values):
+        return None
+    return masks.mapped(lambda x: float(x) == 0, pieces)
+
+
+def emit_mask(w: Writer, editor: Editor, steps: Sequence[Step], groups: Sequence, dtype: torch.dtype) -> fx.Node | None:
+    """One mask node, broadcastable to [B, H, T, S], that does what the steps do."""
+    keep: fx.Node | None = None
+    bias: fx.Node | None = None
+    for s in steps:
+        assert s.value is not None
+        operand = editor.operand(Factor(s.value, s.dims), w.before)
+        x = w.arrange(operand, groups, expand=False)
+        if s.kind == "bias":
+            if s.value.requires_grad:
+                raise Refused("its bias needs a gradient")
+            x = w.to(x, dtype)
+            x = x if s.number == 1 else w.call(torch.mul, x, s.number)
+            bias = x if bias is None else w.call(torch.add, bias, x)
+            continue
+        x = w.to(x, torch.bool)
+        x = x if s.keep else w.call(torch.logical_not, x)
+        if s.number == -math.inf and bias is None:
+            keep = x if keep is None else w.call(torch.logical_and, keep, x)
+        else:  # a finite fill: rows without a key are uniform, as in the user's softmax
+            zero = w.call(torch.zeros, (), dtype=dtype, device=x.meta["example_value"].device)
+            fill = torch.finfo(dtype).min if s.number > -math.inf else s.number
+            bias = w.call(torch.where, x, zero if bias is None else bias, fill)
+            bias = w.to(bias, dtype)
+    if bias is not None and keep is not None:
+        bias = w.to(w.call(torch.where, keep, bias, -math.inf), dtype)
+    return keep if bias is None else bias
+
+
+# ---------------------------------------------------------------- rewriting
+
+
+@dataclass
+class Roles:
+    """Every atom's part: groups of the op's dims, outermost first."""
+
+    b: tuple[Atom, ...]
+    h: tuple[Atom, ...]
+    shared: tuple[Atom, ...]
+    """Atoms of the query heads that keys and values do not have."""
+    t: Atom
+    s: Atom
+    k: tuple[Atom, ...]
+    v: tuple[Atom, ...]
+
+
+def assign(found: Found, q: Operand, k: Operand, v: Operand) -> Roles:
+    """Decide each atom's role, or refuse."""
+    aq, ak, av = (set(atoms_of(x.dims)) for x in (q, k, v))
+    out = atoms_of(found.out)
+    contracted = resolve(found.contracted)
+    values = tuple(a for a in out if a in av and a not in aq and a not in ak)
+    batch = [a for a in out if a in ak or (a in aq and a in av)]
+    rows = [a for a in out if a not in values and a not in batch]
+    keys = resolve((found.keys,))
+    if len(keys) != 1 or not rows:
+        raise Refused("its sequence has length one or is cut in pieces")
+    if (aq | ak) - set(contracted) - set(keys) - set(out) or av - set(keys) - set(out) or set(keys) & aq:
+        raise Refused("its dims are not those of an attention")
+    t = _row_atom(rows, keys[0], found.steps)
+    shared = tuple(a for a in rows if a is not t) + tuple(a for a in batch if a not in ak and a not in av)
+    batch = [a for a in batch if a in ak or a in av]
+    return Roles(tuple(batch[:1]), tuple(batch[1:]), shared, t, keys[0], contracted, values)
+
+
+def _row_atom(rows: Sequence[Atom], keys: Atom, steps: Sequence[Step]) -> Atom:
+    """Of the dims that only queries have, the tokens: masked together with the keys, as long as them, or the last."""
+    masked = [a for a in rows if any({a, keys} <= set(atoms_of(s.dims)) for s in steps)]
+    same = [a for a in rows if a.size == keys.size]
+    return (masked or same or list(rows))[-1]
+
+
+def rewrite(found: Found, editor: Editor, prover: masks.Prover) -> tuple[fx.Node, str]:
+    """Put one `softmax_attention` in the place of what was found; its node and the name of its mask."""
+    if found.dropout:
+        raise Refused("its probabilities have dropout")
+    if found.terminal.dtype is None or not found.terminal.dtype.is_floating_point:
+        raise Refused("it is not real floating point")
+    allowed = {found.terminal, *found.interior}
+    check_private(found.interior, allowed, "probabilities or scores")
+    check_one_place(found.interior, found.terminal)
+    node = editor.node_of(found.terminal)
+    q, k, v = (editor.operand(f, node) for f in (found.q, found.k, found.v))
+    roles = assign(found, q, k, v)
+    masking = decide(found, roles.t, prover)
+    w = editor.writer(node)
+    dtype = found.dtype if found.dtype is not None and found.dtype.is_floating_point else found.terminal.dtype
+    heads = roles.h + roles.shared
+    lean = not set(roles.shared) & (set(atoms_of(k.dims)) | set(atoms_of(v.dims)))
+    kv_heads = roles.h if lean else heads
+    rows, keys = (roles.t,), (roles.s,)
+    mask = emit_mask(w, editor, masking.general, (roles.b, heads, rows, keys), dtype)
+    q4 = w.to(w.arrange(q, (roles.b, heads, rows, roles.k)), dtype)
+    k4 = w.to(w.arrange(k, (roles.b, kv_heads, keys, roles.k)), dtype)
+    v4 = w.to(w.arrange(v, (roles.b, kv_heads, keys, roles.v)), dtype)
+    op = torch.ops.spcompile.softmax_attention.default
+    call = w.call(op, q4, k4, v4, mask, masking.causal, float(masking.scale))
+    out = w.call(operator.getitem, call, 0)
+    out = w.scatter(out, (roles.b, heads, rows, roles.v), found.out, found.terminal.shape)
+    editor.replace(node, w.like(out, node, fresh=editor.written_later(node)))
+    return call, masking.name
+
+
