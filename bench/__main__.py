@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -63,17 +64,20 @@ def save(args: argparse.Namespace, name: str, benchmark: Benchmark, rows: list[R
         f"machine: {output.machine()}",
         time.strftime("%Y-%m-%d"),
     ]
+    if args.backend != "spcompile":
+        header.append(f"rows named spcompile were measured with backend {args.backend!r}")
     args.out.mkdir(parents=True, exist_ok=True)
     output.save_csv(args.out / f"{stem}.csv", rows, header)
     pictures = benchmark.plots(rows)
     if not pictures:
         return [f"{stem}.csv"]
-    output.save_plot(args.out / f"{stem}.png", benchmark.title, pictures, f"{command}    {output.machine()}")
+    output.save_plot(args.out / f"{stem}.png", benchmark.title, pictures, f"{command}\n{output.machine()}")
     return [f"{stem}.csv", f"{stem}.png"]
 
 
 def main() -> int:
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the workers end too
     console = Console(width=None if sys.stdout.isatty() else 120)
     free = output.available_bytes()
     limit = int(min(args.square_gb * 1e9, 0.7 * free) if free else args.square_gb * 1e9)

@@ -64,7 +64,7 @@ class Case:
     square_elements: tuple[int, int]
 
     def run(self, function: Callable[..., Tensor], backward: bool) -> Tensor:
-        """Call `function`, the module or its compiled form; with `backward`, leave gradients in the leaves."""
+        """Call `function`, the module or its compiled form; with `backward`, also fill the gradients."""
         for leaf in self.leaves.values():
             leaf.grad = None
         with torch.set_grad_enabled(backward):

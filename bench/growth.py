@@ -45,7 +45,8 @@ class Growth:
 
     def plan(self, options: Options) -> list[tuple[str, int, Variant]]:
         """What to measure, one length after the other, so that the variants of a length share its moment."""
-        lengths = [t for t in self.lengths if t <= (4096 if options.quick else options.max_seq)]
+        longest = min(options.max_seq, 4096) if options.quick else options.max_seq
+        lengths = [t for t in self.lengths if t <= longest]
         return [(mode, t, variant) for mode in self.modes for t in lengths for variant in self.variants]
 
     def measure(self, step: tuple[str, int, Variant], options: Options) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from pathlib import Path
@@ -74,7 +75,7 @@ def print_report(console: Console, args: argparse.Namespace) -> None:
     if args.backend != "spcompile":
         return
     import models
-    import spcompile
+    import spcompile  # late: it needs nothing that the workers do, and the runs come first
 
     model = models.get(args.model, pattern=args.pattern)()
     ids = text.batches(text.read(args.text), args.length, 1, args.seed)[0]
@@ -114,6 +115,7 @@ def print_costs(console: Console, args: argparse.Namespace, runs: dict[str, list
 
 def main() -> int:
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the workers end too
     console = Console(width=None if sys.stdout.isatty() else 110)
     began = time.monotonic()
     sharded_name = f"{args.backend} on {args.ranks} ranks"

@@ -11,7 +11,8 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> object:
     # Imported on first use: looking the backend up must not cost anybody the import of Inductor.
     if name == "explain":
-        from spcompile.explain import explain
+        # The module must not be called explain too: importing it would put it in the function's place.
+        from spcompile.explainer import explain
 
         return explain
     raise AttributeError(f"module 'spcompile' has no attribute {name!r}")

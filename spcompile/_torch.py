@@ -40,3 +40,17 @@ from torch import ops as _ops
 
 flash_attention_cpu = _ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 flash_attention_cpu_backward = _ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+# ---- explain --------------------------------------------------------------------------------------------------------
+# The graph breaks that Dynamo has counted in this process, by reason.
+from torch._dynamo.utils import counters
+
+# The fake mode of a graph's values, and what AOTAutograd knows of the graph that it is compiling (mutated inputs).
+from torch._guards import TracingContext as _TracingContext
+from torch._guards import detect_fake_mode
+
+
+def tracing_metadata():  # type: ignore[no-untyped-def]
+    """AOTAutograd's metadata of the graph being compiled."""
+    context = _TracingContext.try_get()
+    return context.fw_metadata if context is not None else None

@@ -20,7 +20,7 @@ from spcompile.frontend import prepare
 from spcompile.groups import agree, fingerprint, sequence_group
 from spcompile.passes import shard_joint_graph
 from spcompile.passes.overlap import order_waits
-from spcompile.report import RECORDS, Record
+from spcompile.report import RECORDS, Record, strategy_names
 
 __all__ = ["ForcedGather", "spcompile"]
 
@@ -39,7 +39,7 @@ def spcompile(
     """
     config = Config.of(options)
     group = sequence_group(config)
-    record = Record(group)
+    record = Record(group, strategy_names(group, config))
     with record.timed("recognize"):
         frontend = prepare(gm, config)
     record.sites = frontend.sites
@@ -49,7 +49,7 @@ def spcompile(
     RECORDS.append(record)
     patches = {
         "joint_custom_pre_pass": JointPass(group, config, frontend.hints, record),
-        "post_grad_custom_post_pass": WaitPass(),
+        "post_grad_custom_post_pass": WaitPass(record),
     }
     compiled = _torch.compile_fx(gm, example_inputs, config_patches=patches)
     if group.size == 1:
@@ -89,7 +89,7 @@ class JointPass(_torch.CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         with self.record.timed("shard"):
             localizer = shard_joint_graph(graph, self.group, self.config, self.hints)
-        self.record.gathers += localizer.gathers
+        self.record.saw_joint(graph, localizer)
         tell_gathers(localizer.gathers, self.config)
 
     def uuid(self) -> Any:
@@ -99,8 +99,12 @@ class JointPass(_torch.CustomGraphPass):
 class WaitPass(_torch.CustomGraphPass):
     """Inductor's hook after its own passes on the forward, and later the backward, graph."""
 
+    def __init__(self, record: Record) -> None:
+        self.record = record
+
     def __call__(self, graph: fx.Graph) -> None:
         order_waits(graph)
+        self.record.saw_final(graph)
 
     def uuid(self) -> Any:
         return source_hash()

@@ -72,6 +72,11 @@ class Emitter(TorchDispatchMode):
         assert id(value) in self._nodes, f"a tensor that the graph does not compute was used: {value!r}"
         return self._nodes[id(value)][1]
 
+    def fresh(self, value: Tensor) -> Tensor:
+        """A tensor like ``value`` of its own: two nodes may have been given one fake tensor."""
+        with self.fake_mode:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
     @contextlib.contextmanager
     def serving(self, node: fx.Node | None, **extra: Any) -> Iterator[None]:
         """Nodes emitted inside take over ``node``'s source line and tags, and ``extra`` in their meta."""

@@ -77,6 +77,6 @@ def _gather_keys(group: Group, key: int) -> list[int]:
     on_cpu = "gloo" in str(dist.get_backend_config(process_group)).lower()
     device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
     mine = torch.tensor([key], dtype=torch.int64, device=device)
-    everyone = torch.empty(group.size, dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(everyone, mine, group=process_group)
-    return everyone.tolist()
+    everyone = [torch.empty_like(mine) for _ in range(group.size)]
+    dist.all_gather(everyone, mine, group=process_group)
+    return [int(x) for x in everyone]

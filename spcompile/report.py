@@ -1,17 +1,25 @@
-"""What was compiled, kept for inspection: one record per graph of this process."""
+"""What was compiled, kept for inspection: one record per graph of this process, and reports of records."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from spcompile.collectives import Group
+from torch import fx
 
-__all__ = ["RECORDS", "Record", "pass_seconds"]
+from spcompile.collectives import Group
+from spcompile.config import Config
+from spcompile.memory import Memory, timeline
+from spcompile.placement import Shard
+from spcompile.traffic import Collective, Transfer, rows, transfers
+
+__all__ = ["RECORDS", "Record", "Report", "last", "pass_seconds", "strategy_names"]
 
 
 @dataclass
@@ -20,18 +28,28 @@ class Record:
 
     Args:
         group: the ranks it was compiled for.
+        strategies: by which strategy each kind of attention crosses ranks.
         sites: what recognition saw (``spcompile.passes.recognize.Site``).
         gathers: gathers that a missing rule forced (``spcompile.passes.localize.GatherNote``).
-        before, after: the joint graph's text before and after the passes.
+        transfers: the collectives of the graph.
+        sequence: (tokens, tokens per rank) of most of its sharded tensors; None if nothing is sharded.
+        memory, alone: on each rank, and were one rank to run it all; known to ``explain`` only.
+        graphs: what :attr:`before`, :attr:`after` and the like print; kept by ``explain`` only.
         seconds: wall time by pass.
+        sharded: whether our pass ran on it; if not, Inductor's cache served a graph compiled before.
     """
 
     group: Group
+    strategies: dict[str, str] = field(default_factory=dict)
     sites: list[Any] = field(default_factory=list)
     gathers: list[Any] = field(default_factory=list)
-    before: str = ""
-    after: str = ""
+    transfers: list[Transfer] = field(default_factory=list)
+    sequence: tuple[int, int] | None = None
+    memory: Memory | None = None
+    alone: Memory | None = None
+    graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    sharded: bool = False
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -42,15 +60,188 @@ class Record:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
+    def saw_joint(self, graph: fx.Graph, sharded: Any) -> None:
+        """Take what is to be known of a joint graph that was just sharded (``spcompile.passes.Sharded``)."""
+        self.sharded = True
+        self.gathers += sharded.gathers
+        steps = sharded.plan.steps.values() if sharded.plan is not None else ()
+        placements = [p for step in steps for p in step.native if isinstance(p, Shard)]
+        lengths = Counter((p.length, p.block) for p in placements if p.start == 0)
+        self.sequence = lengths.most_common(1)[0][0] if lengths else None
+        self.transfers = transfers(graph, self.group.size)
+
+    def saw_final(self, graph: fx.Graph) -> None:
+        """Take the collectives of the forward or the backward as they are really run, not as in the joint."""
+        tangents = any(n.op == "placeholder" and n.name.startswith("tangents") for n in graph.nodes)
+        phase = "backward" if tangents else "forward"
+        self.transfers = [t for t in self.transfers if t.phase != phase] + transfers(
+            graph, self.group.size, phase
+        )
+
+    def text(self, name: str) -> str:
+        """A kept graph ("before", "after", "forward", "backward") with the user's source lines."""
+        graph = self.graphs.get(name)
+        return "" if graph is None else graph.print_readable(print_output=False)
+
+
+@dataclass
+class Report:
+    """Graphs that were compiled: as tables (``print(report)``), as data (its fields), as text of the graphs.
+
+    Args:
+        ranks: along the sequence.
+        records: one per graph.
+        calls: how often each graph ran in one call of the model; once each if that was not watched.
+        breaks: reason of a graph break -> how often; empty if that was not watched.
+        parameters: bytes of parameters and buffers; trained: of those that get a gradient. 0 if not known.
+        seconds: the whole time that it took; 0 if not known.
+        name: of the model.
+    """
+
+    ranks: int
+    records: list[Record]
+    calls: list[int] | None = None
+    breaks: dict[str, int] = field(default_factory=dict)
+    parameters: int = 0
+    trained: int = 0
+    seconds: float = 0.0
+    name: str = ""
+
+    def _called(self) -> list[tuple[Record, int]]:
+        return list(zip(self.records, self.calls or [1] * len(self.records), strict=True))
+
+    @property
+    def sites(self) -> list[Any]:
+        """Every attention that was seen, rewritten or not."""
+        return [site for record in self.records for site in record.sites]
+
+    @property
+    def gathers(self) -> list[Any]:
+        """The gathers that missing rules forced."""
+        return [gather for record in self.records for gather in record.gathers]
+
+    @property
+    def collectives(self) -> list[Collective]:
+        """What crosses ranks in one call of the model, forward first, equal ones in one row."""
+        found = rows((t, times) for record, times in self._called() for t in record.transfers)
+        return sorted(found, key=lambda row: row.phase != "forward")
+
+    @property
+    def memory(self) -> Memory | None:
+        """Activations on each rank; None if that was not measured."""
+        return self._timeline([r.memory for r in self._runs()])
+
+    @property
+    def alone(self) -> Memory | None:
+        """Activations if one rank ran it all, lowered the same way."""
+        return self._timeline([r.alone for r in self._runs()])
+
+    def _runs(self) -> list[Record]:
+        return [record for record, times in self._called() for _ in range(times)]
+
+    @staticmethod
+    def _timeline(calls: list[Memory | None]) -> Memory | None:
+        known = [m for m in calls if m is not None]
+        return timeline(known) if known else None
+
+    @property
+    def pass_seconds(self) -> dict[str, float]:
+        """Wall time by pass."""
+        return _summed(self.records)
+
+    @property
+    def before(self) -> str:
+        """The joint graphs before our passes, with the user's source lines; kept by ``explain`` only."""
+        return self._text("before")
+
+    @property
+    def after(self) -> str:
+        """The joint graphs after our passes."""
+        return self._text("after")
+
+    def _text(self, name: str) -> str:
+        return "\n".join(filter(None, (record.text(name) for record in self.records)))
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write the tables, the data and each graph's texts into ``folder``; returns the files."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {"report.txt": f"{self}\n", "report.json": json.dumps(self.to_dict(), indent=2) + "\n"}
+        for index, record in enumerate(self.records):
+            files |= {f"graph{index}_{name}.py": record.text(name) for name in record.graphs}
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        return [folder / name for name in files]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but the graphs, as plain data."""
+        memory, alone = self.memory, self.alone
+        return {
+            "name": self.name,
+            "ranks": self.ranks,
+            "sequences": [list(r.sequence) if r.sequence else None for r in self.records],
+            "graphs": len(self.records),
+            "calls": [times for _, times in self._called()],
+            "breaks": self.breaks,
+            "strategies": self.records[0].strategies if self.records else {},
+            "sites": [
+                {k: getattr(s, k) for k in ("kind", "mask", "rewritten", "reason", "source", "name")}
+                for s in self.sites
+            ],
+            "collectives": [row.to_dict() for row in self.collectives],
+            "gathers": [dict(g._asdict()) for g in self.gathers],
+            "parameters": self.parameters,
+            "trained": self.trained,
+            "memory": memory and memory.to_dict(),
+            "memory_on_one_rank": alone and alone.to_dict(),
+            "pass_seconds": self.pass_seconds,
+            "seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        from spcompile.tables import render
+
+        return render(self)
+
 
 RECORDS: deque[Record] = deque(maxlen=64)
 """The graphs compiled last by this process."""
 
 
+def last(graphs: int = 1) -> Report:
+    """A report on the graphs that the backend compiled last in this process.
+
+    Args:
+        graphs: how many.
+    Raises:
+        ValueError: the backend has compiled nothing yet.
+    """
+    if not RECORDS:
+        raise ValueError(
+            "the spcompile backend has compiled nothing in this process; call the compiled module first"
+        )
+    records = list(RECORDS)[-graphs:]
+    return Report(records[-1].group.size, records)
+
+
+def strategy_names(group: Group, config: Config) -> dict[str, str]:
+    """By which strategy each kind of attention crosses ranks."""
+    if group.size == 1:
+        return {"linear": "one rank", "softmax": "one rank"}
+    known = {"linear": "LASP-2", "softmax": "LASP-2H"}
+    chosen = {"linear": config.linear, "softmax": config.softmax}
+    names = {kind: "allgather" if name == "auto" else name for kind, name in chosen.items()}
+    return {kind: f"{name} ({known[kind]})" if name == "allgather" else name for kind, name in names.items()}
+
+
 def pass_seconds() -> dict[str, float]:
     """Wall time that spcompile's passes have taken in this process, by pass."""
+    return _summed(list(RECORDS))
+
+
+def _summed(records: list[Record]) -> dict[str, float]:
     total: dict[str, float] = {}
-    for record in RECORDS:
+    for record in records:
         for name, seconds in record.seconds.items():
             total[name] = total.get(name, 0.0) + seconds
     return total

@@ -6,7 +6,7 @@ collective, the P values are exchanged. (PyTorch's LocalTensorMode does the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -19,7 +19,7 @@ from spcompile import _torch, collectives, frontend
 from spcompile.config import Config
 from spcompile.passes import shard_joint_graph
 
-__all__ = ["RanksDisagree", "simulated"]
+__all__ = ["RanksDisagree", "run_on_ranks", "simulated"]
 
 _c10d = torch.ops._c10d_functional
 _REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -28,6 +28,15 @@ _REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "min": torch.minimum,
     "product": torch.mul,
 }
+
+
+def _seeded(size: list[int], seed: Tensor, mode: str, **_: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(int(seed))
+    return {"rand": torch.rand, "randn": torch.randn}[mode](size, generator=generator)
+
+
+# In eager mode Inductor's draws take no notice of their seed; compiled they are made from it alone.
+_AS_COMPILED: dict[Any, Callable[..., Any]] = {_torch.inductor_random: _seeded}
 
 
 class RanksDisagree(AssertionError):
@@ -54,7 +63,7 @@ class _Ranks(fx.Interpreter):
             collectives._simulated_rank.append(r)
             try:
                 mine = tree_map(lambda x: x[r] if isinstance(x, _PerRank) else x, (args, kwargs), is_leaf=_is_per_rank)
-                results.append(n.target(*mine[0], **mine[1]))  # type: ignore[operator]
+                results.append(_AS_COMPILED.get(n.target, n.target)(*mine[0], **mine[1]))  # type: ignore
             finally:
                 collectives._simulated_rank.pop()
         return _PerRank(results)
@@ -99,6 +108,16 @@ def _agreed(value: Any) -> Any:
     return first
 
 
+def run_on_ranks(module: fx.GraphModule, ranks: int, *args: Any) -> list[Any]:
+    """What every one of ``ranks`` ranks returns for the same ``args``.
+
+    Raises:
+        RanksDisagree: two ranks return different values.
+    """
+    with torch.no_grad():
+        return [_agreed(x) for x in _Ranks(module, ranks).run(*args, enable_io_processing=False)]
+
+
 def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
     """A backend for ``torch.compile`` that runs the whole pipeline short of Inductor on simulated ranks.
 
@@ -109,8 +128,8 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
     group = collectives.Group(ranks, "simulated")
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
-        frontend.prepare(gm, config)
-        run = _AotRanks(group, config)
+        hints = frontend.prepare(gm, config).hints
+        run = _AotRanks(group, config, hints)
         return _torch.aot_autograd(
             fw_compiler=run.forward,
             bw_compiler=run.backward,
@@ -125,12 +144,12 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
 class _AotRanks:
     """The compilers of one graph: tensors saved for the backward differ between ranks and travel stacked, [P, ...]."""
 
-    def __init__(self, group: collectives.Group, config: Config) -> None:
-        self.group, self.config = group, config
+    def __init__(self, group: collectives.Group, config: Config, hints: Mapping[str, int]) -> None:
+        self.group, self.config, self.hints = group, config, hints
         self.outputs = 0
 
     def shard(self, gm: fx.GraphModule) -> None:
-        shard_joint_graph(gm.graph, self.group, self.config)
+        shard_joint_graph(gm.graph, self.group, self.config, self.hints)
         gm.recompile()
 
     def partition(self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
@@ -140,7 +159,7 @@ class _AotRanks:
 
     def forward(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            outputs = _Ranks(gm, self.group.size).run(*args)
+            outputs = _Ranks(gm, self.group.size).run(*args, enable_io_processing=False)
             user = [_agreed(x) for x in outputs[: self.outputs]]
             return [*user, *(torch.stack(list(x)) for x in outputs[self.outputs :])]
 
@@ -151,10 +170,10 @@ class _AotRanks:
 
         def run(*args: Any) -> Any:
             mine = [x if "tangents" in n else _PerRank(x.unbind()) for n, x in zip(names, args, strict=True)]
-            return [_agreed(x) for x in _Ranks(gm, self.group.size).run(*mine)]
+            return run_on_ranks(gm, self.group.size, *mine)
 
         return make_boxed_func(run)
 
     def inference(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         self.shard(gm)
-        return make_boxed_func(lambda *args: [_agreed(x) for x in _Ranks(gm, self.group.size).run(*args)])
+        return make_boxed_func(lambda *args: run_on_ranks(gm, self.group.size, *args))

@@ -1,7 +1,8 @@
-"""The attention operators by themselves: values, gradients, dtypes, strides, opcheck; and the state algebra."""
+"""The attention operators by themselves, opcheck included, and the algebra of states."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,7 +56,7 @@ def gradients(function: Any, grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...
     return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
 
-# ---- linear ---------------------------------------------------------------------------------------------------
+# ---- linear ----
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -68,6 +69,15 @@ def test_linear_attention(length: int, causal: bool) -> None:
         assert got[0].shape == v.shape
         return
     want = gradients(lambda *x: reference.linear_attention(*x, causal, 0.3), grad, q, k, v)
+    for x, y in zip(got, want, strict=True):
+        close(x, y)
+
+
+def test_wide_heads_have_longer_chunks() -> None:
+    q, k, v, grad = draw(*[(1, 1, 300, 256)] * 4)
+    assert chunked.forward_start(q, k, v)[0].k.shape == (1, 3, 128, 256)
+    got = gradients(lambda *x: spc.linear_attention(*x, True, 0.3), grad, q, k, v)
+    want = gradients(lambda q, k, v: (q @ k.mT * 0.3).tril() @ v, grad, q, k, v)
     for x, y in zip(got, want, strict=True):
         close(x, y)
 
@@ -108,7 +118,7 @@ def test_linear_attention_dtypes(dtype: torch.dtype, causal: bool) -> None:
         assert (x.double() - y).norm() / y.norm() <= max(1e-6, torch.finfo(dtype).eps)
 
 
-# ---- softmax --------------------------------------------------------------------------------------------------
+# ---- softmax ----
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -141,7 +151,7 @@ def test_softmax_masks_broadcast(shape: tuple[int, ...], kind: str, causal: bool
 @pytest.mark.parametrize("hide", [False, -torch.inf, -1e4, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
 def test_rows_that_see_nothing(hide: Any, dtype: torch.dtype) -> None:
-    """As ``scaled_dot_product_attention``'s mathematics: 0 for False and -inf; what is left for large numbers."""
+    """As the mathematics of PyTorch's SDPA: 0 for False and -inf, what rounding leaves for large numbers."""
     q, k, v, grad = draw(*[(1, 2, 6, 4)] * 4, dtype=dtype)
     mask = torch.ones(6, 6, dtype=torch.bool) if hide is False else torch.zeros(6, 6, dtype=dtype)
     mask[2] = hide
@@ -193,7 +203,7 @@ def test_softmax_attention_dtypes(dtype: torch.dtype, masked: bool) -> None:
         assert (x.double() - y).norm() / y.norm() <= max(2e-6, 2 * torch.finfo(dtype).eps)
 
 
-# ---- operators ------------------------------------------------------------------------------------------------
+# ---- operators ----
 
 
 def strided(x: Tensor) -> Tensor:
@@ -247,6 +257,13 @@ def test_frozen_inputs_need_no_gradient() -> None:
     assert q.grad is not None and k.grad is None
 
 
+def test_a_learned_mask_is_refused() -> None:
+    """Its gradient is not computed, and leaving it out in silence would be wrong."""
+    q, k, v = draw(*[(1, 2, 9, 4)] * 3)
+    with pytest.raises(NotImplementedError, match="mask"):
+        spc.softmax_attention(q, k, v, torch.zeros(9, 9, dtype=F64, requires_grad=True), True, 1.0)
+
+
 def test_shapes_that_disagree_are_refused() -> None:
     q, k = draw((1, 2, 9, 4), (1, 2, 8, 4))
     with pytest.raises(ValueError, match=r"linear_attention.*\[1, 2, 9, 4\]"):
@@ -257,7 +274,7 @@ def test_shapes_that_disagree_are_refused() -> None:
         spc.softmax_attention(*draw((1, 3, 9, 4), *[(1, 2, 9, 4)] * 2), None, True, 1.0)
 
 
-# ---- algebra --------------------------------------------------------------------------------------------------
+# ---- algebra ----
 
 
 def summaries(algebra: StateAlgebra, count: int, seed: int) -> Summary:
@@ -298,7 +315,7 @@ def test_any_split_gives_the_whole(algebra: StateAlgebra, seed: int, cuts: list[
     k, v = (torch.randn(2, 20, d, generator=generator, dtype=F64) for d in (3, 4))
     bounds = [0, *sorted(cuts), 20]
     total = algebra.identity(algebra.summarise(k, v))
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         total = algebra.combine(algebra.summarise(k[:, start:stop], v[:, start:stop]), total)
     same(total, algebra.summarise(k, v))
 
@@ -325,7 +342,7 @@ def test_pack_and_unpack(algebra: StateAlgebra) -> None:
 
 
 def test_fold_keeps_the_order() -> None:
-    """A non-commutative algebra (matrix products, the delta rules' case) tells the order and the direction."""
+    """A non-commutative algebra (matrix products, the delta rules' case) tells order and direction."""
 
     def combine(later: Summary, earlier: Summary) -> Summary:
         return later[0] @ earlier[0], later[0] @ earlier[1] + later[1]

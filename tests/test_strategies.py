@@ -192,7 +192,7 @@ def test_linear_low_precision(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtyp
         assert (x.double() - y).norm() / y.norm() <= bound
 
 
-# ---- softmax --------------------------------------------------------------------------------------------------
+# ---- softmax ----
 
 
 def sharded_softmax(
@@ -239,7 +239,7 @@ def expect_softmax(
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("length", (24, 13, 5))
+@pytest.mark.parametrize("length", [24, 13, 5])
 @pytest.mark.parametrize("size", RANKS)
 def test_softmax_is_exact(monkeypatch: pytest.MonkeyPatch, size: int, length: int, causal: bool) -> None:
     """With grouped key heads, and values wider than keys."""
@@ -270,7 +270,7 @@ MASKS = (
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("size", (1, 3))
+@pytest.mark.parametrize("size", [1, 3])
 def test_softmax_masks(monkeypatch: pytest.MonkeyPatch, size: int, kind: str, causal: bool) -> None:
     q, k, v, grad = operands((2, 4, 13, 4), (2, 2, 13, 4), (2, 2, 13, 4), (2, 4, 13, 4))
     mask = make_mask(kind, 13, 13)
@@ -279,9 +279,9 @@ def test_softmax_masks(monkeypatch: pytest.MonkeyPatch, size: int, kind: str, ca
 
 
 @pytest.mark.parametrize("kv_whole", [True, False])
-@pytest.mark.parametrize("keys", (7, 20))
-@pytest.mark.parametrize("size", (1, 2, 3, 8))
-@pytest.mark.parametrize("kind", ("", "rows-bool", "causal"))
+@pytest.mark.parametrize("keys", [7, 20])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("kind", ["", "rows-bool", "causal"])
 def test_cross_attention(
     monkeypatch: pytest.MonkeyPatch, size: int, keys: int, kind: str, kv_whole: bool
 ) -> None:

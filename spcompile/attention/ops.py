@@ -41,7 +41,7 @@ def _check(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"{name}: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
 
 
-# ---- softmax -----------------------------------------------------------------------------------------------
+# ---- softmax ----
 
 
 @torch.library.custom_op("spcompile::softmax_attention", mutates_args=())
@@ -64,6 +64,7 @@ def softmax_attention(
         ``torch.softmax`` would make it NaN.
     Raises:
         ValueError: shapes or dtypes that disagree.
+        NotImplementedError: the mask requires a gradient.
     """
     _check("softmax_attention", q, k, v)
     return rows.forward(q, k, v, mask, causal, scale, 0)
@@ -98,8 +99,8 @@ def softmax_attention_backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv) of ``softmax_attention`` from its inputs, its results and ``grad`` [B, H, T,
-    V].""" return rows.backward(grad, q, k, v, mask, out, lse, causal, scale, 0)
+    """Gradients (dq, dk, dv) of ``softmax_attention`` from its inputs, its results and ``grad`` of out."""
+    return rows.backward(grad, q, k, v, mask, out, lse, causal, scale, 0)
 
 
 @softmax_attention_backward.register_fake
@@ -120,19 +121,21 @@ def _(
 def _save_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, mask, ctx.causal, ctx.scale = inputs
     out, lse = output
+    if ctx.needs_input_grad[3]:
+        raise NotImplementedError("softmax_attention: the mask requires a gradient, which is not computed")
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, mask, out, lse)
 
 
 def _softmax_gradients(ctx: Any, grad: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    dq, dk, dv = torch.ops.spcompile.softmax_attention_backward(grad, *ctx.saved_tensors, ctx.causal,
-    ctx.scale) return dq, dk, dv, None, None, None
+    backward = torch.ops.spcompile.softmax_attention_backward
+    return *backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None, None
 
 
 softmax_attention.register_autograd(_softmax_gradients, setup_context=_save_softmax)
 
 
-# ---- softmax, this rank's rows -----------------------------------------------------------------------------
+# ---- softmax, this rank's rows ----
 
 
 @torch.library.custom_op("spcompile::local_softmax_attention", mutates_args=())
@@ -176,8 +179,8 @@ def local_softmax_attention_backward(
     group: str,
     block: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``local_softmax_attention``: dq of this rank's rows; dk, dv of all keys from these rows
-    alone.""" return rows.backward(grad, q, k, v, mask, out, lse, True, scale, current_rank(group) * block)
+    """Gradients of ``local_softmax_attention``: dq of these rows; dk, dv of all keys from just these rows."""
+    return rows.backward(grad, q, k, v, mask, out, lse, True, scale, current_rank(group) * block)
 
 
 @local_softmax_attention_backward.register_fake
@@ -196,7 +199,7 @@ def _(
     return _empty_like(q, k, v)
 
 
-# ---- linear ------------------------------------------------------------------------------------------------
+# ---- linear ----
 
 
 @torch.library.custom_op("spcompile::linear_attention", mutates_args=())
@@ -216,8 +219,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
     """
     _check("linear_attention", q, k, v)
     if q.shape[1] != k.shape[1] or (causal and q.shape[2] != k.shape[2]):
-        raise ValueError(f"linear_attention: q {list(q.shape)} and k {list(k.shape)} differ in heads or
-        tokens")
+        raise ValueError(f"linear_attention: q {list(q.shape)}, k {list(k.shape)}: heads or tokens differ")
     if causal:
         return chunked.causal_forward(q, k, v, scale)
     return whole.apply(q, whole.state(k, v), scale)
@@ -250,8 +252,8 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _linear_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dk, dv = torch.ops.spcompile.linear_attention_backward(grad, *ctx.saved_tensors, ctx.causal,
-    ctx.scale) return dq, dk, dv, None, None
+    backward = torch.ops.spcompile.linear_attention_backward
+    return *backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None
 
 
 linear_attention.register_autograd(_linear_gradients, setup_context=_save_linear)

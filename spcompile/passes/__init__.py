@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,34 +14,54 @@ from spcompile import _torch
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.emit import Emitter
-from spcompile.passes.localize import Localizer
-from spcompile.passes.propagate import Value, propagate
+from spcompile.passes.context import GraphContext
+from spcompile.passes.localize import GatherNote, Localizer
+from spcompile.passes.lower import lower_attention
+from spcompile.passes.propagate import Plan, Value, propagate
 from spcompile.passes.specialise import specialise
 from spcompile.passes.verify import check_outputs, verify
 from spcompile.placement import Shard
 from spcompile.rules import attention
 
-__all__ = ["find_sequences", "shard_joint_graph"]
+__all__ = ["Sharded", "find_sequences", "shard_joint_graph"]
 
 aten = torch.ops.aten
 
 
+@dataclass
+class Sharded:
+    """What the passes did to a graph: its plan (None at one rank) and the gathers that missing rules forced."""
+
+    plan: Plan | None
+    gathers: list[GatherNote]
+
+
 def shard_joint_graph(
     graph: fx.Graph, group: Group, config: Config, hints: Mapping[str, int] | None = None
-) -> Localizer:
+) -> Sharded:
     """Rewrite a joint forward and backward graph with global shapes into the graph that each of P ranks runs."""
     specialise(graph)
-    fake_mode = next(x.fake_mode for n in graph.nodes for x in tree_leaves(n.meta.get("val")) if hasattr(x, "fake_mode"))
-    decompositions = _torch.select_decomp_table()
     before = [x.meta["val"] if isinstance(x, fx.Node) else x for x in _returned(graph)]
-    seeds = find_sequences(graph, group.size, hints or {}) if group.size > 1 else {}
-    plan = propagate(graph, group.size, seeds)
-    localizer = Localizer(graph, plan, group, Emitter(graph, fake_mode, decompositions), config)
-    localizer.run()
-    _erase_dead(graph, localizer.emitter.emitted)
-    verify(graph, localizer, decompositions)
+    emitter = Emitter(graph, _fake_mode(graph), _torch.select_decomp_table())
+    context = GraphContext(group, emitter, config)
+    sharded = Sharded(None, [])
+    if group.size == 1:
+        lower_attention(graph, emitter, context)
+        _erase_dead(graph, emitter.emitted)
+    else:
+        sharded.plan = propagate(graph, group.size, find_sequences(graph, group.size, hints or {}))
+        localizer = Localizer(graph, sharded.plan, context, config.nan_padding)
+        localizer.run()
+        _erase_dead(graph, emitter.emitted)
+        verify(graph, localizer)
+        sharded.gathers = localizer.gathers
     check_outputs(before, graph)
-    return localizer
+    return sharded
+
+
+def _fake_mode(graph: fx.Graph) -> Any:
+    leaves = (x for n in graph.nodes for x in tree_leaves(n.meta.get("val")))
+    return next(x.fake_mode for x in leaves if hasattr(x, "fake_mode"))
 
 
 def find_sequences(graph: fx.Graph, ranks: int, hints: Mapping[str, int]) -> dict[Value, Shard]:

@@ -27,7 +27,8 @@ def redistribute(context: Context, x: Tensor, have: Placement, want: Placement, 
     if isinstance(have, Partial):
         if isinstance(want, Shard) and have.op == "sum" and want.holds_all(context.group.size):
             return _reduce_scatter(context, x, want)
-        whole = collectives.all_reduce(x, context.group, have.op)
+        sent = x.to(torch.uint8) if x.dtype == torch.bool else x  # c10d has no bool
+        whole = collectives.all_reduce(sent, context.group, have.op).to(x.dtype)
         return redistribute(context, whole, Replicate(), want, shape)
     if isinstance(want, Partial):
         assert want.op == "sum", "only a sum has a neutral term"

@@ -12,61 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import CheckpointPolicy
 
 from spcompile import collectives
-from spcompile.config import Config
 from spcompile.emit import Emitter
 from spcompile.passes.communicate import redistribute
+from spcompile.passes.context import GraphContext
 from spcompile.passes.propagate import Plan, Step, Value, value_of
 from spcompile.placement import Partial, Placement, Replicate, Shard
-from spcompile.rules.base import Context
-from spcompile.rules.creation import DRAW_STRIDE, shared_seed
+from spcompile.traffic import Purpose
 
 __all__ = ["GatherNote", "Localizer", "source_line"]
 
 # Gradients are all-reduced together in buckets of about this many bytes, as DistributedDataParallel does.
 BUCKET_BYTES = 25 * 2**20
-
-
-class _GraphContext(Context):
-    """A context whose tensors are emitted into a graph."""
-
-    def __init__(self, group: collectives.Group, emitter: Emitter, config: Config) -> None:
-        super().__init__(group, config.linear, config.softmax)
-        self.emitter, self.config = emitter, config
-        self._draws = 0
-
-    def keep(self, state: Tensor) -> Tensor:
-        node = self.emitter.node_of(state)
-        if "recompute" in node.meta:
-            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-        return state
-
-    def gathered(self, keys: Tensor | None) -> Tensor | None:
-        if keys is not None and self.config.regather:
-            # The chain from this rank's keys on, not the gather alone: whatever of it is left untagged is saved.
-            chain = [self.emitter.node_of(keys)]
-            while chain:
-                node = chain.pop()
-                node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-                node.meta.setdefault("ac_graph_id", 0)
-                if node.target is not torch.ops._c10d_functional.all_gather_into_tensor.default:
-                    chain += node.all_input_nodes
-        return keys
-
-    def cached(self, key: Any, compute: Any) -> Tensor:
-        # Shared by nodes of several regions, so it must not carry the tags of the first that asks.
-        if key not in self._cache:
-            with self.emitter.untagged():
-                self._cache[key] = compute()
-        return self._cache[key]
-
-    def next_seed(self, device: torch.device) -> Tensor:
-        self._draws += 1
-        with self.emitter.saved():
-            shared = self.cached(("seed", device), lambda: shared_seed(self.group, device))
-            return shared + (self._draws * DRAW_STRIDE) % 2**62
 
 
 class GatherNote(NamedTuple):
@@ -80,14 +38,15 @@ class GatherNote(NamedTuple):
 
 
 class Localizer:
-    """Emit the local graph of ``plan`` into ``graph``, in place."""
+    """Emit the local graph of ``plan`` into ``graph``, in place.
 
-    def __init__(
-        self, graph: fx.Graph, plan: Plan, group: collectives.Group, emitter: Emitter, config: Config
-    ) -> None:
-        self.graph, self.plan, self.emitter = graph, plan, emitter
-        self.context = _GraphContext(group, emitter, config)
-        self.nan_padding = config.nan_padding
+    Args:
+        nan_padding: a debugging mode that fills the padding of every floating tensor with NaN.
+    """
+
+    def __init__(self, graph: fx.Graph, plan: Plan, context: GraphContext, nan_padding: bool = False) -> None:
+        self.graph, self.plan, self.context, self.emitter = graph, plan, context, context.emitter
+        self.nan_padding = nan_padding
         self.versions: dict[tuple[Value, Placement, float | None], Tensor] = {}
         self.gathers: list[GatherNote] = []
         self.originals = list(graph.nodes)
@@ -99,6 +58,7 @@ class Localizer:
         wanted = {value_of(x) for x in tree_leaves(outputs.args) if isinstance(x, fx.Node)}
         self._backward = _depends_on_tangents(self.originals)
         for node in self.originals:
+            self._consumer = node
             with self.graph.inserting_before(node):
                 if node.op in ("placeholder", "get_attr"):
                     self._bind(node)
@@ -176,9 +136,13 @@ class Localizer:
         ranks = self.context.group.size
         if not (self.nan_padding and isinstance(placement, Shard) and placement.padded(ranks)):
             return local
-        if not local.is_floating_point():
+        if local.is_floating_point():
+            return self._run(node, self.context.where_valid, local, placement, math.nan)
+        step = self.plan.steps.get(node)
+        if step is None or step.call is None or not any(x.is_floating_point() for x in step.call.operands):
             return local
-        return self._run(node, self.context.where_valid, local, placement, math.nan)
+        # A number that NaN is cast to may index out of bounds.
+        return self._run(node, self.context.where_valid, local, placement, 0)
 
     # ------------------------------------------------------------------------------------------- emission
 
@@ -237,14 +201,30 @@ class Localizer:
         values = value if isinstance(value, (tuple, list)) else (value,)
         for index, item in enumerate(values):
             if isinstance(item, Tensor):
-                local = self.emitter.bind(self._fake(item), copy)
+                local = self.emitter.bind(self.emitter.fresh(item), copy)
                 if isinstance(value, (tuple, list)):
                     local = self.emitter.getitem(copy, index, item)
                 self.versions[((node, index), Replicate(), None)] = local
 
     def _run(self, node: fx.Node, function: Any, *args: Any) -> Any:
-        with self.emitter.serving(node):
+        with self.emitter.serving(node, spcompile=self._purpose(node, function, args)):
             return self.emitter.run(function, *args)
+
+    def _purpose(self, node: fx.Node, function: Any, args: tuple[Any, ...]) -> Purpose:
+        """Why the nodes emitted next are there, for the report."""
+        consumer = self.plan.steps.get(self._consumer)
+        asked = "output" if self._consumer.op == "output" else str(self._consumer.target)
+        whole = consumer is not None and bool(consumer.gathers)
+        if function is collectives.all_reduce_bucket:
+            mark = next((m for v, _ in self._pending for m in self.plan.marks.get(v, ())), None)
+            return Purpose("gradients", asked, False, tuple(tuple(x.shape) for x in args[0]), mark=mark)
+        mark = next(iter(self.plan.marks.get((node, 0), ())), None)
+        if function is redistribute:
+            return Purpose(str(node.target), asked, whole, (args[4],), args[2], args[3], mark)
+        step = self.plan.steps.get(node)
+        operands = step.operands if step is not None else ()
+        shapes = tuple(tuple(map(int, self._global(v).shape)) for v in operands)
+        return Purpose(str(node.target), asked, whole, shapes, mark=mark)
 
     def _note_gathers(self, node: fx.Node, step: Step) -> None:
         if not step.gathers:
@@ -260,13 +240,7 @@ class Localizer:
     def _bind(self, node: fx.Node) -> None:
         value = node.meta.get("val")
         if isinstance(value, Tensor):
-            self.versions[((node, 0), Replicate(), None)] = self.emitter.bind(self._fake(value), node)
-
-    def _fake(self, value: Tensor) -> Tensor:
-        """A value of its own for a node: two nodes may have been given one fake tensor."""
-        with self.emitter.fake_mode:
-            shape, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
-            return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+            self.versions[((node, 0), Replicate(), None)] = self.emitter.bind(self.emitter.fresh(value), node)
 
     def _global(self, value: Value) -> Tensor:
         result = value[0].meta["val"]

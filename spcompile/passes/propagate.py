@@ -16,9 +16,9 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from spcompile.placement import Partial, Placement, Replicate, Shard
-from spcompile.rules import COMMITS, PULLED, Call, Rule, Split, rule_for
+from spcompile.rules import PULLED, Call, Rule, Split, commits, rule_for
 
-__all__ = ["Plan", "Step", "propagate", "value_of"]
+__all__ = ["Plan", "Step", "call_of", "propagate", "value_of"]
 
 Value = tuple[fx.Node, int]
 """One tensor: a node, and which of its outputs (0 unless it returns several)."""
@@ -91,9 +91,14 @@ def _step(node: fx.Node) -> Step:
     operands = [x for x in leaves if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor)]
     if len(operands) != sum(isinstance(x, fx.Node) for x in leaves) or not _returns_tensors(node):
         return Step(None, None, tuple(map(value_of, operands)))
-    args, kwargs = tree_map(lambda x: x.meta["val"] if isinstance(x, fx.Node) else x, (node.args, node.kwargs))
-    call = Call(node.target, args, kwargs, node.meta["val"])
+    call = call_of(node)
     return Step(call, rule_for(call), tuple(map(value_of, operands)))
+
+
+def call_of(node: fx.Node) -> Call:
+    """The call that ``node`` makes, with the global fake values of its operands and results."""
+    args, kwargs = tree_map(lambda x: x.meta["val"] if isinstance(x, fx.Node) else x, (node.args, node.kwargs))
+    return Call(node.target, args, kwargs, node.meta["val"])
 
 
 def _returns_tensors(node: fx.Node) -> bool:
@@ -149,7 +154,7 @@ def _mark(plan: Plan, seeds: Mapping[Value, Shard]) -> None:
 def _choose(plan: Plan, node: fx.Node, step: Step) -> None:
     naturals = [plan.natural(v) for v in step.operands]
     if step.call is not None and step.rule is not None:
-        if node.target not in COMMITS and all(p is None for p in naturals):
+        if not commits(node.target) and all(p is None for p in naturals):
             step.kind = "free"
             return
         if node.target in PULLED:
@@ -216,8 +221,8 @@ def _choose_split(plan: Plan, node: fx.Node, step: Step, naturals: list[Placemen
 
 
 def _holds_all(plan: Plan, split: Split) -> bool:
-    """What is computed must be on some rank entirely: an output that sticks out of the window would lose entries."""
-    return all(p.holds_all(plan.ranks) for p in split.outputs if isinstance(p, Shard))
+    """What is computed must be on some rank entirely: a tensor that sticks out of the window would lose entries."""
+    return all(p.holds_all(plan.ranks) for p in (*split.inputs, *split.outputs) if isinstance(p, Shard))
 
 
 def _scattered(plan: Plan, value: Value, partial: Partial) -> Placement:

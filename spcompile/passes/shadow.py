@@ -1,14 +1,15 @@
 """A pre-autograd ATen trace of Dynamo's graph, for recognizers to read.
 
-Dynamo's graph speaks the user's language (methods, composite functions, in-place updates); recognizers want one
-spelling of everything. The shadow is that: an `fx.Interpreter` runs Dynamo's graph under `make_fx(pre_dispatch=True)`
-on fake tensors, and every ATen call becomes a `Value`, pure and immutable. Nothing is ever compiled from the shadow:
-retracing a whole graph loses the custom backward of `autograd_function_apply`. It is only read, and each Value knows
-the Dynamo node that made it, so that the edit can be made on Dynamo's own graph.
+Dynamo's graph speaks the user's language (methods, composite functions, in-place updates); recognizers want
+one spelling of everything. The shadow is that: an `fx.Interpreter` runs Dynamo's graph under
+`make_fx(pre_dispatch=True)` on fake tensors, and every ATen call becomes a `Value`, pure and immutable.
+Nothing is ever compiled from the shadow: retracing a whole graph loses the custom backward of
+`autograd_function_apply`. It is only read, and each Value knows the Dynamo node that made it, so that the
+edit can be made on Dynamo's own graph.
 
 NOTE [How mutation is made functional]
-An in-place call is the pure call on what its target held at that moment, and a write: (storage, time, geometry,
-new Value). A later read of a tensor whose storage has been written since it was made is
+An in-place call is the pure call on what its target held at that moment, and a write: (storage, time,
+geometry, new Value). A later read of a tensor whose storage has been written since it was made is
   * the written Value, if the last write had the tensor's own geometry (`s.masked_fill_(m, -inf)`, then `s`);
   * the view replayed on what the viewed tensor now holds, if the tensor is a view;
   * an opaque Value, otherwise (a slice was written): data, of which nothing can be proved.
@@ -18,8 +19,6 @@ So two reads that may differ are never the same Value, which is what recognizers
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,105 +26,25 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, track_tensor_tree
 from torch.utils import _pytree as pytree
 
+from spcompile.passes.shadow_values import VIEWS, Record, Shadow, Value, Write, values_in
+
+__all__ = ["Record", "Shadow", "Value", "trace"]
+
 # Higher-order ops whose body is plain code that runs where it stands, so that one may read and edit inside.
 _INLINED = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"}
 # These may return their input or a copy, by dtype and strides that autocast can change: assume both.
 _MAY_ALIAS = {"to", "type_as", "contiguous", "reshape", "float", "flatten", "expand_as", "ravel"}
-# Ops that return their input's values, in the input's geometry or another.
-VIEWS = {
-    "view", "reshape", "_unsafe_view", "permute", "transpose", "t", "mT", "numpy_T", "movedim", "swapaxes",
-    "unsqueeze", "squeeze", "expand", "expand_as", "view_as", "reshape_as", "flatten", "unflatten", "slice", "select",
-    "alias", "broadcast_to", "swapdims", "moveaxis", "mH", "adjoint", "matrix_H", "_reshape_alias",
-}  # fmt: skip
-
-
-@dataclass(eq=False)
-class Value:
-    """One pure result: op `name` on `args` (by schema name; nested Values inside lists and tuples).
-
-    `name` is the ATen op's without overload and trailing underscore ("masked_fill"), or one of "input" (a
-    placeholder), "opaque" (nothing is known of it but its shape), "getitem", "literal" (a Python number as a tensor).
-    """
-
-    name: str
-    args: dict[str, Any]
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None
-    overload: str = ""
-    time: int = 0
-    node: fx.Node | None = None
-    """The Dynamo node that emitted it; None in a Value that a replayed view made up."""
-    grad_mode: bool = True
-    users: list[Value] = field(default_factory=list)
-    live: bool = False
-    is_parameter: bool = False
-    requires_grad: bool = False
-    """Whether a gradient can flow into it, by the inputs it was computed from."""
-    fake: torch.Tensor | None = field(default=None, repr=False)
-
-    def operands(self) -> Iterator[Value]:
-        return values_in(self.args.values())
-
-    def __repr__(self) -> str:
-        return f"<{self.name} {list(self.shape)} t{self.time}>"
-
-
-def values_in(tree: Any) -> Iterator[Value]:
-    """Every Value inside lists, tuples and dicts."""
-    if isinstance(tree, Value):
-        yield tree
-    elif isinstance(tree, dict):
-        for x in tree.values():
-            yield from values_in(x)
-    elif isinstance(tree, (list, tuple)) or (isinstance(tree, Iterable) and not isinstance(tree, (str, torch.Tensor))):
-        for x in tree:
-            yield from values_in(x)
-
-
-@dataclass
-class Write:
-    """A storage was written at `time`, through a tensor of this geometry, which then held `value`."""
-
-    time: int
-    geometry: tuple
-    value: Value
-
-
-@dataclass
-class Record:
-    """What one Dynamo node did: its result as Values, its ATen nodes, and when."""
-
-    node: fx.Node
-    result: Any
-    """The returned tree with a Value in place of each tensor."""
-    storages: tuple[int, ...]
-    emitted: list[fx.Node]
-    begin: int
-    end: int
-    pure: bool
-
-
-@dataclass
-class Shadow:
-    """The trace of one Dynamo graph and of the graphs nested in it."""
-
-    gm: fx.GraphModule
-    mode: Any
-    """Dynamo's fake mode."""
-    records: dict[fx.Node, Record]
-    values: list[Value]
-    scopes: list[fx.GraphModule]
-    """Every graph module that was interpreted, outermost first; one that ran twice is not here."""
-    writes: dict[int, list[Write]]
-    value_of: dict[fx.Node, Value]
-    """By ATen node."""
-
-    def written_between(self, storages: tuple[int, ...], begin: int, end: int) -> bool:
-        """Whether any of the storages was written at a time in (begin, end]."""
-        return any(begin < w.time <= end for s in storages for w in self.writes.get(s, ()))
-
-    def written_after(self, storages: tuple[int, ...], begin: int) -> bool:
-        return any(w.time > begin for s in storages for w in self.writes.get(s, ()))
+# Ops that read only the shape and dtype of their input.
+_SHAPE_ONLY = {
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+}
 
 
 class _Storages:
@@ -149,7 +68,7 @@ class _Storages:
 
 
 def trace(gm: fx.GraphModule) -> Shadow | None:
-    """Trace Dynamo's `gm` on static shapes; None where its inputs are not plain fake tensors (nothing to read then).
+    """Trace Dynamo's `gm` on static shapes; None where its inputs are not plain fake tensors.
 
     Sizes that Dynamo made symbolic are specialised by `int()`, which is what guards them.
     """
@@ -255,8 +174,9 @@ class _Builder:
         value.grad_mode = torch.is_grad_enabled()
         if value.name != "input":
             value.requires_grad = _differentiable(value) and any(o.requires_grad for o in value.operands())
-        for o in set(value.operands()):
-            o.users.append(value)
+        if value.name not in _SHAPE_ONLY:
+            for o in set(value.operands()):
+                o.users.append(value)
         self.values.append(value)
         return value
 
@@ -298,7 +218,9 @@ class _Builder:
         raw = dict(zip((a.name for a in schema.arguments), n.args, strict=False)) | dict(n.kwargs)
         args = {k: fx.map_arg(x, self.lookup) for k, x in raw.items()}
         name = target.overloadpacket.__name__
-        written = [raw[a.name] for a in schema.arguments if a.alias_info and a.alias_info.is_write and a.name in raw]
+        written = [
+            raw[a.name] for a in schema.arguments if a.alias_info and a.alias_info.is_write and a.name in raw
+        ]
         if not written:
             if name in _MAY_ALIAS and isinstance(val, torch.Tensor):
                 self.storages.unite(val, raw["self"].meta["val"])
@@ -338,7 +260,9 @@ class _Builder:
             now = self.read(source)
             if now.name != "opaque":
                 args = dict(made.args) | {"self": now}
-                return self.add(Value(made.name, args, made.shape, made.dtype, made.overload, self.time, fake=t))
+                return self.add(
+                    Value(made.name, args, made.shape, made.dtype, made.overload, self.time, fake=t)
+                )
         held = {"held": made} | {str(w.time): w.value for w in later}
         return self.opaque(t, held, None)
 
@@ -396,7 +320,7 @@ class _Interpreter(fx.Interpreter):
         return self.opaque_call(n, args, kwargs)
 
     def opaque_call(self, n: fx.Node, args: tuple, kwargs: dict) -> Any:
-        """An op whose body is not read: fresh outputs, and every tensor it was given may have been written."""
+        """An op whose body is not read: fresh outputs, and any tensor that it was given may be written."""
         b = self.builder
         b.new_nodes()
         tracer = b.tracer()
@@ -421,7 +345,7 @@ def _opaque(*tensors: torch.Tensor) -> Any:
 
 
 def _believe_dynamo(n: fx.Node, result: Any, begin: int) -> None:
-    """Take dtypes from Dynamo: under autocast the shadow's casts happen below the level at which it is recorded."""
+    """Take dtypes from Dynamo: autocast's casts happen below the level at which the shadow is recorded."""
     example = n.meta.get("example_value")
     if isinstance(example, torch.Tensor) and isinstance(result, Value) and result.time > begin:
         result.dtype = example.dtype
@@ -442,17 +366,27 @@ def _differentiable(v: Value) -> bool:
 
 
 def _pure(n: fx.Node) -> bool:
+    """Whether an ATen node only computes: it writes nothing and draws no random numbers."""
     if n.op == "get_attr" or n.target is operator.getitem:
         return True
     target = n.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
         return False
-    return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+    if torch.Tag.nondeterministic_seeded not in target.tags and not target.overloadpacket.__name__.endswith(
+        "dropout"
+    ):
+        return True
+    args = dict(zip((a.name for a in target._schema.arguments), n.args, strict=False)) | dict(n.kwargs)
+    if target.overloadpacket.__name__ == "scaled_dot_product_attention":
+        return args.get("dropout_p", 0.0) == 0
+    return args.get("p") == 0 or args.get("train") is False
 
 
 def _mark_live(roots: list[Value]) -> None:
     """What reaches an output, an input that is updated in place, or a call that is not read."""
     todo = list(roots)
+    for v in roots:
+        v.escapes = True
     while todo:
         v = todo.pop()
         if not v.live:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
 from typing import Any
 
 from torch import Tensor, fx
@@ -12,10 +11,10 @@ from spcompile.errors import SpcompileError
 from spcompile.passes.localize import Localizer
 from spcompile.placement import local_shape
 
-__all__ = ["verify"]
+__all__ = ["check_outputs", "verify"]
 
 
-def verify(graph: fx.Graph, localizer: Localizer, decomposed: Container[Any]) -> None:
+def verify(graph: fx.Graph, localizer: Localizer) -> None:
     """Check the local graph.
 
     Every version of every tensor has the shape and dtype that its placement gives the global tensor; what is returned
@@ -32,6 +31,7 @@ def verify(graph: fx.Graph, localizer: Localizer, decomposed: Container[Any]) ->
         if tuple(local.shape) != expected or local.dtype != whole.dtype:
             _fail(node, f"{placement} should be {expected} {whole.dtype}, is {tuple(local.shape)} {local.dtype}")
     originals = set(localizer.originals)
+    decomposed = localizer.emitter.decompositions
     allowed = localizer.emitter.declined | {n.target for n in originals if n.op == "call_function"}
     for node in graph.nodes:
         if node.op != "call_function":

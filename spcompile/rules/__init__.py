@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from spcompile.rules import attention, contractions, creation, indexing, pointwise, reductions, views
+from spcompile.rules import attention, contractions, creation, indexing, kernels, pointwise, reductions, scans, views
 from spcompile.rules.base import Call, Context, Factors, Rule, Split, parse
 
-__all__ = ["COMMITS", "PULLED", "RULES", "Call", "Context", "Factors", "Rule", "Split", "rule_for"]
+__all__ = ["COMMITS", "PULLED", "RULES", "Call", "Context", "Factors", "Rule", "Split", "commits", "rule_for"]
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
-RULES: dict[Any, str | Callable[[Call], Rule]] = {
+RULES: dict[Any, str | Callable[[Call], Rule | None]] = {
     **contractions.CONTRACTIONS,
     aten.addmm.default: contractions.add_contraction,
     aten.baddbmm.default: contractions.add_contraction,
@@ -39,19 +39,40 @@ RULES: dict[Any, str | Callable[[Call], Rule]] = {
     **{op: reductions.reduction for op in reductions.REDUCED_BY},
     aten.mean.default: reductions.mean,
     aten.mean.dim: reductions.mean,
-    aten.cumsum.default: reductions.rowwise,
+    aten.cumsum.default: scans.Cumsum,
+    aten.cumprod.default: reductions.rowwise,
+    aten.logcumsumexp.default: reductions.rowwise,
+    aten.cummax.default: reductions.rowwise,
+    aten.cummin.default: reductions.rowwise,
     aten.topk.default: reductions.rowwise,
     aten.sort.default: reductions.rowwise,
+    aten.sort.stable: reductions.rowwise,
+    aten._softmax.default: reductions.rowwise,
+    aten._log_softmax.default: reductions.rowwise,
     # Several tensors side by side along one dim
     aten.cat.default: views.along_dim,
     aten.split.Tensor: views.along_dim,
     aten.split_with_sizes.default: views.along_dim,
     aten.flip.default: views.along_dim,
+    prims.rev.default: views.along_dim,
+    aten.repeat.default: views.repeat,
+    aten.select_scatter.default: views.select_scatter,
+    aten.unbind.int: views.select,
+    # The last dim holds the two parts of a complex number.
+    aten.view_as_complex.default: "... c -> ...; whole c; linear 0",
+    aten.view_as_real.default: "... -> ... c; whole c; linear 0",
     # Indexing
-    aten.embedding.default: "v d, ... -> ... d; whole v",
+    # A row of the table for each index: any row may be asked for.
+    aten.embedding.default: "v d, ... -> ... d; whole v; linear 0",
     aten.gather.default: indexing.gather,
     aten.scatter.value: indexing.scatter,
     aten.scatter.src: indexing.scatter,
+    aten.scatter.reduce: indexing.scatter,
+    aten.scatter.value_reduce: indexing.scatter,
+    aten.scatter_reduce.two: indexing.scatter,
+    aten.scatter_add.default: indexing.scatter_add,
+    aten.bucketize.Tensor: indexing.searchsorted,
+    aten.searchsorted.Tensor: indexing.searchsorted,
     aten.index.Tensor: indexing.index,
     aten.index_put.default: indexing.index_put,
     aten._unsafe_masked_index_put_accumulate.default: indexing.index_put,
@@ -60,6 +81,7 @@ RULES: dict[Any, str | Callable[[Call], Rule]] = {
     prims.iota.default: creation.iota,
     aten.rand.default: creation.random("rand"),
     aten.randn.default: creation.random("randn"),
+    **kernels.KERNELS,
     **attention.RULES,
 }
 
@@ -97,14 +119,28 @@ COMMITS = frozenset(
         aten.rand.default,
         aten.randn.default,
         aten.sort.default,
+        aten.sort.stable,
         aten.topk.default,
+        *kernels.KERNELS,
     }
 )
+
+
+def commits(op: Any) -> bool:
+    """Whether ``op`` is computed once: it is much work, or draws."""
+    return op in COMMITS or _draws(op)
+
+
+def _draws(op: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
+
 
 
 def rule_for(call: Call) -> Rule | None:
     """The rule of this call, or None: then it is computed whole on every rank."""
     entry = RULES.get(call.op)
     if entry is None:
+        if _draws(call.op):
+            return creation.OneDraw(call)
         return pointwise.pointwise(call) if pointwise.is_pointwise(call.op) else None
     return parse(entry, call) if isinstance(entry, str) else entry(call)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -111,16 +111,33 @@ class Context:
 
         return self.cached(("index", shard.block, shard.start, shard.length, device), compute)
 
+    def flat_index(self, shard: Shard, device: torch.device) -> Tensor:
+        """The index in the whole dim of each entry this rank holds, merged dims included; padding as above."""
+        index = self.clamped_index(shard, device)
+        if shard.outer * shard.inner == 1:
+            return index
+        outer = torch.arange(shard.outer, device=device).reshape(-1, 1, 1)
+        inner = torch.arange(shard.inner, device=device)
+        return ((outer * shard.length + index.reshape(1, -1, 1)) * shard.inner + inner).reshape(-1)
+
     def next_seed(self, device: torch.device) -> Tensor:
         """A seed that no other draw of this graph has and that all ranks share, 0-dim int64."""
         raise NotImplementedError
 
     def where_valid(self, x: Tensor, shard: Shard, other: Tensor | float | bool) -> Tensor:
         """``x``, a local tensor placed as ``shard``, with ``other`` in its padding."""
-        valid = self.valid(shard, x.device)
-        valid = valid.reshape(1, -1, 1).expand(shard.outer, shard.block, shard.inner).reshape(-1)
-        valid = valid.reshape([-1 if d == shard.dim else 1 for d in range(x.dim())])
-        return torch.where(valid, x, other if isinstance(other, Tensor) else x.new_full((), other))
+
+        def mask() -> Tensor:
+            valid = self.valid(shard, x.device)
+            if shard.outer * shard.inner != 1:
+                valid = valid.reshape(1, -1, 1).expand(shard.outer, shard.block, shard.inner).reshape(-1)
+            return valid.reshape([-1 if d == shard.dim else 1 for d in range(x.dim())])
+
+        valid = self.cached(("mask", shard, x.dim(), x.device), mask)
+        if not isinstance(other, Tensor):
+            key = ("scalar", repr(other), x.dtype, x.device)
+            other = self.cached(key, lambda: torch.full((), other, dtype=x.dtype, device=x.device))
+        return torch.where(valid, x, other)
 
 
 Emit = Callable[[Context, list[Tensor]], Any]
@@ -158,7 +175,9 @@ class Factors:
     """A rule that names the factor each dim runs over; None is a dim that runs over none (a broadcast 1).
 
     A factor in ``whole`` is needed entire on every rank. One that no output has is reduced by ``reduce``, and is
-    whole where that is None. ``localize`` rewrites size arguments: it is given the split's outputs.
+    whole where that is None; one that some outputs have and others not is whole unless the rule is ``mixed``: then
+    it is reduced in the others. ``emit`` replaces the plain call: it is given the split. ``fill`` is what padding of
+    a reduced factor must hold, by default the neutral element of ``reduce``.
     """
 
     call: Call
@@ -168,10 +187,12 @@ class Factors:
     reduce: str | None = "sum"
     linear: tuple[frozenset[int], ...] = ()
     emit: Callable[[Split], Emit] | None = None
-    fill: float | None = field(init=False)
+    fill: float | None = None
+    mixed: bool = False
 
     def __post_init__(self) -> None:
-        self.fill = {"sum": 0.0, "max": -math.inf, "min": math.inf, "product": 1.0, None: None}[self.reduce]
+        if self.fill is None and self.reduce is not None:
+            self.fill = {"sum": 0.0, "max": -math.inf, "min": math.inf, "product": 1.0}[self.reduce]
 
     def split(self, side: Side, index: int, shard: Shard) -> Split | None:
         """See :class:`Rule`."""
@@ -180,13 +201,12 @@ class Factors:
             return None
         inputs = tuple(_place(dims, factor, shard) for dims in self.inputs)
         outputs = tuple(_place(dims, factor, shard) for dims in self.outputs)
-        reduced = not any(factor in dims for dims in self.outputs)
+        reduced = not all(factor in dims for dims in self.outputs)
         if reduced:
-            if self.reduce is None:
+            mixed = any(factor in dims for dims in self.outputs)
+            if self.reduce is None or (mixed and not self.mixed):
                 return None
-            outputs = tuple(Partial(self.reduce) for _ in outputs)
-        elif not all(isinstance(p, Shard) for p in outputs):
-            return None  # one output has the factor and another has not
+            outputs = tuple(p if isinstance(p, Shard) else Partial(self.reduce) for p in outputs)
         fills = tuple(self.fill if reduced and isinstance(p, Shard) else None for p in inputs)
         split = Split(inputs, outputs, fills, _run(self.call))
         return split if self.emit is None else Split(inputs, outputs, fills, self.emit(split))
@@ -238,9 +258,12 @@ def _dims(names: list[str], rank: int) -> Dims:
 
 
 def along(call: Call, whole_dims: set[int]) -> Factors:
-    """Operands and outputs of one rank; ``whole_dims`` are needed whole, the others pass."""
+    """Operands and outputs with the same dims; ``whole_dims`` are needed whole, the others pass.
+
+    (An operand with other dims is the empty [0] that cat ignores.)
+    """
     rank = call.outputs[0].dim()
     names = tuple(f"d{i}" for i in range(rank))
-    whole = frozenset(names[d % rank] for d in whole_dims)
-    inputs = tuple(names for _ in call.operands)
+    whole = frozenset(names[d % rank] for d in whole_dims) if rank else frozenset()
+    inputs = tuple(names if x.dim() == rank else (None,) * x.dim() for x in call.operands)
     return Factors(call, inputs, tuple(names for _ in call.outputs), whole)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from spcompile._torch import inductor_random, inductor_seed
 from spcompile.placement import Replicate, Shard, local_shape
 from spcompile.rules.base import Call, Context, Emit, Factors, Side, Split
 
-__all__ = ["DRAW_STRIDE", "Random", "full", "iota", "random", "shared_seed"]
+__all__ = ["DRAW_STRIDE", "OneDraw", "Random", "full", "iota", "random", "shared_seed"]
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -40,14 +42,12 @@ def iota(call: Call) -> Factors:
         assert isinstance(shard, Shard)
 
         def values(context: Context, operands: list[Tensor]) -> Tensor:
-            index = context.clamped_index(shard, call.kwargs["device"])
-            index = index.reshape(1, -1, 1).expand(shard.outer, -1, shard.inner)
-            return (start + step * index).reshape(-1).to(call.kwargs["dtype"])
+            index = context.flat_index(shard, call.kwargs["device"])
+            return (start + step * index).to(call.kwargs["dtype"])
 
         return values
 
-    rule = Factors(call, (), (_own_factors(call),), emit=emit)
-    return rule
+    return Factors(call, (), (_own_factors(call),), emit=emit)
 
 
 # Distances between the streams of ranks and of draws, odd and large so that no two meet.
@@ -83,6 +83,34 @@ class Random:
             if isinstance(placement, Shard):
                 seed = seed + context.rank(out.device) * _RANK_STRIDE
             return inductor_random(shape, seed, self.mode).to(out.dtype)
+
+        return draw
+
+
+@dataclass
+class OneDraw:
+    """Any other operator that draws: it is drawn whole, and every rank takes what rank 0 has drawn."""
+
+    call: Call
+    linear: tuple[frozenset[int], ...] = ()
+
+    def split(self, side: Side, index: int, shard: Shard) -> None:
+        """See :class:`spcompile.rules.base.Rule`."""
+        return
+
+    def whole_emit(self) -> Emit:
+        """Rank 0's result."""
+
+        def of_rank_zero(context: Context, x: Tensor) -> Tensor:
+            mine = context.rank(x.device) == 0
+            sent = x.to(torch.uint8) if x.dtype == torch.bool else x
+            return collectives.all_reduce(torch.where(mine, sent, torch.zeros_like(sent)), context.group).to(x.dtype)
+
+        def draw(context: Context, operands: list[Tensor]) -> Any:
+            drawn = self.call.run(operands)
+            if isinstance(drawn, Tensor):
+                return of_rank_zero(context, drawn)
+            return tuple(of_rank_zero(context, x) for x in drawn)
 
         return draw
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from spcompile.placement import Partial, Shard
 from spcompile.rules.base import Call, Dims, Factors, Side, Split
 
-__all__ = ["gather", "index", "index_put", "scatter"]
+__all__ = ["gather", "index", "index_put", "scatter", "scatter_add", "searchsorted"]
 
 aten = torch.ops.aten
 
@@ -39,12 +39,43 @@ def scatter(call: Call) -> Factors:
     return Factors(call, tuple(names for _ in call.operands), (names,), frozenset(whole))
 
 
-def index(call: Call) -> Factors:
+def scatter_add(call: Call) -> Accumulate:
+    """x plus src summed at index along a dim: x has that dim whole, index and src are summed over it."""
+    dim = call.args[1] % max(call.operands[0].dim(), 1)
+    rule = scatter(call)
+    (names,) = rule.outputs
+    summed = tuple("s" if i == dim else n for i, n in enumerate(names))
+    index, src = call.operands[1:]
+    if index.dim() and index.shape[dim] != src.shape[dim]:
+        rule.whole |= {"s"}
+    return Accumulate(Factors(call, (names, summed, summed), (names,), rule.whole, linear=(frozenset({0, 2}),)))
+
+
+def searchsorted(call: Call) -> Factors | None:
+    """bucketize, searchsorted: a value's place among boundaries, which are needed whole."""
+    if len(call.operands) > 2:
+        return None  # a sorter
+    first = call.op is aten.searchsorted.Tensor
+    boundaries, values = call.operands if first else call.operands[::-1]
+    names = tuple(f"d{i}" for i in range(values.dim()))
+    batch = names[:-1] if boundaries.dim() > 1 else ()
+    bounds: Dims = (*batch, "b")
+    return Factors(call, (bounds, names) if first else (names, bounds), (names,), frozenset({"b"}))
+
+
+def index(call: Call) -> Factors | None:
     """x[i, :, j]: indexed dims of x are needed whole; dims of the index tensors, broadcast together, pass."""
     x, tensors = call.operands[0], list(call.args[1])
+    if _by_mask(tensors):
+        return None
     source, picked, result = _index_dims(x, tensors)
     whole = frozenset(n for n in source if n is not None and n.startswith("x"))
     return Factors(call, (source, *picked), (result,), whole)
+
+
+def _by_mask(tensors: list[Tensor | None]) -> bool:
+    """Whether a mask takes the place of indices: it stands for as many dims as it has."""
+    return any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in tensors)
 
 
 def _index_dims(x: Tensor, tensors: list[Tensor | None]) -> tuple[Dims, list[Dims], Dims]:
@@ -72,23 +103,30 @@ class Accumulate:
     """x plus values summed at indices: shards of the indices give partial sums, to which x belongs once."""
 
     factors: Factors
-    linear: tuple[frozenset[int], ...] = ()
+
+    @property
+    def linear(self) -> tuple[frozenset[int], ...]:
+        """In x and the values together."""
+        return (frozenset({0, len(self.factors.inputs) - 1}),)
 
     def split(self, side: Side, index: int, shard: Shard) -> Split | None:
         """See :class:`spcompile.rules.base.Rule`."""
         split = self.factors.split(side, index, shard)
         if split is None or not isinstance(split.outputs[0], Partial):
             return split
-        values = len(split.inputs) - 1
-        fills = tuple(0.0 if i == values and isinstance(p, Shard) else None for i, p in enumerate(split.inputs))
+        if not isinstance(split.inputs[-1], Shard):
+            return None  # broadcast values: padding would add them once more
+        fills = (*(None for _ in split.inputs[1:]), 0.0)
         return replace(split, inputs=(Partial("sum"), *split.inputs[1:]), fills=fills)
 
 
-def index_put(call: Call) -> Accumulate | Factors:
+def index_put(call: Call) -> Accumulate | Factors | None:
     """index_put, and the masked form that an embedding's backward is; the accumulating form is a sum."""
     masked = call.op is aten._unsafe_masked_index_put_accumulate.default
     x, values = call.operands[0], call.operands[-1]
     tensors = list(call.args[2] if masked else call.args[1])
+    if _by_mask(tensors):
+        return None
     source, picked, result = _index_dims(x, tensors)
     shape = _result_shape(x, tensors)
 

@@ -19,6 +19,9 @@ UNTAGGED = {
     aten.lift_fresh_copy.default,
     aten._to_copy.default,
     aten.where.self,
+    aten.copy.default,
+    aten.complex.default,
+    aten.polar.default,
     *_torch.UNTAGGED_POINTWISE,
 }
 

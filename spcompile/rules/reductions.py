@@ -1,4 +1,4 @@
-"""Operators that sum, maximise, scan or sort along dims."""
+"""Operators that sum, maximise or sort along dims."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ REDUCED_BY: dict[Any, str | None] = {
     aten.prod.dim_int: "product",
     aten.max.default: "max",
     aten.min.default: "min",
-    aten.any.default: None,
-    aten.any.dim: None,
-    aten.any.dims: None,
-    aten.all.default: None,
-    aten.all.dim: None,
+    aten.any.default: "max",
+    aten.any.dim: "max",
+    aten.any.dims: "max",
+    aten.all.default: "min",
+    aten.all.dim: "min",
+    aten.all.dims: "min",
     aten.var_mean.correction: None,
     aten.var.correction: None,
     aten.max.dim: None,
@@ -48,9 +49,9 @@ def reduction(call: Call) -> Factors:
     keepdim = call.outputs[0].dim() == x.dim() and x.dim() > 0
     kept: Dims = tuple(None if i in reduced else d for i, d in enumerate(dims) if keepdim or i not in reduced)
     by = REDUCED_BY[call.op]
-    whole = frozenset(dims[i] for i in reduced) if by is None or _unsafe_extreme(call, by) else frozenset()
+    whole = frozenset(dims[i] for i in reduced) if by is None else frozenset()
     linear = (frozenset({0}),) if by == "sum" and not _narrows(call) else ()
-    return Factors(call, (dims,), tuple(kept for _ in call.outputs), whole, by, linear)
+    return Factors(call, (dims,), tuple(kept for _ in call.outputs), whole, by, linear, fill=_fill(call, by))
 
 
 def _reduced_dims(call: Call) -> set[int]:
@@ -64,9 +65,16 @@ def _reduced_dims(call: Call) -> set[int]:
     return {d % rank for d in ([named] if isinstance(named, int) else named)}
 
 
-def _unsafe_extreme(call: Call, by: str) -> bool:
-    # Padding is filled with an infinity, which an integer hasn't.
-    return by in ("max", "min") and not call.operands[0].dtype.is_floating_point
+def _fill(call: Call, by: str | None) -> float | None:
+    """What padding holds, where the neutral element isn't the usual one: an integer has no infinity."""
+    dtype = call.operands[0].dtype
+    if by not in ("max", "min"):
+        return None
+    if dtype == torch.bool or call.outputs[0].dtype == torch.bool:
+        return 0 if by == "max" else 1
+    if dtype.is_floating_point:
+        return None
+    return torch.iinfo(dtype).min if by == "max" else torch.iinfo(dtype).max
 
 
 def _narrows(call: Call) -> bool:
@@ -95,7 +103,5 @@ def mean(call: Call) -> Factors:
 
 
 def rowwise(call: Call) -> Factors:
-    """Sorts, scans and searches along one dim: it is needed whole, the others pass."""
-    at = 2 if call.op is aten.topk.default else 1
-    dim = call.argument(at, "dim", 0 if at == 1 and call.op is aten.cumsum.default else -1)
-    return along(call, {dim})
+    """Sorts and scans along one dim: it is needed whole, the others pass."""
+    return along(call, {call.argument(2 if call.op is aten.topk.default else 1, "dim", -1)})

@@ -9,9 +9,20 @@ import torch
 from spcompile.placement import Shard, local_shape, reshape_shard
 from spcompile.rules.base import Call, Context, Emit, Factors, Side, Split, along
 
-__all__ = ["along_dim", "expand", "pad", "permute", "reshape", "select", "slice_scatter", "window"]
+__all__ = [
+    "along_dim",
+    "expand",
+    "pad",
+    "permute",
+    "repeat",
+    "reshape",
+    "select",
+    "select_scatter",
+    "slice_scatter",
+    "window",
+]
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 
 @dataclass
@@ -33,6 +44,11 @@ class Reshape:
             return None
         shape = local_shape(shapes[1], after)
         return Split((before,), (after,), (None,), lambda context, operands: operands[0].reshape(shape))
+
+    def whole_emit(self) -> Emit:
+        """A reshape: the operand's strides may no longer be those for which a view was asked."""
+        shape = tuple(self.call.outputs[0].shape)
+        return lambda context, operands: operands[0].reshape(shape)
 
 
 def reshape(call: Call) -> Reshape:
@@ -63,21 +79,42 @@ def expand(call: Call) -> Factors:
     return Factors(call, (inputs,), (outputs,), linear=(frozenset({0}),), emit=emit)
 
 
+def _without(call: Call, dim: int) -> tuple[tuple[str, ...], tuple[str, ...], frozenset[str]]:
+    """The factors of operand 0, those left when ``dim`` is taken away, and that one, which is whole."""
+    rank = call.operands[0].dim()
+    dims = tuple(f"d{i}" for i in range(rank))
+    return dims, tuple(d for i, d in enumerate(dims) if i != dim % rank), frozenset({dims[dim % rank]})
+
+
 def select(call: Call) -> Factors:
-    """One entry of a dim: that dim is needed whole, the others pass."""
-    (x,), dim = call.operands, call.argument(1, "dim") % call.operands[0].dim()
-    dims = tuple(f"d{i}" for i in range(x.dim()))
-    kept = tuple(d for i, d in enumerate(dims) if i != dim)
-    return Factors(call, (dims,), (kept,), whole=frozenset({dims[dim]}), linear=(frozenset({0}),))
+    """select, unbind: entries of a dim, which is needed whole; the others pass."""
+    dims, kept, whole = _without(call, call.argument(1, "dim", 0))
+    return Factors(call, (dims,), tuple(kept for _ in call.outputs), whole, linear=(frozenset({0}),))
+
+
+def select_scatter(call: Call) -> Factors:
+    """One entry of a dim is replaced: that dim is needed whole, the others pass."""
+    dims, kept, whole = _without(call, call.argument(2, "dim"))
+    return Factors(call, (dims, kept), (dims,), whole, linear=(frozenset({0, 1}),))
+
+
+def repeat(call: Call) -> Factors:
+    """A dim that is repeated is needed whole; one that stays as it is passes."""
+    (x,), (out,) = call.operands, call.outputs
+    times, offset = call.argument(1, "repeats"), out.dim() - x.dim()
+    outputs = tuple(f"d{i}" for i in range(out.dim()))
+    whole = frozenset(d for i, d in enumerate(outputs) if times[i] != 1 or i < offset)
+    return Factors(call, (outputs[offset:],), (outputs,), whole, linear=(frozenset({0}),))
 
 
 def along_dim(call: Call) -> Factors:
-    """cat, split, flip: the dim (or dims) named is needed whole, the others pass."""
-    rank = call.outputs[0].dim()
-    named = call.argument(1, "dims" if call.op is aten.flip.default else "dim", 0)
+    """cat, split, flip: the dim (or dims) named is needed whole, the others pass. All are linear."""
+    named = call.argument(1, "dims" if call.op in (aten.flip.default, prims.rev.default) else "dim", 0)
     if call.op in (aten.split.Tensor, aten.split_with_sizes.default):
         named = call.argument(2, "dim", 0)
-    return along(call, set(named) if isinstance(named, (list, tuple)) else {named})
+    rule = along(call, set(named) if isinstance(named, (list, tuple)) else {named})
+    rule.linear = (frozenset(range(len(call.operands))),)
+    return rule
 
 
 @dataclass
@@ -178,8 +215,10 @@ class SliceScatter:
         dim = self.call.argument(2, "dim", 0) % base.dim()
         start, stop = self.call.argument(3, "start"), self.call.argument(4, "end")
         step = self.call.argument(5, "step", 1)
-        if shard.dim != dim or base.shape[dim] == source.shape[dim]:
-            return Split((shard, shard), (shard,), (None, None), lambda context, ops: self.call.run(ops))
+        if base.shape[dim] == source.shape[dim]:  # all of it is written
+            return Split((shard, shard), (shard,), (None, None), lambda context, operands: operands[1])
+        if shard.dim != dim:
+            return Split((shard, shard), (shard,), (None, None), lambda context, operands: self.call.run(operands))
         if step != 1 or shard.outer * shard.inner != 1:
             return None
         start = slice(start, stop, step).indices(base.shape[dim])[0]

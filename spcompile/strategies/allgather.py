@@ -45,10 +45,10 @@ class _Exchange:
         if self.group is None:
             return None
         size, device = self.group.size, self.packed.device
-        stack = unpack(collectives.finish(self.started, (size, *self.packed.shape)),
-        summary_shapes(self.summary)) ranks = torch.arange(size, device=device) mine =
-        collectives.rank(self.group, device) return fold(self.algebra, stack, ranks > mine if later else
-        ranks < mine, reverse=later)
+        packed = collectives.finish(self.started, (size, *self.packed.shape))
+        ranks, mine = torch.arange(size, device=device), collectives.rank(self.group, device)
+        keep = ranks > mine if later else ranks < mine
+        return fold(self.algebra, unpack(packed, summary_shapes(self.summary)), keep, reverse=later)
 
 
 class LinearAllGather:
@@ -182,7 +182,7 @@ def _gather_kv(k: Tensor, v: Tensor, sequence: Sequence | None) -> Tensor | None
     group = _group(sequence)
     if group is None:
         return None
-    packed = torch.cat([k, v], dim=3).permute(2, 0, 1, 3)
+    packed = torch.cat([k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)], dim=3)
     return collectives.all_gather(packed, group).reshape(-1, *packed.shape[1:])
 
 
@@ -194,13 +194,12 @@ def _unpack_kv(kv: Tensor, sequence: Sequence | None, size: int) -> tuple[Tensor
 
 
 def _scatter_kv(dk: Tensor, dv: Tensor, sequence: Sequence, summed: bool) -> tuple[Tensor, Tensor]:
-    """This rank's tokens of the gradients of all keys and values, ``[B, Hkv, block, *]``, zero in the
-    padding.
+    """This rank's tokens of the gradients of all keys and values, ``[B, Hkv, block, *]``; padding is zero.
 
     ``summed``: each rank holds the term of its own queries, to be summed; otherwise (every rank computed all
     queries) each holds the whole gradient and takes its part.
     """
-    packed = torch.cat([dk, dv], dim=3).permute(2, 0, 1, 3)
+    packed = torch.cat([dk.permute(2, 0, 1, 3), dv.permute(2, 0, 1, 3)], dim=3)
     packed = F.pad(packed, (0, 0, 0, 0, 0, 0, 0, sequence.group.size * sequence.block - sequence.length))
     if summed:
         blocks = packed.reshape(sequence.group.size, sequence.block, *packed.shape[1:])

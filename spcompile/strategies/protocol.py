@@ -45,8 +45,8 @@ class LinearStrategy(Protocol):
         scale: float,
         sequence: Sequence | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv of this rank's tokens. ``carry`` None: it is computed again, with the forward's
-        collective.""" ...
+        """dq, dk, dv of this rank's tokens. ``carry`` None: computed again, with the forward's collective."""
+        ...
 
 
 class SoftmaxStrategy(Protocol):

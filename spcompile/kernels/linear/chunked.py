@@ -5,17 +5,17 @@ With chunks of C tokens, S_c = sum of k_j^T v_j over chunk c, and P_c = S_0 + ..
     out_c = scale * ( tril(q_c k_c^T) v_c  +  q_c (P_c + carry) )                        (LASP-2, eqs. 5-8)
 
 where ``carry`` is the memory state before the first token, nonzero on a rank that has ranks before it. With
-R_c the sum of q_i^T do_i over the chunks *after* c (and ``carry`` of it what later ranks add), the gradients are
+R_c the sum of q_i^T do_i over the chunks *after* c (its ``carry`` is what later ranks add), the gradients are
 
     dq_c = scale * ( tril(do_c v_c^T) k_c    +  do_c (P_c + carry)^T )
     dk_c = scale * ( tril(do_c v_c^T)^T q_c  +  v_c (R_c + carry)^T )
     dv_c = scale * ( tril(q_c k_c^T)^T do_c  +  k_c (R_c + carry) )
 
-Each direction is cut where a rank needs other ranks: ``*_states`` gives the sums that a strategy exchanges, the
-next step needs no communication and is what the exchange hides behind, and the last takes what came back.
+Each direction is cut where a rank needs other ranks: ``*_start`` gives the sums that a strategy exchanges,
+``*_local`` needs no communication and is what the exchange hides behind, ``*_finish`` takes what came back.
 
-Shapes: N = B*H, n chunks per rank, C tokens per chunk; memory and work are linear in T, and no Python loop runs
-over chunks, so the graph has the same size for any T.
+Shapes: N = B*H, n chunks per rank, C tokens per chunk; memory and work are linear in T, and no Python loop
+runs over chunks, so the graph has the same size for any T.
 """
 
 from __future__ import annotations
@@ -39,17 +39,27 @@ __all__ = [
     "state_dtype",
 ]
 
-# Tokens per chunk: 64 beat 32 and 128 at K = V = 64 (B1 H8 T8192, forward and backward under Inductor on two
-# CPU cores: 118, 86 and 400 ms). Scores take T*C and states T*K*V/C elements: they balance near C = K.
+# Tokens per chunk. Scores take T*C elements and states T*K*V/C. CPU milliseconds of forward and backward by
+# Inductor on one core, T = 4096 and H*K = 512, for C = 32, 64, 128, 256:
+#     K = V = 64:  94, 91, 112, 137      K = V = 128:  108, 95, 108, 142      K = V = 256:  189, 164, 163, 193
 CHUNK = 64
 
-# Chunk states per group of the two-level sum (see exclusive_sum): 16 adds an eighth to the work of the states.
+# From this head size on, a chunk of 128 is as fast and halves the memory of the states.
+_WIDE = 256
+
+# Chunk states per group of the two-level sum (see exclusive_sum): 16 adds a quarter to the states' work.
 _GROUP = 16
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of memory states and of sums over tokens: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _chunk_length(k: Tensor, v: Tensor) -> int:
+    """Tokens per chunk for these keys and values, no more than there are."""
+    chunk = 2 * CHUNK if k.shape[3] * v.shape[3] >= _WIDE**2 else CHUNK
+    return max(1, min(chunk, k.shape[2]))
 
 
 def chunked(x: Tensor, chunk: int) -> Tensor:
@@ -71,7 +81,7 @@ def unchunked(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _matmul(x: Tensor, y: Tensor) -> Tensor:
-    """Matmul of the last two dims, as one bmm over ranks' heads and chunks (``matmul`` would expand and copy)."""
+    """Matmul of the last two dims, as one bmm over batch, heads and chunks."""
     out = torch.bmm(x.reshape(-1, *x.shape[2:]), y.reshape(-1, *y.shape[2:]))
     return out.reshape(*x.shape[:2], *out.shape[1:])
 
@@ -79,12 +89,12 @@ def _matmul(x: Tensor, y: Tensor) -> Tensor:
 def exclusive_sum(states: Tensor, reverse: bool = False) -> Tensor:
     """Sum of the chunk states before each chunk (after it, if ``reverse``), ``[N, n, K, V]`` to the same.
 
-    Two levels: inside groups of 16 chunks a matmul with a strictly triangular matrix of ones, and the groups'
-    totals by the same function. A ``cumsum`` along a dim that is not the last costs three times as much on CPU
-    and cannot be fused, and it would be most of the layer's time.
+    Two levels: inside groups of 16 chunks a matmul with a strictly triangular matrix of ones, and the
+    groups' totals by the same function. A ``cumsum`` along a dim that is not the last costs three times as
+    much on CPU and is not fused: with it the layer takes 1.8 times as long.
     """
     batch, n, k, v = states.shape
-    if n == 1:
+    if n <= 1:
         return torch.zeros_like(states)
     group = min(_GROUP, n)
     groups = -(-n // group)
@@ -118,7 +128,7 @@ def forward_start(q: Tensor, k: Tensor, v: Tensor) -> tuple[Forward, Tensor]:
     Returns:
         the forward's intermediates, and the summary ``[B, H, K, V]`` = sum of k_j^T v_j over all T tokens.
     """
-    chunk = max(1, min(CHUNK, q.shape[2]))
+    chunk = _chunk_length(k, v)
     q_c, k_c, v_c = chunked(q, chunk), chunked(k, chunk), chunked(v, chunk)
     states = _matmul(k_c.transpose(2, 3), v_c)
     summary = states.sum(1).reshape(*q.shape[:2], k.shape[3], v.shape[3])
@@ -164,7 +174,7 @@ def backward_start(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Backw
     Returns:
         the backward's intermediates, and the summary ``[B, H, K, V]`` = sum of q_i^T do_i over all T tokens.
     """
-    chunk = max(1, min(CHUNK, q.shape[2]))
+    chunk = _chunk_length(k, v)
     grad_c, q_c, k_c, v_c = (chunked(x, chunk) for x in (grad, q, k, v))
     states = _matmul(q_c.transpose(2, 3), grad_c)
     summary = states.sum(1).reshape(*q.shape[:2], q.shape[3], grad.shape[3])
@@ -172,7 +182,7 @@ def backward_start(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Backw
 
 
 def backward_local(b: Backward, carry: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The part that needs no later rank: dq whole, the intra-chunk dk and dv, and the states after each chunk.
+    """The part that needs no later rank: dq whole, intra-chunk dk and dv, and the states after each chunk.
 
     ``carry`` is the forward's: the memory state before this rank's first token.
     """

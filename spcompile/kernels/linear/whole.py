@@ -1,7 +1,9 @@
 """Linear attention without a causal mask: every query sees the one memory state of the whole sequence.
 
-    S = sum_j k_j^T v_j        out_i = scale * q_i S                                     (LASP-2, eq. 4)
-    R = sum_i q_i^T do_i       dq_i = scale * do_i S^T    dk_j = scale * v_j R^T    dv_j = scale * k_j R
+With S = sum_j k_j^T v_j and R = sum_i q_i^T do_i,
+
+    out_i = scale * q_i S                                                               (LASP-2, eq. 4)
+    dq_i = scale * do_i S^T      dk_j = scale * v_j R^T      dv_j = scale * k_j R
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Softmax attention in plain PyTorch, a block of query rows at a time: any device, dtype, mask and head sizes.
+"""Softmax attention in plain PyTorch, a block of query rows at a time: any device, dtype, mask, head sizes.
 
     p_ij = softmax_j(scale * q_i k_j + mask_ij)    out_i = sum_j p_ij v_j    lse_i = log sum_j exp(...)
 
-The probabilities of one block of rows exist at a time, and the backward computes them again from whole rows (not
-from ``lse``), so that a row whose keys are all masked by a huge negative number keeps its uniform distribution.
+The probabilities of one block of rows exist at a time, and the backward computes them again from whole rows
+(not from ``lse``), so a row whose keys are all masked by a huge negative number keeps its distribution.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _probabilities(
 
 
 def _mask_block(mask: Tensor | None, kv_heads: int, start: int, stop: int, seen: int) -> Tensor | None:
-    """The mask's rows [start, stop) and first ``seen`` columns as [B, Hkv or 1, G or 1, t or 1, seen or 1]."""
+    """The mask's rows [start, stop) and first ``seen`` columns, [B, Hkv, G, t, seen], any of them 1."""
     if mask is None:
         return None
     mask = mask[(None,) * (4 - mask.dim())]
@@ -74,8 +74,8 @@ def forward(
         mask: None, bool (True = may see) or additive, broadcastable to ``[B, H, T, S]``.
         causal: row i of q sees key j only if ``j <= first_row + i``.
     Returns:
-        out ``[B, H, T, V]`` in q's dtype and lse ``[B, H, T]`` in the state dtype, both contiguous. A row that
-        sees no key is 0 with lse -inf, as in ``scaled_dot_product_attention``.
+        out ``[B, H, T, V]`` in q's dtype and lse ``[B, H, T]`` in the state dtype, both contiguous. A row
+        that sees no key is 0 with lse -inf, as in ``scaled_dot_product_attention``.
     """
     wide, heads = state_dtype(q.dtype), k.shape[1]
     out = q.new_zeros(*q.shape[:3], v.shape[3])
@@ -90,7 +90,14 @@ def forward(
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, first_row: int
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    first_row: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`forward`'s ``out``: dq, dk, dv contiguous, each in its input's dtype."""
     wide, heads = state_dtype(q.dtype), k.shape[1]

@@ -1,7 +1,7 @@
 """Softmax attention by PyTorch's fused CPU kernel, in parts that are merged by their log-sum-exp.
 
-A causal row r + i sees all keys before r (a part without a mask) and, of the keys r ..., the first i + 1 (a part with
-the kernel's own causal flag). Two calls do exactly the work of the visible keys, and the two are one softmax:
+A causal row r + i sees all keys before r (a part without a mask) and, of the keys r ..., the first i + 1 (a
+part with the kernel's own causal flag). Two calls do just the work of the visible keys, and are one softmax:
 
     lse = log(exp(lse_1) + exp(lse_2))      out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2
 
@@ -32,12 +32,12 @@ def supports(q: Tensor) -> bool:
 
 
 def imprecise(mask: Tensor | None, lse: Tensor) -> bool:
-    """Whether some row's ``lse`` is so large, because of an additive mask, that it cannot say the row's weights.
+    """Whether an additive mask makes some row's ``lse`` so large that it cannot say the row's weights.
 
-    A row whose keys all carry -1e4 or ``finfo.min`` is a softmax of what is left of its scores after rounding
-    (often uniform), which exp(score - lse) loses: -3e38 + log(n) is -3e38. Such rows, and those where an additive
-    -inf hides every key, are left to the blockwise kernel. (Scores that are large by themselves round alike
-    everywhere.)
+    A row whose keys all carry -1e4 or ``finfo.min`` is a softmax of what is left of its scores after
+    rounding (often uniform), which exp(score - lse) loses: -3e38 + log(n) is -3e38. Such rows, and those
+    where an additive -inf hides every key, are left to the blockwise kernel. (Scores that are large by
+    themselves round alike everywhere.)
     """
     return mask is not None and mask.dtype != torch.bool and bool((lse < -1e3).any())
 
@@ -52,12 +52,12 @@ def _parts(keys: int, rows: int, causal: bool, first_row: int) -> list[tuple[int
 
 
 def _widened(x: Tensor, size: int) -> Tensor:
-    """Pad head dims with zeros to ``size``: the kernel wants keys and values of one size; zeros change nothing."""
+    """Pad the head dim with zeros, which change nothing: the kernel wants keys and values of one size."""
     return F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x
 
 
 def _mask_part(mask: Tensor | None, start: int, stop: int, dtype: torch.dtype) -> Tensor | None:
-    """Columns [start, stop) of the mask as the additive 4-D mask that the kernel takes (dims of size 1 stay)."""
+    """Columns [start, stop) of the mask as the kernel's additive 4-D mask; dims of size 1 stay."""
     if mask is None:
         return None
     mask = mask[(None,) * (4 - mask.dim())]
@@ -71,7 +71,7 @@ def _mask_part(mask: Tensor | None, start: int, stop: int, dtype: torch.dtype) -
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, first_row: int
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`spcompile.kernels.softmax.blockwise.forward`; ask :func:`imprecise` about the lse it returns."""
+    """As :func:`.blockwise.forward`; ask :func:`imprecise` about the lse that it returns."""
     wide, size = state_dtype(q.dtype), max(k.shape[3], v.shape[3])
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
@@ -116,7 +116,7 @@ def backward(
     size = max(k.shape[3], v.shape[3])
     # A row without a visible key: exp(_MASKED - 0) is 0, so it gets and gives no gradient.
     lse = torch.where(lse == -torch.inf, 0.0, lse)
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     grad, out, wide_q = _widened(grad, size), _widened(out, size), _widened(q, size)
     for start, stop, diagonal in _parts(k.shape[2], q.shape[2], causal, first_row):
         dq_part, dk_part, dv_part = flash_attention_cpu_backward(

@@ -1,17 +1,19 @@
 """Find attention in Dynamo's graph and put one of our ops in its place.
 
-Recognition is only speed: whatever is in doubt is left as it is, with a `Site` that says why. The graph is analysed on
-its shadow (`passes/shadow.py`) and edited itself.
+Recognition is only speed: whatever is in doubt is left as it is, with a `Site` that says why. The graph is
+analysed on its shadow (`passes/shadow.py`) and edited itself.
 """
 
 from __future__ import annotations
 
 from torch import fx
 
+import spcompile.attention  # noqa: F401  (registers the ops that are emitted)
 from spcompile.passes.recognize import linear, softmax
 from spcompile.passes.recognize.common import Site, source_of
 from spcompile.passes.recognize.edit import Editor, Refused
 from spcompile.passes.recognize.masks import Prover
+from spcompile.passes.recognize.softmax_masks import Found
 from spcompile.passes.shadow import Shadow, Value, trace
 
 __all__ = ["Site", "recognize"]
@@ -47,7 +49,7 @@ def _softmax(shadow: Shadow, editor: Editor, prover: Prover) -> list[tuple[int, 
     return sites
 
 
-def _rewrite(found: softmax.Found, editor: Editor, prover: Prover) -> Site:
+def _rewrite(found: Found, editor: Editor, prover: Prover) -> Site:
     node = found.terminal.node
     assert node is not None
     source, name = source_of(node), node.name

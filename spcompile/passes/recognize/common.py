@@ -1,4 +1,5 @@
-"""What the softmax and the linear recognizer share: the Site, privacy of what is replaced, tracing a dim to tokens."""
+"""What the softmax and the linear recognizer share: the Site, privacy of what is replaced, tracing a
+dim to tokens."""
 
 from __future__ import annotations
 
@@ -47,12 +48,13 @@ def source_of(node: fx.Node | None) -> str:
 def check_private(interior: Iterable[Value], allowed: set[Value], what: str) -> None:
     """Refuse if something outside the attention reads what lies inside it."""
     for v in interior:
-        if any(u.live and u not in allowed for u in v.users):
+        if v.escapes or any(u.live and u not in allowed for u in v.users):
             raise Refused(f"its {what} are used elsewhere")
 
 
 def check_one_place(path: Iterable[Value], terminal: Value) -> None:
-    """Refuse pieces in different graphs (a checkpointed block is a graph of its own) or under different grad modes."""
+    """Refuse pieces in different graphs (a checkpointed block is a graph of its own) or under different
+    grad modes."""
     assert terminal.node is not None
     for v in path:
         if v.node is not None and v.node.graph is not terminal.node.graph:
@@ -78,7 +80,17 @@ def tokens(value: Value, dims: Dims, atom: Atom) -> set[tuple[Value, int]]:
     return found
 
 
-_SAME_DIMS = {"softmax", "layer_norm", "rms_norm", "group_norm", "cumsum", "dropout", "log_softmax", "normalize", "roll"}
+_SAME_DIMS = {
+    "softmax",
+    "layer_norm",
+    "rms_norm",
+    "group_norm",
+    "cumsum",
+    "dropout",
+    "log_softmax",
+    "normalize",
+    "roll",
+}
 
 
 def _sources(v: Value, dims: Dims, place: int) -> list[tuple[Value, Dims]]:
@@ -95,12 +107,22 @@ def _sources(v: Value, dims: Dims, place: int) -> list[tuple[Value, Dims]]:
         return [(v.args["indices"], dims[:-1])] if place < len(dims) - 1 else []
     if v.name == "getitem":  # of split, chunk, unbind: dims that kept their length are the same dims
         whole = v.args["self"].args.get("self")
-        if isinstance(whole, Value) and len(whole.shape) == len(v.shape) and whole.shape[place] == v.shape[place]:
+        if (
+            isinstance(whole, Value)
+            and len(whole.shape) == len(v.shape)
+            and whole.shape[place] == v.shape[place]
+        ):
             return [(whole, _kept_dims(whole, v, dims))]
         return []
     out = []
     for o in v.operands():
-        if len(o.shape) == len(v.shape) and v.name in ("cat", "slice", "index_select", "constant_pad_nd", "pad"):
+        if len(o.shape) == len(v.shape) and v.name in (
+            "cat",
+            "slice",
+            "index_select",
+            "constant_pad_nd",
+            "pad",
+        ):
             out.append((o, _kept_dims(o, v, dims)))
         elif v.name in _SAME_DIMS or _broadcasts(o.shape, v.shape):
             out.append((o, align(dims, o.shape) if len(o.shape) <= len(dims) else dims))
@@ -119,7 +141,8 @@ def _broadcasts(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
 
 
 def same_tokens(a: Factor, b: Factor, atom: Atom) -> bool:
-    """Whether `atom` is a dim that both come to from one activation, or from inputs that are not parameters."""
+    """Whether `atom` is a dim that both come to from one activation, or from inputs that are not
+    parameters."""
     ta, tb = tokens(a.value, a.dims, atom), tokens(b.value, b.dims, atom)
     if ta & tb:
         return True

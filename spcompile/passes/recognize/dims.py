@@ -1,9 +1,9 @@
 """What a tensor's dims are made of, followed backwards through views.
 
-A dim is a tuple of `Atom`s, outermost first: `[B, T, H*D]` is `((b,), (t,), (h, d))`, a dim of size one is `()`. The
-walk starts at an output, whose dims it names, and goes back to the operands: views only permute, merge and split
-atoms, and an `expand` drops those that its input does not have. So whatever the spelling, at the end each operand
-says which of its dims are the tokens, the features and the batch.
+A dim is a tuple of `Atom`s, outermost first: `[B, T, H*D]` is `((b,), (t,), (h, d))`, a dim of size one is
+`()`. The walk starts at an output, whose dims it names, and goes back to the operands: views only permute,
+merge and split atoms, and an `expand` drops those that its input does not have. So whatever the spelling, at
+the end each operand says which of its dims are the tokens, the features and the batch.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def align(dims: Dims, shape: Sequence[int]) -> Dims:
 
 
 _ROW_MAJOR = {
-    "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "view_as", "reshape_as", "flatten", "unflatten", "alias",
-    "_reshape_alias", "ravel",
+    "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "view_as", "reshape_as", "flatten", "unflatten",
+    "alias", "_reshape_alias", "ravel",
 }  # fmt: skip
 _SWAP = {"transpose", "swapaxes", "swapdims"}
 _LAST_TWO = {"t", "mT", "mH", "adjoint", "numpy_T", "matrix_H"}

@@ -1,12 +1,14 @@
 """Edits on Dynamo's own graph: which node holds a Value, operands brought to [B, H, T, D], a node replaced.
 
-What is emitted is ordinary torch calls with their `example_value`. NOTE [What makes an edit refuse]: an operand must
-be held by a node of the same graph (checkpoint bodies are graphs of their own) that stands before the insertion point,
-and its storage must not be written in between; the grad mode must not change inside what is replaced.
+What is emitted is ordinary torch calls with their `example_value`. NOTE [What makes an edit refuse]: an
+operand must be held by a node of the same graph (checkpoint bodies are graphs of their own) that stands
+before the insertion point, and its storage must not be written in between; the grad mode must not change
+inside what is replaced.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -62,26 +64,31 @@ class Editor:
         return None
 
     def operand(self, factor: Factor, before: fx.Node) -> Operand:
-        """The node to use for a factor: behind the views that only repeat it, if there are such, else the nearest."""
-        best, size = None, None
-        written = False
+        """The node to use for a factor: behind the views that only repeat it, if there are such, else the
+        nearest."""
+        best, size, written = None, 0, False
         for value, dims in chain_of_views(factor.value, factor.dims):
-            count = len(set(atoms_of(dims)))
-            if best is None or (size is not None and prod(a.size for a in atoms_of(dims)) < size):
-                node = self.find(value, before)
-                written |= node is None and value in self.holders
-                if node is not None:
-                    best, size = Operand(node, value, dims), prod(a.size for a in atoms_of(dims))
-            del count
-        if best is None:
-            raise Refused("an operand is overwritten before it is used, or lies across a checkpoint boundary" if written
-                          else "an operand is not a value of the same graph (a checkpoint boundary lies between)")
-        return best
+            elements = prod(a.size for a in atoms_of(dims))
+            if best is not None and elements >= size:
+                continue
+            node = self.find(value, before)
+            written |= node is None and any(r.node.graph is before.graph for r in self.holders.get(value, ()))
+            if node is not None:
+                best, size = Operand(node, value, dims), elements
+        if best is not None:
+            return best
+        if written:
+            raise Refused("an operand is overwritten before it is used")
+        raise Refused("an operand is not a node of its graph (a checkpoint boundary may lie between)")
 
     def node_of(self, value: Value) -> fx.Node:
         """The node whose result is `value`, the composite function it lies in being spelled out if need be."""
         node = value.node
-        if node is None or node not in self.shadow.records or node.graph.owning_module not in self.shadow.scopes:
+        if (
+            node is None
+            or node not in self.shadow.records
+            or node.graph.owning_module not in self.shadow.scopes
+        ):
             raise Refused("its graph is run more than once")
         if self.shadow.records[node].result is not value:
             self.inline(node)
@@ -182,6 +189,7 @@ class Writer:
     def __init__(self, before: fx.Node, mode: Any) -> None:
         self.before = before
         self.mode = mode
+        self.device = before.meta["example_value"].device
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         graph = self.before.graph
@@ -194,6 +202,11 @@ class Writer:
             node.meta["example_value"] = function(*values, **named)
         return node
 
+    def number(self, x: float, dtype: torch.dtype) -> fx.Node:
+        """A number as a tensor of no dims: `where` would take a Python number for a float32 first."""
+        x = max(x, torch.finfo(dtype).min) if x > -math.inf else x
+        return self.call(torch.full, (), x, dtype=dtype, device=self.device)
+
     def shape(self, x: fx.Node) -> tuple[int, ...]:
         return tuple(int(s) for s in x.meta["example_value"].shape)
 
@@ -204,21 +217,30 @@ class Writer:
         return x if list(order) == list(range(len(order))) else self.call(torch.permute, x, tuple(order))
 
     def to(self, x: fx.Node, dtype: torch.dtype | None) -> fx.Node:
-        return x if x.meta["example_value"].dtype == dtype or dtype is None else self.call(torch.Tensor.to, x, dtype)
+        return (
+            x
+            if x.meta["example_value"].dtype == dtype or dtype is None
+            else self.call(torch.Tensor.to, x, dtype)
+        )
 
     def arrange(self, operand: Operand, groups: Sequence[Group], expand: bool = True) -> fx.Node:
         """The operand as one dim per group of atoms.
 
-        An atom that the operand lacks is expanded; with `expand=False` a group of which it has none stays at one.
+        An atom that the operand lacks is expanded; with `expand=False` a group of which it has none stays at
+        one.
         """
         atoms = atoms_of(operand.dims)
         groups = [resolve(g) for g in groups]
         wanted = [a for g in groups for a in g]
-        assert set(atoms) <= set(wanted) and len(set(atoms)) == len(atoms), "an operand has an atom without a role"
+        assert set(atoms) <= set(wanted) and len(set(atoms)) == len(atoms), (
+            "an operand has an atom without a role"
+        )
         x = self.reshape(operand.node, [a.size for a in atoms])
         x = self.permute(x, [atoms.index(a) for a in wanted if a in atoms])
         x = self.reshape(x, [a.size if a in atoms else 1 for a in wanted])
-        full = [a.size if a in atoms or expand or any(b in atoms for b in g) else 1 for g in groups for a in g]
+        full = [
+            a.size if a in atoms or expand or any(b in atoms for b in g) else 1 for g in groups for a in g
+        ]
         if self.shape(x) != tuple(full):
             x = self.call(torch.Tensor.expand, x, tuple(full))
         widths = [prod(full[sum(map(len, groups[:n])) :][: len(g)]) for n, g in enumerate(groups)]

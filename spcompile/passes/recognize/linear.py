@@ -2,9 +2,9 @@
 
     out[b, i, e] = c sum_{j, d} M[i, j] q[b, i, d] k[b, j, d] v[b, j, e]
 
-`products.unfold` brings every spelling to this form: masked quadratic scores, `q (k^T v)`, running sums of `k^T v`, a
-three-operand einsum. Without v (a column of ones) it is a normaliser: `scores.sum(-1)`, `q . cumsum(k)`, `q . k.sum()`.
-A numerator and the normalisers of the same q and k become one call, on `[v, 1]`.
+`products.unfold` brings every spelling to this form: masked quadratic scores, `q (k^T v)`, running sums of
+`k^T v`, a three-operand einsum. Without v (a column of ones) it is a normaliser: `scores.sum(-1)`, `q .
+cumsum(k)`, `q . k.sum()`. A numerator and the normalisers of the same q and k become one call, on `[v, 1]`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Form:
 
     def signature(self) -> tuple:
         """Equal for two forms whose q and k are the same Values with the same roles."""
-        part = {self.t: "T", self.s: "S"} | {a: "K" for a in self.features}
+        part = {self.t: "T", self.s: "S"} | dict.fromkeys(self.features, "K")
         part |= {a: f"B{n}" for n, a in enumerate(self.batch())}
         roots = [peel(f.value, f.dims) for f in (self.q, self.k)]
         return (self.causal, *(((v, tuple((part[a], a.size) for a in atoms_of(d)))) for v, d, _ in roots))
@@ -99,12 +99,15 @@ def terms_of(v: Value) -> Iterator[tuple[Dims, Term]]:
         inner = unfold(term.factors[n].value, term.factors[n].dims)
         if inner is None:
             continue
-        yield out, Term(
-            factors=[*term.factors[:n], *inner.factors, *term.factors[n + 1 :]],
-            scale=term.scale * inner.scale,
-            masks=inner.masks,
-            summed=term.summed + inner.summed,
-            path=term.path + inner.path,
+        yield (
+            out,
+            Term(
+                factors=[*term.factors[:n], *inner.factors, *term.factors[n + 1 :]],
+                scale=term.scale * inner.scale,
+                masks=inner.masks,
+                summed=term.summed + inner.summed,
+                path=term.path + inner.path,
+            ),
         )
 
 
@@ -130,7 +133,10 @@ class Reader:
         plain = [f for f in term.factors if not f.inverse]
         if len(plain) > 6:
             return
-        picks = [*itertools.permutations(plain, 3), *((q, k, None) for q, k in itertools.permutations(plain, 2))]
+        picks = [
+            *itertools.permutations(plain, 3),
+            *((q, k, None) for q, k in itertools.permutations(plain, 2)),
+        ]
         ranked = []
         for q, k, val in picks:
             form = self.form(v, out, term, q, k, val)
@@ -140,7 +146,9 @@ class Reader:
                 yield form
         yield from sorted(ranked, key=_conventional)
 
-    def form(self, v: Value, out: Dims, term: Term, q: Factor, k: Factor, val: Factor | None) -> Form | str | None:
+    def form(
+        self, v: Value, out: Dims, term: Term, q: Factor, k: Factor, val: Factor | None
+    ) -> Form | str | None:
         o, r = set(atoms_of(out)), set(resolve(term.summed))
         aq, ak, av = q.atoms, k.atoms, val.atoms if val is not None else set()
         features, s = (r & aq & ak) - av, r & ak - aq
@@ -148,7 +156,9 @@ class Reader:
         values = (o & av) - aq - ak
         if r != features | s or len(s) != 1 or not features or not rows or (val is not None and not s <= av):
             return None
-        if val is None and any(not self._mask_like(f, o, r, s) for f in term.factors if f is not q and f is not k):
+        if val is None and any(
+            not self._mask_like(f, o, r, s) for f in term.factors if f is not q and f is not k
+        ):
             return None
         (key,) = s
         t = _row_atom(q, rows, term, key)
@@ -167,8 +177,24 @@ class Reader:
             return None
         ordered = tuple(a for a in atoms_of(k.dims) if a in features)
         dtype = term.path[-1].value.dtype if term.path else v.dtype
-        return Form(v, out, q, k, val, t, key, ordered, tuple(a for a in atoms_of(out) if a in values), after,
-                    columns, kind == "causal", kind, term.scale * constant, term.path, dtype)
+        return Form(
+            v,
+            out,
+            q,
+            k,
+            val,
+            t,
+            key,
+            ordered,
+            tuple(a for a in atoms_of(out) if a in values),
+            after,
+            columns,
+            kind == "causal",
+            kind,
+            term.scale * constant,
+            term.path,
+            dtype,
+        )
 
     @staticmethod
     def _mask_like(f: Factor, o: set[Atom], r: set[Atom], s: set[Atom]) -> bool:
@@ -208,7 +234,8 @@ class Reader:
 
 
 def _row_atom(q: Factor, rows: set[Atom], term: Term, s: Atom) -> Atom:
-    """The tokens among the dims that only q has: masked together with the keys, as long as them, or the last."""
+    """The tokens among the dims that only q has: masked together with the keys, as long as them, or the
+    last."""
     ordered = [a for a in atoms_of(q.dims) if a in rows]
     seen = [m.dims for m in term.masks] + [f.dims for f in term.factors if f is not q]
     masked = [a for a in ordered if any({a, s} <= set(atoms_of(d)) for d in seen)]
@@ -217,16 +244,21 @@ def _row_atom(q: Factor, rows: set[Atom], term: Term, s: Atom) -> Atom:
 
 
 def _conventional(form: Form) -> tuple:
-    """Smaller for the reading that a textbook would give: tokens before features in each operand's own layout."""
+    """Smaller for the reading that a textbook would give: tokens before features in each operand's own
+    layout."""
     disorder = 0
     for f, token, features in ((form.q, form.t, form.features), (form.k, form.s, form.features)):
         _, dims, _ = peel(f.value, f.dims)
         atoms = atoms_of(dims)
-        disorder += sum(atoms.index(token) > atoms.index(a) for a in features if a in atoms and token in atoms)
+        disorder += sum(
+            atoms.index(token) > atoms.index(a) for a in features if a in atoms and token in atoms
+        )
     if form.v is not None:
         _, dims, _ = peel(form.v.value, form.v.dims)
         atoms = atoms_of(dims)
-        disorder += sum(atoms.index(form.s) > atoms.index(a) for a in form.values if a in atoms and form.s in atoms)
+        disorder += sum(
+            atoms.index(form.s) > atoms.index(a) for a in form.values if a in atoms and form.s in atoms
+        )
     return (form.v is None, disorder, form.t.size != form.s.size)
 
 
@@ -322,8 +354,8 @@ def _emit(form: Form, mates: list[Form], editor: Editor) -> fx.Node:
     for m, n in others:
         den = w.call(torch.narrow, call, -1, width, 1)
         finished.append((m, n, den, m.scale / form.scale))
-    for f, n, x, factor in finished:
-        _finish(f, n, x, factor, _groups(f), editor)
+    for done, n, x, factor in finished:
+        _finish(done, n, x, factor, _groups(done), editor)
     return call
 
 

@@ -1,20 +1,22 @@
 """Masks are decided by proof: a symbolic evaluator of the code that builds a mask.
 
-A mask is followed back to `arange`, `ones`, `tril`, comparisons and the like as a function from index symbols to a
-typed expression (`mask_ops`). Its only undecided parts are then *atoms* `e >= 0`, with e a polynomial in the row i and
-the column j, and data. Every atom must be settled by interval arithmetic over the index ranges, or depend on i - j
-alone; then the mask is a function of d = i - j that is constant between the atoms' thresholds, and one evaluation per
-piece is a complete proof, with nothing of size T x T. What is left is "general".
+A mask is followed back to `arange`, `ones`, `tril`, comparisons and the like as a function from index
+symbols to a typed expression (`mask_ops`). Its only undecided parts are then *atoms* `e >= 0`, with e a
+polynomial in the row i and the column j, and data. Every atom must be settled by interval arithmetic over
+the index ranges, or depend on i - j alone; then the mask is a function of d = i - j that is constant between
+the atoms' thresholds, and one evaluation per piece is a complete proof, with nothing of size T x T. What is
+left is "general".
 
-The result is a list of `Piece`s: constant values over intervals of d. A new kind (a band, say) is a new reading of
-the same pieces in `kind_of`; kinds that are not constant in d (ALiBi, decay) need pieces whose value is an expression.
+The result is a list of `Piece`s: constant values over intervals of d. A new kind (a band, say) is a new
+reading of the same pieces in `kind_of`; kinds that are not constant in d (ALiBi, decay) need pieces whose
+value is an expression.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 import sympy
 import torch
@@ -31,7 +33,8 @@ _ROWS_AT_ONCE = 8192  # thresholds of a polynomial in d are looked for one d at 
 
 @dataclass(frozen=True)
 class Piece:
-    """The mask's value for every i, j with lo <= i - j <= hi: True/False, or a number (minus infinity is allowed)."""
+    """The mask's value for every i, j with lo <= i - j <= hi: True/False, or a number (minus infinity is
+    allowed)."""
 
     lo: int
     hi: int
@@ -79,7 +82,7 @@ class Context:
             bounds = [self.interval(a) for a in e.args]
             return sum(b[0] for b in bounds), sum(b[1] for b in bounds)
         if e.is_Mul:
-            lo, hi = 1, 1
+            lo, hi = 1.0, 1.0
             for a in e.args:
                 x, y = self.interval(a)
                 ends = [_times(p, q) for p in (lo, hi) for q in (x, y)]
@@ -93,7 +96,8 @@ class Context:
         return -INF, INF
 
     def at_least_zero(self, e: sympy.Expr) -> Boolean:
-        """The atom `e >= 0` for an integer-valued e (or e with a rational constant), decided if its range decides it."""
+        """The atom `e >= 0` for an integer-valued e (or e with a rational constant), decided if its range
+        decides it."""
         e = sympy.expand(e)
         constant, rest = e.as_coeff_Add()
         if rest == 0:
@@ -143,6 +147,17 @@ def is_bool(x: object) -> bool:
     return isinstance(x, Boolean) and not (isinstance(x, sympy.Symbol) and x.name[0] in "xy")
 
 
+def both(*xs: Boolean) -> Boolean:
+    """And, that knows that nothing is both true and false (sympy's does not look)."""
+    e = sympy.And(*xs)
+    return sympy.false if isinstance(e, sympy.And) and any(sympy.Not(a) in e.args for a in e.args) else e
+
+
+def either(*xs: Boolean) -> Boolean:
+    e = sympy.Or(*xs)
+    return sympy.true if isinstance(e, sympy.Or) and any(sympy.Not(a) in e.args for a in e.args) else e
+
+
 def choose(test: Boolean, then: object, other: object) -> object:
     if isinstance(test, BooleanTrue):
         return then
@@ -158,7 +173,7 @@ def lift(f, *xs: object) -> object:
             yes = lift(f, *xs[:n], x.then, *xs[n + 1 :])
             no = lift(f, *xs[:n], x.other, *xs[n + 1 :])
             if is_bool(yes) and is_bool(no):
-                return sympy.Or(sympy.And(x.test, yes), sympy.And(sympy.Not(x.test), no))
+                return either(both(x.test, yes), both(sympy.Not(x.test), no))
             return choose(x.test, yes, no)
     return f(*xs)
 
@@ -174,9 +189,13 @@ class Prover:
     proved: dict[tuple, Pieces | None] = field(default_factory=dict)
 
     def pieces(self, value: Value, dims: Dims, rows: Atom, cols: Atom) -> Pieces | None:
-        """`value`, whose dims are named, as a function of i - j (rows i, columns j); None if that isn't proved."""
+        """`value`, whose dims are named, as a function of i - j (rows i, columns j); None if that isn't
+        proved."""
         numbers = {rows: 0, cols: 1}
-        key = (value, *(tuple((numbers.setdefault(a, len(numbers)), a.size) for a in resolve(d)) for d in dims))
+        key = (
+            value,
+            *(tuple((numbers.setdefault(a, len(numbers)), a.size) for a in resolve(d)) for d in dims),
+        )
         key += (rows.size, cols.size)
         if key not in self.proved:
             self.proved[key] = self._prove(value, dims, rows, cols)
@@ -270,7 +289,7 @@ def _horner(coeffs: list[int], x: int) -> int:
     return out
 
 
-def _constant(expr: object, facts: dict) -> bool | float | None:
+def _constant(expr: Any, facts: dict) -> bool | float | None:
     while isinstance(expr, Choice):
         test = expr.test.xreplace(facts)
         if test not in (sympy.true, sympy.false):
@@ -325,7 +344,8 @@ def kind_of(pieces: Pieces | None) -> str:
 
 
 def indicator(pieces: Pieces | None) -> tuple[Pieces, float] | None:
-    """A mask that multiplies, as (where it is not zero, its one other value); None if it has more values or unknown."""
+    """A mask that multiplies, as (where it is not zero, its one other value); None if it has more values
+    or unknown."""
     if pieces is None:
         return None
     others = {float(p.value) for p in pieces} - {0.0}
@@ -335,7 +355,8 @@ def indicator(pieces: Pieces | None) -> tuple[Pieces, float] | None:
 
 
 def keeps_every_row(pieces: Pieces, rows: int, cols: int) -> bool:
-    """Whether each row i in [0, rows) keeps some column: a run of kept d meets [i - cols + 1, i] for every i."""
+    """Whether each row i in [0, rows) keeps some column: a run of kept d meets [i - cols + 1, i] for every
+    i."""
     kept = sorted((p.lo, p.hi) for p in pieces if p.value)
     reach = 0  # the first row not yet shown to keep a key
     for lo, hi in kept:
@@ -345,7 +366,8 @@ def keeps_every_row(pieces: Pieces, rows: int, cols: int) -> bool:
 
 
 def exact(ctx: Context, e: sympy.Expr, dtype: torch.dtype | None) -> bool:
-    """Whether arithmetic that gives the index-dependent `e` is exact in `dtype`: an integer that it can hold."""
+    """Whether arithmetic that gives the index-dependent `e` is exact in `dtype`: an integer that it can
+    hold."""
     lo, hi = ctx.interval(e)
     if max(abs(lo), abs(hi)) == INF or not all(c.is_Integer for c in e.as_coefficients_dict().values()):
         return False
@@ -357,7 +379,7 @@ def exact(ctx: Context, e: sympy.Expr, dtype: torch.dtype | None) -> bool:
     return info.min <= lo and hi <= info.max
 
 
-def rounded(x: Sequence | float, dtype: torch.dtype | None) -> sympy.Expr:
+def rounded(x: Any, dtype: torch.dtype | None) -> sympy.Expr:
     """A number as `dtype` holds it, exactly."""
     if dtype is None or not dtype.is_floating_point:
         return sympy.Integer(int(x))

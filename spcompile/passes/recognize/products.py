@@ -1,10 +1,12 @@
-"""Contractions in one form: a product of factors whose dims are named, summed over the atoms the output lacks.
+"""Contractions in one form: a product of factors whose dims are named, summed over the atoms the output
+lacks.
 
     out[atoms] = scale * sum_{summed} prod_n factor_n[atoms]
 
-`product_of` reads one contraction (matmul, bmm, einsum, a sum of a product, ...). `unfold` goes further back from one
-factor through whatever is linear in it (views, casts, scales, masks, running sums) to the contraction that made it. So
-`(q k^T * M) v`, `q (k^T v)`, `q . cumsum(k)` and a three-operand einsum all end in the same few factors.
+`product_of` reads one contraction (matmul, bmm, einsum, a sum of a product, ...). `unfold` goes further back
+from one factor through whatever is linear in it (views, casts, scales, masks, running sums) to the
+contraction that made it. So `(q k^T * M) v`, `q (k^T v)`, `q . cumsum(k)` and a three-operand einsum all end
+in the same few factors.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class Factor:
 class Mask:
     """A factor of zeros and a constant, known by its maker: entries where `keep` (or its complement) holds.
 
-    kind "value": the Value itself (bool, or numbers) says; "tril"/"triu": by `diagonal` over the last two dims.
+    kind "value": the Value itself (bool, or numbers) says; "tril"/"triu": by `diagonal` over the last two
+    dims.
     """
 
     kind: str
@@ -67,7 +70,8 @@ def product_of(v: Value, dims: Dims) -> Term | None:
 
 
 def _matmul(v: Value, dims: Dims) -> Term | None:
-    a, b = v.args["self"], v.args.get("other", v.args.get("mat2", v.args.get("batch2", v.args.get("vec"))))
+    a = v.args["self"]
+    b = next(v.args[n] for n in ("other", "mat2", "vec") if n in v.args)
     return _matrix_product(a, b, dims)
 
 
@@ -97,7 +101,9 @@ def _linear(v: Value, dims: Dims) -> Term | None:
     if v.args.get("bias") is not None or len(w.shape) != 2:
         return None
     inner = name_dims(x.shape[-1:])[0]
-    return Term([Factor(x, dims[:-1] + (inner,)), Factor(w, (dims[-1], inner))], summed=list(inner), contracted=True)
+    return Term(
+        [Factor(x, dims[:-1] + (inner,)), Factor(w, (dims[-1], inner))], summed=list(inner), contracted=True
+    )
 
 
 def _einsum(v: Value, dims: Dims) -> Term | None:
@@ -123,7 +129,8 @@ def _einsum(v: Value, dims: Dims) -> Term | None:
 
 
 def _parse_einsum(equation: str, ranks: list[int]) -> tuple[list[str], str] | None:
-    """Letters of each operand and of the output, ellipses spelled out; None for a repeated letter (a diagonal)."""
+    """Letters of each operand and of the output, ellipses spelled out; None for a repeated letter (a
+    diagonal)."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     inputs = left.split(",")
     spare = [c for c in string.ascii_letters if c not in equation]
@@ -151,7 +158,9 @@ def _sum(v: Value, dims: Dims) -> Term | None:
         return None
     source, rank = v.args["self"], len(v.args["self"].shape)
     over = v.args.get("dim")
-    over = list(range(rank)) if over is None or over == [] else [over] if isinstance(over, int) else list(over)
+    over = (
+        list(range(rank)) if over is None or over == [] else [over] if isinstance(over, int) else list(over)
+    )
     over = [d % rank for d in over]
     keep = v.args.get("keepdim", False)
     rest = iter(dims)
@@ -180,15 +189,27 @@ _READERS: dict[str, Callable[[Value, Dims], Term | None]] = {
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------- steps that change nothing but dims and dtype
+# ---------------------------------------------------------------- steps that change nothing but dims and
+# dtype
 
 
 def same_values(v: Value) -> Value | None:
-    """The operand of a call that returns its input's values in its input's shape: copies, casts, inert dropout."""
+    """The operand of a call that returns its input's values in its input's shape: copies, casts, inert
+    dropout."""
     source = v.args.get("self", v.args.get("input"))
     if not isinstance(source, Value) or source.shape != v.shape:
         return None
-    if v.name in ("clone", "contiguous", "alias", "lift_fresh_copy", "_to_copy", "to", "type_as", "float", "half"):
+    if v.name in (
+        "clone",
+        "contiguous",
+        "alias",
+        "lift_fresh_copy",
+        "_to_copy",
+        "to",
+        "type_as",
+        "float",
+        "half",
+    ):
         ok = (
             v.dtype is not None
             and source.dtype is not None
@@ -196,7 +217,9 @@ def same_values(v: Value) -> Value | None:
             and (source.dtype.is_floating_point)
         )
         return source if ok else None
-    if v.name in ("dropout", "native_dropout", "alpha_dropout") and (v.args.get("p") == 0 or v.args.get("train") is False):
+    if v.name in ("dropout", "native_dropout", "alpha_dropout") and (
+        v.args.get("p") == 0 or v.args.get("train") is False
+    ):
         return source
     return None
 
@@ -221,7 +244,15 @@ def scalar(x: object) -> float | None:
         return float(x)
     if isinstance(x, Value) and x.name == "literal":
         return float(x.args["value"])
-    if isinstance(x, Value) and x.name in ("to", "_to_copy", "expand", "clone", "lift_fresh_copy", "view", "detach"):
+    if isinstance(x, Value) and x.name in (
+        "to",
+        "_to_copy",
+        "expand",
+        "clone",
+        "lift_fresh_copy",
+        "view",
+        "detach",
+    ):
         return scalar(x.args["self"]) if x.dtype is not None and x.dtype.is_floating_point else None
     if isinstance(x, Value) and x.name in ("full", "scalar_tensor") and x.shape == ():
         return scalar(x.args.get("fill_value", x.args.get("s")))

@@ -1,10 +1,11 @@
-"""Softmax attention, by dataflow: a contraction with values whose other operand is a softmax of scaled, masked scores.
+"""Softmax attention, by dataflow: a contraction with values whose other operand is a softmax of scaled,
+masked scores.
 
     logits = c (q . k) + biases, with entries filled where a mask says       out = softmax(logits over keys) v
 
-`match` follows the probabilities back to the contraction of queries and keys, naming dims on the way, or reads a call
-of `scaled_dot_product_attention`. `rewrite` proves what it can of the masks, and emits the op; masks that are not
-proved stay data.
+`match` follows the probabilities back to the contraction of queries and keys, naming dims on the way, or
+reads a call of `scaled_dot_product_attention`. `rewrite` proves what it can of the masks, and emits the op;
+masks that are not proved stay data.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -20,45 +22,10 @@ from torch import fx
 from spcompile.passes.recognize import masks
 from spcompile.passes.recognize.common import check_one_place, check_private
 from spcompile.passes.recognize.dims import Atom, Dims, align, atoms_of, name_dims, resolve
-from spcompile.passes.recognize.edit import Editor, Operand, Refused, Writer
+from spcompile.passes.recognize.edit import Editor, Operand, Refused
 from spcompile.passes.recognize.products import Factor, peel, product_of, scalar, scaled
+from spcompile.passes.recognize.softmax_masks import Found, Step, decide, emit_mask, emit_uniform
 from spcompile.passes.shadow import Value
-
-NEVER = -1e9  # a filled score at or below this has weight zero in a row that keeps a key (see `_is_never`)
-
-
-@dataclass
-class Step:
-    """What happens to the scores, in order from the raw ones outward."""
-
-    kind: str
-    """"scale", "bias" or "fill"."""
-    number: float = 1.0
-    """The factor; the bias's sign; the value that is filled in."""
-    value: Value | None = None
-    dims: Dims = ()
-    keep: bool = False
-    """Of a fill: whether the mask says where to keep (or where to fill)."""
-
-
-@dataclass
-class Found:
-    """A softmax attention, before anything is decided about its dims."""
-
-    terminal: Value
-    out: Dims
-    q: Factor
-    k: Factor
-    v: Factor
-    keys: Atom
-    contracted: tuple[Atom, ...]
-    steps: list[Step]
-    dtype: torch.dtype | None
-    interior: list[Value] = field(default_factory=list)
-    """Everything from the scores to the probabilities."""
-    causal: bool = False
-    dropout: bool = False
-
 
 # ---------------------------------------------------------------- finding
 
@@ -88,7 +55,7 @@ def _match_probabilities(v: Value, out: Dims, p: Factor, values: Factor, keys: A
         path += more
     if at.name != "softmax" or keys not in values.atoms:
         return None
-    logits = at.args.get("self", at.args.get("input"))
+    logits = at.args["self"] if "self" in at.args else at.args["input"]
     if resolve(dims[at.args["dim"]]) != resolve((keys,)):
         return None
     found = _match_logits(logits, dims)
@@ -104,11 +71,24 @@ def _match_probabilities(v: Value, out: Dims, p: Factor, values: Factor, keys: A
     if keys_now[0] in q.atoms or keys_now[0] not in k.atoms:
         return None
     interior = [f.value for f in path] + [at] + walked
-    return Found(v, out, q, k, values, keys_now[0], resolve(product.summed), steps, walked[-1].dtype, interior, dropout=dropout)
+    return Found(
+        v,
+        out,
+        q,
+        k,
+        values,
+        keys_now[0],
+        resolve(product.summed),
+        steps,
+        walked[-1].dtype,
+        interior,
+        dropout=dropout,
+    )
 
 
 def _match_logits(v: Value, dims: Dims) -> tuple | None:
-    """Back from the logits to the contraction of q and k: (its Term, the steps in order, the Values walked)."""
+    """Back from the logits to the contraction of q and k: (its Term, the steps in order, the Values
+    walked)."""
     v, dims, path = peel(v, dims)
     walked = [f.value for f in path] + [v]
     if v.name == "baddbmm":
@@ -140,10 +120,15 @@ def _steps_back(v: Value, dims: Dims) -> list[tuple[Value, Step]]:
     sc = scaled(v)
     if sc is not None:
         return [(sc[0], Step("scale", sc[1]))]
-    a, b = v.args.get("self"), v.args.get("other")
+    a: Any = v.args.get("self")
+    b = v.args.get("other")
     if v.name == "masked_fill":
         m, fill = v.args["mask"], scalar(v.args["value"])
-        return [(a, Step("fill", fill, m, align(dims, m.shape)))] if fill is not None and a.shape == v.shape else []
+        return (
+            [(a, Step("fill", fill, m, align(dims, m.shape)))]
+            if fill is not None and a.shape == v.shape
+            else []
+        )
     if v.name == "where" and v.overload != "default":
         m = v.args["condition"]
         fills = [(x, scalar(y), keep) for x, y, keep in ((a, b, True), (b, a, False))]
@@ -152,7 +137,12 @@ def _steps_back(v: Value, dims: Dims) -> list[tuple[Value, Step]]:
             for x, fill, keep in fills
             if fill is not None and isinstance(x, Value) and x.shape == v.shape
         ]
-    if v.name in ("add", "sub") and v.args.get("alpha", 1) == 1 and isinstance(a, Value) and isinstance(b, Value):
+    if (
+        v.name in ("add", "sub")
+        and v.args.get("alpha", 1) == 1
+        and isinstance(a, Value)
+        and isinstance(b, Value)
+    ):
         sign = 1.0 if v.name == "add" else -1.0
         ways = [(a, Step("bias", sign, b, align(dims, b.shape)))]
         if v.name == "add":
@@ -196,113 +186,6 @@ def _match_call(v: Value) -> Found | None:
     return found
 
 
-# ---------------------------------------------------------------- masks
-
-
-def _is_never(fill: float, dtype: torch.dtype | None) -> bool:
-    """Whether a filled score has weight exactly zero beside a kept one.
-
-    At -1e9 that needs every kept score above -1e9 + 750, in float64 the widest case: scores below that are not numbers
-    that attention produces, and float32 has no precision left there. -10000 is not accepted.
-    """
-    least = torch.finfo(dtype).min if dtype is not None and dtype.is_floating_point else NEVER
-    return fill <= NEVER or fill <= least
-
-
-@dataclass
-class Masking:
-    """What the steps come to: a scale, a proved mask, and the steps that stay data."""
-
-    scale: float
-    causal: bool
-    general: list[Step]
-
-    @property
-    def name(self) -> str:
-        return " and ".join([*(["causal"] if self.causal else []), *(["general"] if self.general else [])]) or "all"
-
-
-def decide(found: Found, rows: Atom, prover: masks.Prover) -> Masking:
-    """Prove the masks, and fold the scales."""
-    scale, proved, general, all_infinite = 1.0, None, [], True
-    for n, step in enumerate(found.steps):
-        if step.kind == "scale":
-            scale *= step.number
-            continue
-        after = math.prod(s.number for s in found.steps[n + 1 :] if s.kind == "scale")
-        if after <= 0:
-            raise Refused("its masked scores are multiplied by a number that is not positive")
-        keep = _proved_keep(step, after, rows, found, prover)
-        if step.kind == "fill" or keep is not None:
-            all_infinite &= step.kind == "fill" and step.number == -math.inf
-        if keep is None:
-            general.append(Step(step.kind, step.number * (after if step.kind == "bias" or step.number > -math.inf else 1),
-                                step.value, step.dims, step.keep))
-        else:
-            general.append(Step("proved", 1.0, step.value, step.dims))
-            proved = keep if proved is None else masks.combine(lambda a, b: a and b, proved, keep)
-    kind = "all" if proved is None else masks.kind_of(proved)
-    data = [s for s in general if s.kind != "proved"]
-    if kind == "all" or (kind == "causal" and (not data or all_infinite)):
-        return Masking(scale, found.causal or kind == "causal", data)
-    return Masking(scale, found.causal, _undo(found))
-
-
-def _undo(found: Found) -> list[Step]:
-    """Every mask as data, with the scales that follow it: what can't be proved stays general."""
-    out = []
-    for n, s in enumerate(found.steps):
-        after = math.prod(x.number for x in found.steps[n + 1 :] if x.kind == "scale")
-        if s.kind != "scale":
-            out.append(Step(s.kind, s.number * after, s.value, s.dims, s.keep))
-    return out
-
-
-def _proved_keep(step: Step, after: float, rows: Atom, found: Found, prover: masks.Prover) -> masks.Pieces | None:
-    """Where the step keeps scores, as pieces of i - j, if it is proved to do nothing there and forbid the rest."""
-    assert step.value is not None
-    pieces = prover.pieces(step.value, step.dims, rows, found.keys)
-    if pieces is None:
-        return None
-    if step.kind == "fill":
-        if not _is_never(step.number * after, found.dtype):
-            return None
-        return masks.mapped(lambda x: bool(x) == step.keep, pieces)
-    values = [float(p.value) * step.number * after for p in pieces]
-    if any(x != 0 and not _is_never(x, found.dtype) for x in values):
-        return None
-    return masks.mapped(lambda x: float(x) == 0, pieces)
-
-
-def emit_mask(w: Writer, editor: Editor, steps: Sequence[Step], groups: Sequence, dtype: torch.dtype) -> fx.Node | None:
-    """One mask node, broadcastable to [B, H, T, S], that does what the steps do."""
-    keep: fx.Node | None = None
-    bias: fx.Node | None = None
-    for s in steps:
-        assert s.value is not None
-        operand = editor.operand(Factor(s.value, s.dims), w.before)
-        x = w.arrange(operand, groups, expand=False)
-        if s.kind == "bias":
-            if s.value.requires_grad:
-                raise Refused("its bias needs a gradient")
-            x = w.to(x, dtype)
-            x = x if s.number == 1 else w.call(torch.mul, x, s.number)
-            bias = x if bias is None else w.call(torch.add, bias, x)
-            continue
-        x = w.to(x, torch.bool)
-        x = x if s.keep else w.call(torch.logical_not, x)
-        if s.number == -math.inf and bias is None:
-            keep = x if keep is None else w.call(torch.logical_and, keep, x)
-        else:  # a finite fill: rows without a key are uniform, as in the user's softmax
-            zero = w.call(torch.zeros, (), dtype=dtype, device=x.meta["example_value"].device)
-            fill = torch.finfo(dtype).min if s.number > -math.inf else s.number
-            bias = w.call(torch.where, x, zero if bias is None else bias, fill)
-            bias = w.to(bias, dtype)
-    if bias is not None and keep is not None:
-        bias = w.to(w.call(torch.where, keep, bias, -math.inf), dtype)
-    return keep if bias is None else bias
-
-
 # ---------------------------------------------------------------- rewriting
 
 
@@ -340,7 +223,8 @@ def assign(found: Found, q: Operand, k: Operand, v: Operand) -> Roles:
 
 
 def _row_atom(rows: Sequence[Atom], keys: Atom, steps: Sequence[Step]) -> Atom:
-    """Of the dims that only queries have, the tokens: masked together with the keys, as long as them, or the last."""
+    """Of the dims that only queries have, the tokens: masked together with the keys, as long as them, or
+    the last."""
     masked = [a for a in rows if any({a, keys} <= set(atoms_of(s.dims)) for s in steps)]
     same = [a for a in rows if a.size == keys.size]
     return (masked or same or list(rows))[-1]
@@ -365,15 +249,16 @@ def rewrite(found: Found, editor: Editor, prover: masks.Prover) -> tuple[fx.Node
     lean = not set(roles.shared) & (set(atoms_of(k.dims)) | set(atoms_of(v.dims)))
     kv_heads = roles.h if lean else heads
     rows, keys = (roles.t,), (roles.s,)
-    mask = emit_mask(w, editor, masking.general, (roles.b, heads, rows, keys), dtype)
+    mask, keep = emit_mask(w, editor, masking.general, (roles.b, heads, rows, keys), dtype)
     q4 = w.to(w.arrange(q, (roles.b, heads, rows, roles.k)), dtype)
     k4 = w.to(w.arrange(k, (roles.b, kv_heads, keys, roles.k)), dtype)
     v4 = w.to(w.arrange(v, (roles.b, kv_heads, keys, roles.v)), dtype)
     op = torch.ops.spcompile.softmax_attention.default
     call = w.call(op, q4, k4, v4, mask, masking.causal, float(masking.scale))
     out = w.call(operator.getitem, call, 0)
+    if masking.uniform:
+        assert keep is not None
+        out = emit_uniform(w, out, v4, keep)
     out = w.scatter(out, (roles.b, heads, rows, roles.v), found.out, found.terminal.shape)
     editor.replace(node, w.like(out, node, fresh=editor.written_later(node)))
     return call, masking.name
-
-

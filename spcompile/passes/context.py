@@ -1,0 +1,57 @@
+"""The context in which rules and strategies emit into a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy
+
+from spcompile import collectives
+from spcompile.config import Config
+from spcompile.emit import Emitter
+from spcompile.rules.base import Context
+from spcompile.rules.creation import DRAW_STRIDE, shared_seed
+
+__all__ = ["GraphContext"]
+
+
+class GraphContext(Context):
+    """A context whose tensors are emitted into a graph."""
+
+    def __init__(self, group: collectives.Group, emitter: Emitter, config: Config) -> None:
+        super().__init__(group, config.linear, config.softmax)
+        self.emitter, self.config = emitter, config
+        self._draws = 0
+
+    def keep(self, state: Tensor) -> Tensor:
+        node = self.emitter.node_of(state)
+        if "recompute" in node.meta:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        return state
+
+    def gathered(self, keys: Tensor | None) -> Tensor | None:
+        if keys is not None and self.config.regather:
+            # The chain from this rank's keys on, not the gather alone: whatever of it is left untagged is saved.
+            chain = [self.emitter.node_of(keys)]
+            while chain:
+                node = chain.pop()
+                node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+                node.meta.setdefault("ac_graph_id", 0)
+                if node.target is not torch.ops._c10d_functional.all_gather_into_tensor.default:
+                    chain += node.all_input_nodes
+        return keys
+
+    def cached(self, key: Any, compute: Any) -> Tensor:
+        # Shared by nodes of several regions, so it must not carry the tags of the first that asks.
+        if key not in self._cache:
+            with self.emitter.untagged():
+                self._cache[key] = compute()
+        return self._cache[key]
+
+    def next_seed(self, device: torch.device) -> Tensor:
+        self._draws += 1
+        with self.emitter.saved():
+            shared = self.cached(("seed", device), lambda: shared_seed(self.group, device))
+            return shared + (self._draws * DRAW_STRIDE) % 2**62

@@ -1,0 +1,193 @@
+"""A report as tables that fit 120 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tabulate import tabulate
+
+from spcompile.traffic import Collective
+
+if TYPE_CHECKING:
+    from spcompile.report import Report
+
+__all__ = ["human", "render"]
+
+WIDTH = 118
+
+
+def render(report: Report) -> str:
+    """The whole report."""
+    parts = [_header(report), _sites(report), _refused(report), _collectives(report), _gathers(report)]
+    return "\n\n".join(filter(None, [*parts, _memory(report), _passes(report)]))
+
+
+def human(size: float) -> str:
+    """A number of bytes for people: 16384 -> "16 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.3g} TiB" if size < 1000 else f"{size:,.0f} TiB"
+
+
+def _table(
+    title: str, headers: Sequence[str], rows: Iterable[Sequence[Any]], right: str = "", note: str = ""
+) -> str:
+    """One titled table; ``right`` names the columns to align right."""
+    align = ["right" if h in right.split("|") else "left" for h in headers]
+    table = tabulate(list(rows), headers=headers, tablefmt="simple", colalign=align, disable_numparse=True)
+    body = "\n".join(line.rstrip() for line in table.splitlines())
+    return "\n".join(filter(None, [title, body, textwrap.fill(note, WIDTH)]))
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _header(report: Report) -> str:
+    lines = [f"spcompile: {report.name or 'the graphs compiled last'} on {_number(report.ranks, 'rank')}"]
+    for length, block in dict.fromkeys(r.sequence for r in report.records if r.sequence):
+        padding = report.ranks * block - length
+        padded = f"{_number(padding, 'position')} of padding" if padding else "no padding"
+        lines.append(f"sequence: {length:,} tokens, {block:,} per rank, {padded}")
+    if report.ranks > 1 and not any(r.sequence for r in report.records):
+        lines.append("sequence: none found, so nothing is sharded; the option sequence_dims names it")
+    calls = sum(report.calls) if report.calls else len(report.records)
+    lines.append(
+        f"graphs: {len(report.records)}" + (f", {calls} calls" if calls != len(report.records) else "")
+    )
+    cached = sum(not r.sharded for r in report.records)
+    if cached:
+        lines.append(f"served by Inductor's cache, so nothing is known of them: {_number(cached, 'graph')}")
+    for reason, times in report.breaks.items():
+        first = (reason.strip().splitlines() or [""])[0]
+        lines.append(_cut(f"graph break{f' (x{times})' if times > 1 else ''}: {first}", WIDTH))
+    return "\n".join(lines)
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _sites(report: Report) -> str:
+    counts = Counter(
+        (s.kind, s.mask, r.strategies.get(s.kind, ""), s.source)
+        for r in report.records
+        for s in r.sites
+        if s.rewritten
+    )
+    if not counts:
+        return "attention: none was recognized"
+    rows = [(n, kind, mask, how, _cut(source, 64)) for (kind, mask, how, source), n in counts.items()]
+    return _table("attention found", ("count", "kind", "mask", "strategy", "source"), rows, "count")
+
+
+def _refused(report: Report) -> str:
+    counts = Counter((s.kind, s.reason, s.source) for s in report.sites if not s.rewritten)
+    if not counts:
+        return ""
+    rows = [(n, kind, _cut(why, 50), _cut(source, 52)) for (kind, why, source), n in counts.items()]
+    return _table("seen and not rewritten", ("count", "kind", "why", "source"), rows, "count")
+
+
+def _collectives(report: Report) -> str:
+    if report.ranks == 1:
+        return ""
+    found = report.collectives
+    if not found:
+        return "collectives: none"
+    shared: dict[str, set[int]] = {}
+    for c in found:
+        for name, value in c.values.items():
+            shared.setdefault(name, set()).add(value)
+    letters = {name: values.pop() for name, values in shared.items() if len(values) == 1 and name in _LEGEND}
+    tables = [
+        _phase(phase, [c for c in found if c.phase == phase], letters) for phase in ("forward", "backward")
+    ]
+    legend = ", ".join(
+        f"{name} = {letters[name]:,} ({what})" for name, what in _LEGEND.items() if name in letters
+    )
+    return "\n\n".join(filter(None, tables)) + (f"\n{textwrap.fill(legend, WIDTH)}" if legend else "")
+
+
+def _phase(phase: str, found: list[Collective], letters: dict[str, int]) -> str:
+    if not found:
+        return ""
+    rows = [_collective(c, letters) for c in found]
+    rows.append(
+        ("all", sum(c.count for c in found), "", "", human(sum(c.count * c.bytes for c in found)), "", "")
+    )
+    headers = ("collective", "count", "what for", "bytes each", "total", "formula", "with T")
+    return _table(f"{phase} collectives, bytes received by a rank", headers, rows, "count|bytes each|total")
+
+
+def _collective(c: Collective, letters: dict[str, int]) -> tuple[Any, ...]:
+    grows = {True: "grows", False: "same", None: "?"}[c.grows]
+    # A letter that means the same in all rows is told below; of others the number stands in the formula.
+    formula = "".join(str(c.values[x]) if x in c.values and x not in letters else x for x in c.formula)
+    return (c.op, c.count, _cut(c.purpose, 38), human(c.bytes), human(c.count * c.bytes), formula, grows)
+
+
+_LEGEND = {
+    "P": "ranks",
+    "b": "tokens per rank",
+    "T": "tokens",
+    "B": "batch",
+    "H": "heads",
+    "G": "key heads",
+    "K": "key size",
+    "V": "value size",
+}
+
+
+def _gathers(report: Report) -> str:
+    counts = Counter((g.op, g.reason, g.bytes, _short(g.source)) for g in report.gathers)
+    if not counts:
+        return ""
+    rows = [(n, op, why, human(size), _cut(source, 48)) for (op, why, size, source), n in counts.items()]
+    headers = ("count", "operator", "why", "bytes", "source")
+    return _table("gathered and computed whole on every rank", headers, rows, "count|bytes")
+
+
+def _short(source: str) -> str:
+    return source.replace("\\", "/").rsplit("/", 1)[-1].replace('", line ', ":")
+
+
+def _memory(report: Report) -> str:
+    here, alone = report.memory, report.alone
+    if here is None or alone is None:
+        return ""
+    rows: list[tuple[str, int, int]] = []
+    if report.parameters:
+        rows.append(("parameters and buffers (on every rank)", report.parameters, report.parameters))
+    trains = here.saved or here.backward
+    if trains and report.trained:
+        rows.append(("their gradients", report.trained, report.trained))
+    if trains:
+        rows.append(("activations saved for the backward", alone.saved, here.saved))
+    rows.append(("peak of the forward" if trains else "peak", alone.forward, here.forward))
+    if trains:
+        rows.append(("peak of the backward", alone.backward, here.backward))
+    table = [(what, human(one), human(each), _ratio(one, each)) for what, one, each in rows]
+    note = (
+        "Peaks are of activations alive at once, each operator's result counted: "
+        "a bound from above, before Inductor's fusion."
+    )
+    each = "each rank" if report.ranks > 1 else "this rank"
+    headers = ("memory", "1 rank", f"{each} of {report.ranks}", "ratio")
+    return _table("memory per rank", headers, table, "|".join(headers[1:]), note)
+
+
+def _ratio(one: int, each: int) -> str:
+    return f"{one / each:.1f}x" if each else ""
+
+
+def _passes(report: Report) -> str:
+    parts = [f"{name} {seconds:.2f} s" for name, seconds in report.pass_seconds.items()]
+    if report.seconds:
+        parts.append(f"{report.seconds:.2f} s in all")
+    return f"time of the passes: {', '.join(parts)}" if parts else ""

@@ -1,0 +1,258 @@
+"""What crosses ranks: the collectives of a graph, why each is there, and its bytes as a formula.
+
+Bytes are those that one rank receives. An all-gather or a reduce-scatter receives P-1 parts; an all-reduce is
+counted as the two of them that a ring makes of it. Formulas are written from what the passes meant to send
+(`Purpose`), bytes are measured on the graph, and a formula is printed only where both agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from spcompile.placement import Partial, Placement, Shard
+
+__all__ = ["Collective", "Purpose", "Transfer", "rows", "short_source", "transfers"]
+
+_c10d = torch.ops._c10d_functional
+_NAMES = {
+    _c10d.all_gather_into_tensor.default: "all_gather",
+    _c10d.all_reduce.default: "all_reduce",
+    _c10d.reduce_scatter_tensor.default: "reduce_scatter",
+}
+
+
+class Purpose(NamedTuple):
+    """Why a pass emitted a node: plain facts, of which text is made only when somebody asks."""
+
+    op: str
+    """The operator whose tensor it is, or "gradients" for a bucket of them."""
+    consumer: str = ""
+    """The operator that asked for it; "output" if the graph returns it."""
+    whole: bool = False
+    """The consumer cannot be sharded and is computed whole."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Global shapes: of the operator's operands, or of the one tensor that moves."""
+    have: Placement | None = None
+    want: Placement | None = None
+    mark: Shard | None = None
+    """Where that tensor carries the sequence, if it does."""
+
+
+class Transfer(NamedTuple):
+    """One collective of a graph, as found."""
+
+    op: str
+    phase: str
+    ranks: int
+    elements: int
+    """Of this rank's input."""
+    itemsize: int
+    purpose: Purpose | None
+    stack: str
+
+    @property
+    def bytes(self) -> int:
+        """Received by one rank."""
+        size, P = self.elements * self.itemsize, self.ranks
+        if self.op == "all_reduce":
+            return round(2 * (P - 1) * size / P)
+        return (P - 1) * size // P if self.op == "reduce_scatter" else (P - 1) * size
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Equal collectives of a report.
+
+    Args:
+        phase: "forward" or "backward".
+        op: the collective.
+        purpose: what for.
+        count: how many, in one call of the model.
+        bytes: received by one rank in each.
+        formula: the bytes in P ranks, b tokens per rank, T tokens and sizes; empty if not known.
+        values: of the formula's letters.
+        grows: whether the bytes grow with the length of the sequence; None if that is not known.
+        source: the user's line that it serves.
+    """
+
+    phase: str
+    op: str
+    purpose: str
+    count: int
+    bytes: int
+    formula: str
+    values: dict[str, int]
+    grows: bool | None
+    source: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+def transfers(graph: fx.Graph, ranks: int, phase: str | None = None) -> list[Transfer]:
+    """The collectives of a graph.
+
+    Args:
+        graph: local, with fake values.
+        phase: of all of them; None for a joint graph, where what depends on tangents is backward.
+    """
+    found, backward = [], set()
+    for node in graph.nodes:
+        tangent = node.op == "placeholder" and node.name.startswith("tangents")
+        if tangent or any(x in backward for x in node.all_input_nodes):
+            backward.add(node)
+        name = _NAMES.get(node.target)
+        if name is None and getattr(node.target, "namespace", "") == "_c10d_functional":
+            name = node.target._opname if node.target is not _c10d.wait_tensor.default else None
+        if name is not None:
+            value = node.all_input_nodes[0].meta["val"]
+            when = phase or ("backward" if node in backward else "forward")
+            elements = prod(int(s) for s in value.shape)
+            why, stack = node.meta.get("spcompile"), node.meta.get("stack_trace") or ""
+            found.append(Transfer(name, when, ranks, elements, value.dtype.itemsize, why, stack))
+    return found
+
+
+def rows(found: Iterable[tuple[Transfer, int]]) -> list[Collective]:
+    """Equal transfers, each met so many times, as one row each."""
+    counts: dict[Any, int] = {}
+    for transfer, times in found:
+        row = _row(transfer)
+        key = (
+            row.phase,
+            row.op,
+            row.purpose,
+            row.bytes,
+            row.formula,
+            tuple(row.values.items()),
+            row.grows,
+            row.source,
+        )
+        counts[key] = counts.get(key, 0) + times
+    return [
+        Collective(phase, op, purpose, count, size, formula, dict(values), grows, source)
+        for (phase, op, purpose, size, formula, values, grows, source), count in counts.items()
+    ]
+
+
+def _row(t: Transfer) -> Collective:
+    text, values = _formula(t)
+    grows: bool | None = None
+    if text and round(_evaluated(text, values)) == t.bytes:
+        grows = any(str(s) in ("b", "T") for s in _parsed(text).free_symbols)
+    else:
+        text, values = "", {}
+    if t.purpose is None:
+        grows = False  # the seed: the only collective that serves no node
+    return Collective(t.phase, t.op, _what(t), 1, t.bytes, text, values, grows, short_source(t.stack))
+
+
+# --------------------------------------------------------------------------------------------------- formulas
+
+# (attention operator, collective) -> (what is sent, its formula); w bytes an element, G key heads.
+_ATTENTION = {
+    ("linear_attention", "all_gather"): ("memory states", "(P-1) B H K V w"),
+    ("linear_attention", "all_reduce"): ("memory state", "2 (P-1)/P B H K V w"),
+    ("linear_attention_backward", "all_gather"): ("gradients of memory states", "(P-1) B H K V w"),
+    ("linear_attention_backward", "all_reduce"): ("gradient of memory state", "2 (P-1)/P B H K V w"),
+    ("softmax_attention", "all_gather"): ("keys and values", "(P-1) b B G (K+V) w"),
+    ("softmax_attention_backward", "all_gather"): ("keys and values again", "(P-1) b B G (K+V) w"),
+    ("softmax_attention_backward", "reduce_scatter"): ("gradients of keys and values", "(P-1) b B G (K+V) w"),
+}
+
+
+def _base(op: str) -> str:
+    """aten.mm.default -> mm."""
+    parts = op.split(".")
+    return parts[1] if len(parts) > 2 else op
+
+
+def _what(t: Transfer) -> str:
+    p = t.purpose
+    if p is None:
+        return "random seed of all ranks"
+    if p.op == "gradients":
+        return f"gradients ({len(p.shapes)} in a bucket)"
+    op, consumer = _base(p.op), _base(p.consumer)
+    attention = _ATTENTION.get((op, t.op)) if p.have is None else None
+    if attention is not None:
+        return f"{op.split('_')[0]}: {attention[0]}"
+    if isinstance(p.have, Partial):
+        return f"output: sum of {op}" if consumer == "output" else f"sum of {op} for {consumer}"
+    if isinstance(p.have, Shard):
+        if isinstance(p.want, Shard):
+            return f"halo of {op}"
+        if p.whole:
+            return f"forced by {consumer}, computed whole"
+        return "output" if consumer == "output" else f"operand of {consumer}"
+    return f"inside {op}"
+
+
+def _formula(t: Transfer) -> tuple[str, dict[str, int]]:
+    """The bytes by what was meant to be sent, and the symbols' values; "" where nothing is known."""
+    p, values = t.purpose, {"P": t.ranks, "w": t.itemsize}
+    factor = "2 (P-1)/P" if t.op == "all_reduce" else "(P-1)"
+    if p is None or p.op == "gradients":
+        return (
+            ("", {})
+            if p is not None and p.mark is not None
+            else (f"{factor} N w", values | {"N": t.elements})
+        )
+    if p.have is None:
+        return _attention_formula(t, p, values)
+    shape, mark = p.shapes[0], next((x for x in (p.have, p.want, p.mark) if isinstance(x, Shard)), None)
+    if mark is None:
+        return f"{factor} N w", values | {"N": t.elements}
+    rest = prod(shape[: mark.dim] + shape[mark.dim + 1 :]) * mark.outer * mark.inner
+    values |= {"N": rest, "b": mark.block}
+    if isinstance(p.have, Shard) and isinstance(p.want, Shard):
+        width = abs(p.have.start - p.want.start)
+        return (
+            (f"{factor} N w", values | {"N": rest * width})
+            if width <= mark.block
+            else (f"{factor} b N w", values)
+        )
+    if t.op == "all_reduce":
+        return f"{factor} T N w", values | {"T": mark.length}
+    return f"{factor} b N w", values
+
+
+def _attention_formula(t: Transfer, p: Purpose, values: dict[str, int]) -> tuple[str, dict[str, int]]:
+    known = _ATTENTION.get((_base(p.op), t.op))
+    if known is None or p.mark is None:
+        return "", {}
+    q, k, v = p.shapes[1:4] if "backward" in p.op else p.shapes[:3]
+    sizes = {"B": q[0], "H": q[1], "G": k[1], "K": q[3], "V": v[3], "b": p.mark.block}
+    return known[1], values | {n: s for n, s in sizes.items() if n in known[1]}
+
+
+@cache
+def _parsed(text: str) -> Any:
+    import sympy
+
+    symbols = {name: sympy.Symbol(name) for name in "PTbBHGKVNw"}
+    return sympy.sympify(text.replace(" ", "*"), locals=symbols)
+
+
+def _evaluated(text: str, values: dict[str, int]) -> float:
+    return float(_parsed(text).subs(values))
+
+
+def short_source(stack: str) -> str:
+    """The innermost line of a stack trace: "file.py:12 in forward: code"; empty if there is none."""
+    lines = [line.strip() for line in stack.strip().splitlines()]
+    at = next((i for i in reversed(range(len(lines))) if lines[i].startswith("File ")), None)
+    if at is None:
+        return ""
+    path, _, rest = lines[at].removeprefix("File ").partition(", line ")
+    number, _, function = rest.partition(", in ")
+    code = lines[at + 1] if at + 1 < len(lines) else ""
+    return f"{path.strip(chr(34)).replace(chr(92), '/').rsplit('/', 1)[-1]}:{number} in {function}: {code}"

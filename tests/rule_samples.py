@@ -1,0 +1,346 @@
+"""Arguments for every operator of the rule table: small, asymmetric, of both signs, sizes distinct where they may be.
+
+A new row of the table needs a sample here. ``CONSERVATIVE`` lists, with the reason, what a rule refuses though it
+could be cut; an entry that is no longer true fails.
+"""
+
+from __future__ import annotations
+
+import torch
+from rule_checker import Sample as S
+from torch import Tensor
+
+from spcompile._torch import flash_attention_cpu, flash_attention_cpu_backward
+
+aten, prims, ops = torch.ops.aten, torch.ops.prims, torch.ops.spcompile
+
+__all__ = ["CONSERVATIVE", "POINTWISE", "RANDOM", "SAMPLES", "flags", "n", "x"]
+
+END = 2**63 - 1
+
+
+def x(*shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers of both signs, float64."""
+    generator = torch.Generator().manual_seed(seed + sum(s * 31**i for i, s in enumerate(shape)))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def n(high: int, *shape: int, seed: int = 0) -> Tensor:
+    """Integers in [0, high)."""
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed + high))
+
+
+def flags(*shape: int, seed: int = 5) -> Tensor:
+    """True or false."""
+    return x(*shape, seed=seed) > 0
+
+
+def distinct(high: int, *shape: int) -> Tensor:
+    """Indices in [0, high) of which no two along a row are the same."""
+    order = torch.stack([torch.randperm(high, generator=torch.Generator().manual_seed(i)) for i in range(shape[0])])
+    return order[:, : shape[1]]
+
+
+CONTRACTIONS = [
+    S(aten.mm.default, (x(6, 5), x(5, 7))),
+    S(aten.bmm.default, (x(3, 6, 5), x(3, 5, 4))),
+    S(aten.mv.default, (x(6, 5), x(5))),
+    S(aten.dot.default, (x(6), x(6, seed=1))),
+    S(aten.addmm.default, (x(7), x(6, 5), x(5, 7)), name="row"),
+    S(aten.addmm.default, (x(6, 7), x(6, 5), x(5, 7)), dict(alpha=2, beta=-3), name="scaled"),
+    S(aten.addmm.default, (x(6, 1), x(6, 5), x(5, 7)), name="column"),
+    S(aten.baddbmm.default, (x(3, 6, 1), x(3, 6, 5), x(3, 5, 4)), name="columns"),
+    S(aten.baddbmm.default, (x(4), x(3, 6, 5), x(3, 5, 4)), dict(beta=2), name="row"),
+]
+
+VIEWS = [
+    S(aten.view.default, (x(4, 6, 5), [24, 5]), name="merge"),
+    S(aten.view.default, (x(24, 5), [4, 6, 5]), name="split"),
+    S(aten.view.default, (x(24, 5), [2, 6, 2, 5]), name="split in three"),
+    S(aten.view.default, (x(4, 6), [3, 8]), name="cut"),
+    S(aten.view.default, (x(4, 6, 5), [1, 4, 1, 30]), name="ones"),
+    S(aten._unsafe_view.default, (x(24, 5), [4, 6, 5])),
+    S(aten.reshape.default, (x(6, 4, 5), [6, -1])),
+    S(aten.squeeze.dim, (x(6, 1, 5), 1)),
+    S(aten.squeeze.dims, (x(6, 1, 5, 1), [1, -1])),
+    S(aten.squeeze.default, (x(6, 1, 5),)),
+    S(aten.unsqueeze.default, (x(6, 5), -2)),
+    S(aten.permute.default, (x(4, 6, 5), [2, 0, -2])),
+    S(aten.expand.default, (x(4, 1, 5), [3, 4, 6, -1])),
+    S(aten.expand.default, (x(5), [6, 5]), name="rows"),
+    S(aten.repeat.default, (x(4, 6), [1, 3, 1]), name="middle"),
+    S(aten.repeat.default, (x(4, 6), [2, 1]), name="first"),
+    S(aten.select.int, (x(6, 5, 4), 1, -2)),
+    S(aten.unbind.int, (x(6, 3, 4), 1)),
+    S(aten.select_scatter.default, (x(6, 5, 4), x(6, 4), 1, 3)),
+    S(aten.slice.Tensor, (x(4, 8, 5), 1, 2, 7)),
+    S(aten.slice.Tensor, (x(4, 8), -1, 0, -1), name="but the last"),
+    S(aten.slice.Tensor, (x(4, 8), 1, -5, END), name="the last five"),
+    S(aten.slice.Tensor, (x(4, 8), 1, 0, END), name="all"),
+    S(aten.slice.Tensor, (x(4, 8), 1, 1, 8, 3), name="steps"),
+    S(aten.slice_scatter.default, (x(4, 8, 5), x(4, 3, 5), 1, 2, 5)),
+    S(aten.slice_scatter.default, (x(8, 4), x(7, 4), 0, 1, END), name="but the first"),
+    S(aten.slice_scatter.default, (x(6, 4), x(6, 4, seed=1), 0, 0, END), name="all"),
+    S(aten.slice_scatter.default, (x(8, 5), x(4, 5), 0, 0, 8, 2), name="steps"),
+    S(aten.constant_pad_nd.default, (x(4, 6), [0, 0, 1, 2]), name="zeros"),
+    S(aten.constant_pad_nd.default, (x(4, 6, 5), [2, 0, 1, 0], 1.5), name="two dims"),
+    S(aten.constant_pad_nd.default, (x(4, 6), [1, -1], 0.5), name="shift right"),
+    S(aten.constant_pad_nd.default, (x(4, 6), [-1, 1]), name="shift left"),
+    S(aten.constant_pad_nd.default, (n(9, 4, 6), [0, 1], -100), name="labels"),
+    S(aten.cat.default, ([x(4, 6), x(4, 5)], 1)),
+    S(aten.cat.default, ([torch.zeros(0, dtype=torch.float64), x(4, 6), x(3, 6)],), name="with an empty one"),
+    S(aten.split.Tensor, (x(4, 7), 3, 1)),
+    S(aten.split_with_sizes.default, (x(4, 7), [2, 5], -1)),
+    S(aten.flip.default, (x(4, 6, 5), [1, -1])),
+    S(prims.rev.default, (x(4, 6), [1])),
+    S(aten.view_as_complex.default, (x(4, 6, 2),)),
+    S(aten.view_as_real.default, (torch.complex(x(4, 6), x(4, 6, seed=1)),)),
+]
+
+REDUCTIONS = [
+    S(aten.sum.default, (x(4, 6),)),
+    S(aten.sum.default, (n(9, 4, 6),), name="integers"),
+    S(aten.sum.dim_IntList, (x(4, 6, 5), [0, -1])),
+    S(aten.sum.dim_IntList, (x(4, 6), [1], True), name="kept"),
+    S(aten.sum.dim_IntList, (flags(4, 6), [1]), name="flags"),
+    S(aten.sum.dim_IntList, (x(4, 6), []), name="all"),
+    S(aten.mean.default, (x(4, 6),)),
+    S(aten.mean.dim, (x(4, 7, 5), [1])),
+    S(aten.mean.dim, (x(4, 7, 5), [-1, 1], True), name="kept"),
+    S(aten.amax.default, (x(4, 6), [1])),
+    S(aten.amax.default, (n(9, 4, 6) - 20, [0], True), name="integers"),
+    S(aten.amax.default, (flags(4, 6), [1]), name="flags"),
+    S(aten.amin.default, (x(4, 6),), name="all"),
+    S(aten.amin.default, (n(9, 4, 6) + 20, [0]), name="integers"),
+    S(aten.prod.default, (x(2, 3),)),
+    S(aten.prod.dim_int, (x(4, 6), 1)),
+    S(aten.max.default, (x(4, 6) - 9,)),
+    S(aten.min.default, (x(4, 6) + 9,)),
+    S(aten.any.default, (torch.zeros(4, 6) > 0,)),
+    S(aten.any.dim, (flags(4, 6), 1)),
+    S(aten.any.dims, ((x(4, 6, 5) > 1.2).double(), [0, 2]), name="numbers"),
+    S(aten.all.default, (torch.zeros(4, 6) == 0,)),
+    S(aten.all.dim, (x(4, 6) > -1, 0, True)),
+    S(aten.all.dims, ((x(4, 6, 5) > -1.5).double(), [1]), name="numbers"),
+    S(aten.var.correction, (x(4, 6), [1])),
+    S(aten.var_mean.correction, (x(4, 6), [1]), dict(correction=0, keepdim=True)),
+    S(aten.max.dim, (x(4, 6), 1)),
+    S(aten.min.dim, (x(4, 6), 0, True)),
+    S(aten.argmax.default, (x(4, 6), -1)),
+    S(aten.argmin.default, (x(4, 6, seed=3),), name="all"),
+    S(aten.argmin.default, (x(4, 6), 0, True), name="kept"),
+    S(aten.cumsum.default, (x(4, 6, 5), 1), exchanges=True),
+    S(aten.cumsum.default, (n(9, 7), -1), exchanges=True, name="positions"),
+    S(aten.cumprod.default, (x(4, 6), 1)),
+    S(aten.logcumsumexp.default, (x(4, 6), 1)),
+    S(aten.cummax.default, (x(4, 6), 1)),
+    S(aten.cummin.default, (x(4, 6), 0)),
+    S(aten.topk.default, (x(4, 6), 3)),
+    S(aten.topk.default, (x(7, 5), 2, 0), name="rows"),
+    S(aten.sort.default, (x(4, 6), 0)),
+    S(aten.sort.stable, (x(4, 6),), dict(stable=True, dim=1, descending=True)),
+    S(aten._softmax.default, (x(4, 6), 1, False)),
+    S(aten._log_softmax.default, (x(4, 6), -2, False)),
+]
+
+INDEXING = [
+    S(aten.embedding.default, (x(9, 4), n(9, 5, 6))),
+    S(aten.gather.default, (x(4, 6, 5), 1, n(6, 4, 7, 5))),
+    S(aten.gather.default, (x(7, 6), -1, n(6, 5, 3)), name="fewer rows"),
+    S(aten.scatter.value, (x(4, 6), 1, distinct(6, 4, 3), -0.1)),
+    S(aten.scatter.value, (x(7, 6), 1, distinct(6, 4, 3), -0.1), name="fewer rows"),
+    S(aten.scatter.src, (x(4, 6), 1, distinct(6, 4, 3), x(4, 3))),
+    S(aten.scatter.src, (x(4, 6), 1, distinct(6, 4, 3), x(5, 7)), name="larger source"),
+    S(aten.scatter.reduce, (x(4, 6), 1, n(6, 4, 7), x(4, 7)), dict(reduce="multiply")),
+    S(aten.scatter.value_reduce, (x(4, 6), 1, n(6, 4, 7), 2.0), dict(reduce="add")),
+    S(aten.scatter_reduce.two, (x(4, 6), 1, n(6, 4, 7), x(4, 7), "amax"), dict(include_self=False)),
+    S(aten.scatter_add.default, (x(4, 6), 1, n(6, 4, 7), x(4, 7))),
+    S(aten.scatter_add.default, (x(8, 5), 0, n(8, 7, 5), x(7, 5)), name="rows"),
+    S(aten.scatter_add.default, (x(8, 5), 0, n(8, 6, 4), x(7, 6)), name="larger source"),
+    S(aten.bucketize.Tensor, (x(4, 6), x(5).sort()[0])),
+    S(aten.searchsorted.Tensor, (x(5).sort()[0], x(4, 6))),
+    S(aten.searchsorted.Tensor, (x(4, 5).sort()[0], x(4, 6)), dict(right=True), name="rows"),
+    S(aten.index.Tensor, (x(9, 4), [n(9, 5, 6)])),
+    S(aten.index.Tensor, (x(4, 9, 5), [None, n(9, 7)]), name="second"),
+    S(aten.index.Tensor, (x(4, 9, 5), [n(4, 6), None, n(5, 6)]), name="apart"),
+    S(aten.index.Tensor, (x(4, 9, 5), [None, n(9, 6, 1), n(5, 7)]), name="outer"),
+    S(aten.index_put.default, (x(7, 4), [distinct(7, 1, 5)[0]], x(5, 4))),
+    S(aten.index_put.default, (x(4, 7), [None, distinct(7, 1, 5)[0]], x()), name="a number"),
+    S(aten.index_put.default, (x(7, 4), [n(7, 5, 6)], x(5, 6, 4), True), name="sum"),
+    S(aten.index_put.default, (x(7, 4), [n(7, 6)], x(4), True), name="sum of one row"),
+    S(aten.index_put.default, (x(4, 7, 5), [n(4, 6), n(7, 6)], x(6, 1), True), name="sum of numbers"),
+    S(aten.index_put.default, (x(4, 7, 5), [None, n(7, 6)], x(4, 6, 5), True), name="sum, second"),
+    S(
+        aten._unsafe_masked_index_put_accumulate.default,
+        (x(7, 4), flags(5, 6).unsqueeze(-1), [n(7, 5, 6)], x(5, 6, 4)),
+    ),
+]
+
+CREATION = [
+    S(aten.full.default, ([4, 6], 2.5), dict(dtype=torch.float64)),
+    S(prims.iota.default, (7,), dict(start=3, step=-2, dtype=torch.int64, device=torch.device("cpu"), requires_grad=False)),
+    S(prims.iota.default, (12,), dict(start=0, step=1, dtype=torch.int32, device=torch.device("cpu"), requires_grad=False), name="int32"),
+]
+
+RANDOM = [S(aten.rand.default, ([4, 6],)), S(aten.randn.default, ([4, 6],), dict(dtype=torch.float64))]
+
+_q, _k, _v = x(2, 3, 7, 4), x(2, 3, 5, 4), x(2, 3, 5, 4, seed=1)
+_long_k, _long_v = x(2, 3, 7, 4, seed=2), x(2, 3, 7, 4, seed=3)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, name: str) -> list[S]:
+    options = dict(attn_mask=mask, scale=0.7)
+    out, lse = flash_attention_cpu(q, k, v, 0.0, causal, **options)
+    grad = x(*out.shape, seed=9)
+    return [
+        S(flash_attention_cpu, (q, k, v, 0.0, causal), options, name, trusting=True, tolerance=1e-10),
+        S(flash_attention_cpu_backward, (grad, q, k, v, out, lse, 0.0, causal), options, name, trusting=True, tolerance=1e-10),
+    ]
+
+
+KERNELS = [
+    *_flash(_q, _k, _v, False, None, "cross"),
+    *_flash(_long_k, _q, _long_v, True, None, "causal"),
+    *_flash(_q, _k, _v, False, x(7, 5), "mask"),
+    *_flash(_q, _k, _v, False, x(2, 1, 1, 5), "padding mask"),
+    S(aten.convolution.default, (x(4, 6, 9), x(5, 6, 3), x(5), [1], [2], [1], False, [0], 1), tolerance=1e-10),
+    S(aten.convolution.default, (x(4, 6, 9), x(6, 1, 3), None, [2], [2], [1], False, [0], 6), name="depthwise", tolerance=1e-10),
+    S(
+        aten.convolution_backward.default,
+        (x(4, 5, 11), x(4, 6, 9), x(5, 6, 3), [5], [1], [2], [1], False, [0], 1, [True] * 3),
+        tolerance=1e-10,
+    ),
+]
+
+
+def _attention() -> list[S]:
+    found = []
+    for causal in (True, False):
+        q, k, v, grad = (x(2, 3, 7, size, seed=i) for i, size in enumerate((4, 4, 5, 5)))
+        name = "causal" if causal else "all"
+        out, lse = ops.softmax_attention(q, k, v, None, causal, 0.7)
+        found += [
+            S(ops.linear_attention.default, (q, k, v, causal, 0.7), name=name),
+            S(ops.linear_attention_backward.default, (grad, q, k, v, causal, 0.7), name=name),
+            S(ops.softmax_attention.default, (q, k, v, None, causal, 0.7), name=name),
+            S(ops.softmax_attention_backward.default, (grad, q, k, v, None, out, lse, causal, 0.7), name=name),
+        ]
+    q, k, v, mask = x(2, 6, 7, 4), x(2, 3, 5, 4), x(2, 3, 5, 8), x(7, 5)
+    out, lse = ops.softmax_attention(q, k, v, mask, False, 0.7)
+    found += [
+        S(ops.softmax_attention.default, (q, k, v, mask, False, 0.7), name="cross, grouped, masked"),
+        S(
+            ops.softmax_attention_backward.default,
+            (x(2, 6, 7, 8), q, k, v, mask, out, lse, False, 0.7),
+            name="cross, grouped, masked",
+        ),
+    ]
+    for sample in found:
+        sample.exchanges, sample.trusting, sample.tolerance = True, True, 1e-10
+    return found
+
+
+SAMPLES = [*CONTRACTIONS, *VIEWS, *REDUCTIONS, *INDEXING, *CREATION, *KERNELS, *_attention()]
+
+_a, _b, _row, _column = x(4, 6), x(4, 6, seed=1), x(6), x(4, 1)
+_i, _j = n(9, 4, 6), n(9, 6) + 1
+_f, _g = flags(4, 6), flags(6)
+_positive, _unit = _a.abs() + 0.5, torch.sigmoid(_a)
+
+POINTWISE = [
+    *(S(getattr(aten, op).Tensor, (_a, other)) for op in ("add", "sub", "mul", "div") for other in (_b, _row, _column, 3.0)),
+    S(aten.add.Tensor, (_a, _b), dict(alpha=-2), "scaled"),
+    S(aten.sub.Tensor, (_row, _b), dict(alpha=2), "scaled"),
+    S(aten.mul.Tensor, (_i, _j), name="integers"),
+    S(aten.mul.Tensor, (_a, _f), name="masked"),
+    S(aten.mul.Scalar, (_a, -2.0)),
+    S(aten.div.Scalar, (_a, -2.0)),
+    S(aten.div.Tensor, (_i, _j), name="integers", tolerance=1e-6),
+    S(aten.div.Tensor_mode, (_i, _j), dict(rounding_mode="floor")),
+    S(aten.rsub.Scalar, (_a, 2.0)),
+    *(
+        S(getattr(aten, op).default, (_a,))
+        for op in "neg abs sign exp expm1 sin cos tanh sigmoid silu gelu relu erf floor ceil round trunc square atan"
+        " isnan isinf logical_not softplus leaky_relu elu hardtanh".split()
+        if hasattr(aten, op)
+    ),
+    *(S(getattr(aten, op).default, (_positive,)) for op in "log log2 log1p sqrt rsqrt reciprocal lgamma".split()),
+    *(S(getattr(aten, op).default, (_unit,)) for op in ("asin", "atanh", "erfinv", "logit")),
+    S(aten.pow.Tensor_Scalar, (_a, 3)),
+    S(aten.pow.Tensor_Tensor, (_positive, _b)),
+    S(aten.pow.Scalar, (2.0, _a)),
+    S(aten.maximum.default, (_a, _row)),
+    S(aten.minimum.default, (_a, _column)),
+    S(aten.fmod.Tensor, (_a, _positive)),
+    S(aten.remainder.Scalar, (_i, 4)),
+    S(aten.atan2.default, (_a, _b)),
+    S(aten.clamp.default, (_a, -0.5, 0.5)),
+    S(aten.clamp.Tensor, (_a, -_positive)),
+    S(aten.clamp_min.default, (_a, 0.1)),
+    S(aten.where.self, (_f, _a, _row)),
+    *(S(getattr(aten, op).Tensor, (_a, _column)) for op in ("eq", "ne", "lt", "le", "gt", "ge")),
+    S(aten.eq.Scalar, (_i, 3)),
+    S(aten.lt.Scalar, (_i, 3)),
+    S(aten.logical_and.default, (_f, _g)),
+    S(aten.bitwise_and.Tensor, (_f, _g)),
+    S(aten.bitwise_or.Tensor, (_i, _j)),
+    S(aten.bitwise_xor.Tensor, (_i, _j)),
+    S(aten.bitwise_not.default, (_f,)),
+    S(aten.masked_fill.Scalar, (_a, _f, -3.0)),
+    S(aten.lerp.Scalar, (_a, _row, 0.3)),
+    S(aten.addcmul.default, (_a, _row, _column)),
+    S(aten.threshold_backward.default, (_a, _b, 0)),
+    S(aten.tanh_backward.default, (_a, _b)),
+    S(aten.sigmoid_backward.default, (_a, _b)),
+    S(aten.silu_backward.default, (_a, _b)),
+    S(aten.gelu_backward.default, (_a, _b)),
+    S(aten.clone.default, (_a,)),
+    S(aten.alias.default, (_a,)),
+    S(aten.lift_fresh_copy.default, (_a,)),
+    S(aten._to_copy.default, (_a,), dict(dtype=torch.float32)),
+    S(aten.copy.default, (_a, _row)),
+    S(aten.complex.default, (_a, _row)),
+    S(aten.polar.default, (_positive, _column)),
+    S(prims.convert_element_type.default, (_a, torch.float32), name="narrow"),
+    S(prims.convert_element_type.default, (x(4, 6).float(), torch.float64), name="widen", tolerance=1e-6),
+    S(prims.convert_element_type.default, (_a * 5, torch.int64), name="to integers"),
+    *([S(prims.fma.default, (_a, _b, _a))] if hasattr(prims, "fma") else []),
+]
+
+CHANNELS = "channels are never the sequence"
+HEAD_SIZE = "a head's size is never the sequence"
+KEYS = "an order of queries: keys and values are gathered, not their rows"
+MASKED = "a mask may or may not have the batch: one rule for both"
+BOUNDARIES = "a table of boundaries is never the sequence"
+
+
+def _refused(op: object, name: str, reason: str, *pairs: tuple[int, int]) -> dict[tuple[str, int, int], str]:
+    text = f"{op} ({name})" if name else str(op)
+    return {(text, *pair): reason for pair in pairs}
+
+
+CONSERVATIVE: dict[tuple[str, int, int], str] = {
+    **_refused(aten.bucketize.Tensor, "", BOUNDARIES, (1, 0)),
+    **_refused(aten.searchsorted.Tensor, "", BOUNDARIES, (0, 0)),
+    **_refused(aten.searchsorted.Tensor, "rows", BOUNDARIES, (0, 1)),
+    **_refused(aten.convolution.default, "", CHANNELS, (1, 0), (2, 0)),
+    **_refused(aten.convolution_backward.default, "", CHANNELS, (0, 1), (1, 1), (2, 0), (2, 1)),
+    **_refused(flash_attention_cpu_backward, "cross", KEYS, (2, 2), (3, 2)),
+    **_refused(flash_attention_cpu_backward, "mask", KEYS, (2, 2), (3, 2), (6, 1)),
+    **_refused(flash_attention_cpu_backward, "padding mask", KEYS, (2, 2), (3, 2), (6, 3)),
+}
+for _name in ("causal", "all"):
+    CONSERVATIVE |= {
+        **_refused(ops.linear_attention.default, _name, HEAD_SIZE, (0, 3), (1, 3), (2, 3)),
+        **_refused(ops.linear_attention_backward.default, _name, HEAD_SIZE, (0, 3), (1, 3), (2, 3), (3, 3)),
+        **_refused(ops.softmax_attention.default, _name, HEAD_SIZE, (2, 3)),
+        **_refused(ops.softmax_attention_backward.default, _name, HEAD_SIZE, (0, 3), (3, 3), (4, 3)),
+    }
+_name = "cross, grouped, masked"
+CONSERVATIVE |= {
+    **_refused(ops.softmax_attention.default, _name, MASKED, (0, 0), (1, 0), (2, 0), (3, 0)),
+    **_refused(ops.softmax_attention.default, _name, HEAD_SIZE, (2, 3)),
+    **_refused(ops.softmax_attention_backward.default, _name, HEAD_SIZE, (0, 3), (3, 3), (5, 3)),
+    **_refused(ops.softmax_attention_backward.default, _name, KEYS, (2, 2), (3, 2), (4, 1)),
+    **_refused(ops.softmax_attention_backward.default, _name, MASKED, *((i, 0) for i in range(7))),
+}
