@@ -14,13 +14,6 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
-# Where there is no GPU, prefer PyTorch's CPU wheels, which spare gigabytes of CUDA libraries. An unreachable index
-# would cost pip minutes of retries, so it is used only if it answers.
-CPU_INDEX ?= https://download.pytorch.org/whl/cpu
-PROBE := import urllib.request as u; u.urlopen(u.Request("$(CPU_INDEX)/torch/", method="HEAD"), timeout=5)
-PIP_FLAGS ?= $(shell command -v nvidia-smi >/dev/null || \
-	{ $(PYTHON) -c '$(PROBE)' 2>/dev/null && echo "--extra-index-url $(CPU_INDEX)"; })
-
 .DELETE_ON_ERROR:
 .PHONY: help setup demo test lint bench clean
 
@@ -32,7 +25,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@echo "== setting up $(VENV) (once; a few minutes on a slow network)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off $(PIP_FLAGS) \
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
 		-c constraints.txt -e ".[demo,bench,test,dev]"
 	@touch $@
 

@@ -49,6 +49,10 @@ from torch._dynamo.utils import counters
 from torch._guards import TracingContext as _TracingContext
 from torch._guards import detect_fake_mode
 
+# The command builds its model of fake tensors, which allocate nothing.
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
 
 def tracing_metadata():  # type: ignore[no-untyped-def]
     """AOTAutograd's metadata of the graph being compiled."""

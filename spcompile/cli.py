@@ -111,19 +111,21 @@ def _pair(word: str) -> tuple[str, Any]:
 def _explain(args: argparse.Namespace) -> str:
     import torch
 
+    from spcompile import _torch
     from spcompile.explainer import explain
 
     options = dict(_pair(word) for word in args.option)
     if "ranks" in options:
         raise _Usage("--option ranks=...: say it as --ranks")
     factory = _factory(args.model)
-    with torch.device("meta"):
+    # Fake tensors rather than meta ones: they allocate nothing either, and every operator knows their device.
+    with _torch.FakeTensorMode(allow_non_fake_inputs=True, shape_env=_torch.ShapeEnv()):
         model = _build(factory, args.model, args.overrides)
         inputs = _inputs(model, args)
-    if args.inference:
-        model.eval()
-    with torch.no_grad() if args.inference else contextlib.nullcontext():
-        report = explain(model, ranks=args.ranks, **options)(**inputs)
+        if args.inference:
+            model.eval()
+        with torch.no_grad() if args.inference else contextlib.nullcontext():
+            report = explain(model, ranks=args.ranks, **options)(**inputs)
     report.name = f"{args.model} (batch {args.batch}, {'inference' if args.inference else 'training'})"
     if args.save:
         report.save(Path(args.save))

@@ -117,19 +117,39 @@ def _collectives(report: Report) -> str:
 def _phase(phase: str, found: list[Collective], letters: dict[str, int]) -> str:
     if not found:
         return ""
-    rows = [_collective(c, letters) for c in found]
-    rows.append(
-        ("all", sum(c.count for c in found), "", "", human(sum(c.count * c.bytes for c in found)), "", "")
-    )
-    headers = ("collective", "count", "what for", "bytes each", "total", "formula", "with T")
-    return _table(f"{phase} collectives, bytes received by a rank", headers, rows, "count|bytes each|total")
+    buckets = [c for c in found if c.purpose.startswith("gradients (")]
+    rows = [_collective(c, letters) for c in found if c not in buckets or len(buckets) == 1]
+    if len(buckets) > 1:
+        rows.append(_merged(buckets))
+    total = human(sum(c.count * c.bytes for c in found))
+    rows.append(("all", sum(c.count for c in found), "", "", total, "", ""))
+    headers = ("collective", "count", "what for", "each", "total", "formula", "with T")
+    return _table(f"{phase} collectives, bytes received by a rank", headers, rows, "count|each|total")
 
 
 def _collective(c: Collective, letters: dict[str, int]) -> tuple[Any, ...]:
-    grows = {True: "grows", False: "same", None: "?"}[c.grows]
     # A letter that means the same in all rows is told below; of others the number stands in the formula.
     formula = "".join(str(c.values[x]) if x in c.values and x not in letters else x for x in c.formula)
-    return (c.op, c.count, _cut(c.purpose, 38), human(c.bytes), human(c.count * c.bytes), formula, grows)
+    total = human(c.count * c.bytes)
+    return (c.op, c.count, _cut(c.purpose, 38), human(c.bytes), total, formula, _GROWS[c.grows])
+
+
+_GROWS = {True: "grows", False: "same", None: "?"}
+
+
+def _merged(buckets: list[Collective]) -> tuple[Any, ...]:
+    """Buckets of gradients, of many sizes, as one row."""
+    count, total = sum(c.count for c in buckets), sum(c.count * c.bytes for c in buckets)
+    (grows,) = {c.grows for c in buckets} if len({c.grows for c in buckets}) == 1 else {None}
+    elements: dict[int, int] = {}
+    for c in buckets:
+        if c.formula:
+            elements[c.values["w"]] = elements.get(c.values["w"], 0) + c.count * c.values["N"]
+    size = " + ".join(f"{n} {w}" for w, n in elements.items())
+    formula = (
+        f"2 (P-1)/P {size if len(elements) == 1 else f'({size})'}" if all(c.formula for c in buckets) else ""
+    )
+    return ("all_reduce", count, "gradients in buckets", "", human(total), formula, _GROWS[grows])
 
 
 _LEGEND = {
@@ -177,8 +197,9 @@ def _memory(report: Report) -> str:
         "Peaks are of activations alive at once, each operator's result counted: "
         "a bound from above, before Inductor's fusion."
     )
-    each = "each rank" if report.ranks > 1 else "this rank"
-    headers = ("memory", "1 rank", f"{each} of {report.ranks}", "ratio")
+    headers = ("memory", "1 rank", f"each of {report.ranks} ranks", "ratio")
+    if report.ranks == 1:
+        headers, table = headers[:2], [row[:2] for row in table]
     return _table("memory per rank", headers, table, "|".join(headers[1:]), note)
 
 

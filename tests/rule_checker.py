@@ -21,7 +21,16 @@ from spcompile.emit import Emitter
 from spcompile.placement import Partial, Placement, Replicate, Shard
 from spcompile.rules import Call, Context, Rule, Split, rule_for
 
-__all__ = ["Sample", "WrongRule", "check_allowed", "check_linear", "cut", "forbidden_but_right", "terms_of"]
+__all__ = [
+    "Sample",
+    "WrongRule",
+    "check_allowed",
+    "check_linear",
+    "cut",
+    "forbidden_but_right",
+    "run_ranks",
+    "terms_of",
+]
 
 TOLERANCE = 1e-12
 REDUCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -115,18 +124,27 @@ def _compare(locals_: list[Tensor], placement: Placement, whole: Tensor, toleran
     """What is wrong with the ranks' local tensors, "" if nothing."""
     if isinstance(placement, Partial):
         total = reduce(REDUCE[placement.op], locals_)
-        return "" if _same(total, whole, tolerance) else f"the {placement.op} of the terms is {total}, not {whole}"
+        return (
+            ""
+            if _same(total, whole, tolerance)
+            else f"the {placement.op} of the terms is {total}, not {whole}"
+        )
     if isinstance(placement, Replicate):
         bad = [r for r, x in enumerate(locals_) if not _same(x, whole, tolerance)]
         return f"rank {bad[0]} has {locals_[bad[0]]}, not {whole}" if bad else ""
     at, want = placement.dim + 1, _three(whole, placement.dim, placement.outer, placement.inner)
     for rank, x in enumerate(locals_):
-        if x.shape[placement.dim] != placement.outer * placement.block * placement.inner or x.dtype != whole.dtype:
+        if (
+            x.shape[placement.dim] != placement.outer * placement.block * placement.inner
+            or x.dtype != whole.dtype
+        ):
             return f"rank {rank} has shape {tuple(x.shape)} {x.dtype} under {placement} of {whole.dtype}"
         got = _three(x, placement.dim, placement.outer, placement.inner)
         for j in range(placement.block):
             index = rank * placement.block + j - placement.start
-            if 0 <= index < placement.length and not _same(got.select(at, j), want.select(at, index), tolerance):
+            if 0 <= index < placement.length and not _same(
+                got.select(at, j), want.select(at, index), tolerance
+            ):
                 return f"rank {rank}, entry {index}: {got.select(at, j)}, not {want.select(at, index)}"
     return ""
 
@@ -180,7 +198,9 @@ def _run_graph(split: Split, operands: list[list[Tensor]], group: collectives.Gr
     return simulate._Ranks(module, group.size).run(*(simulate._PerRank(x) for x in operands))
 
 
-def check_allowed(sample: Sample, make: Callable[[Call], Rule | None] = rule_for) -> set[tuple[str, int, int]]:
+def check_allowed(
+    sample: Sample, make: Callable[[Call], Rule | None] = rule_for
+) -> set[tuple[str, int, int]]:
     """Run every split that the rule allows and compare with the whole; returns the plain seeds it allows.
 
     Raises:
@@ -189,7 +209,9 @@ def check_allowed(sample: Sample, make: Callable[[Call], Rule | None] = rule_for
     call, allowed, checked = sample.call(), set(), set()
     rule = make(call)
     assert rule is not None, f"{sample} has no rule"
-    tensors = [("in", i, x) for i, x in enumerate(call.operands)] + [("out", i, x) for i, x in enumerate(call.outputs)]
+    tensors = [("in", i, x) for i, x in enumerate(call.operands)] + [
+        ("out", i, x) for i, x in enumerate(call.outputs)
+    ]
     for side, index, x in tensors:
         for dim, ranks in itertools.product(range(x.dim()), (2, 3)):
             for seed in _seeds(x.shape[dim], dim, ranks):
@@ -211,18 +233,24 @@ def _check_split(sample: Sample, call: Call, split: Split, ranks: int) -> None:
     # Entries that stick out of the window are lost: only where each output entry has its own may that be.
     if any(isinstance(p, Partial) for p in split.outputs) and not all(p.holds_all(ranks) for p in placed):
         return
-    operands = [_locals(x, p, ranks, f) for x, p, f in zip(call.operands, split.inputs, split.fills, strict=True)]
+    operands = [
+        _locals(x, p, ranks, f) for x, p, f in zip(call.operands, split.inputs, split.fills, strict=True)
+    ]
     before = [[x.clone() for x in xs] for xs in operands]
     outs = run_ranks(split, operands, ranks, sample.exchanges)
     if len(outs) != len(call.outputs) or len(split.outputs) != len(call.outputs):
-        raise WrongRule(f"{sample}: {len(outs)} outputs, {len(split.outputs)} placements, not {len(call.outputs)}")
+        raise WrongRule(
+            f"{sample}: {len(outs)} outputs, {len(split.outputs)} placements, not {len(call.outputs)}"
+        )
     for xs, ys in zip(operands, before):
         if not all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(xs, ys)):
             raise WrongRule(f"{sample}: an operand was written")
     for i, (locals_, placement, whole) in enumerate(zip(outs, split.outputs, call.outputs)):
         wrong = _compare(locals_, placement, whole, sample.tolerance)
         if wrong:
-            raise WrongRule(f"{sample} on {ranks} ranks, {split.inputs} -> {split.outputs}, output {i}: {wrong}")
+            raise WrongRule(
+                f"{sample} on {ranks} ranks, {split.inputs} -> {split.outputs}, output {i}: {wrong}"
+            )
 
 
 # --------------------------------------------------------------------------------------------- what is claimed
@@ -250,7 +278,9 @@ def check_linear(sample: Sample, make: Callable[[Call], Rule | None] = rule_for)
 # --------------------------------------------------------------------------------------------- what is forbidden
 
 
-def forbidden_but_right(sample: Sample, make: Callable[[Call], Rule | None] = rule_for) -> dict[tuple[int, int], str]:
+def forbidden_but_right(
+    sample: Sample, make: Callable[[Call], Rule | None] = rule_for
+) -> dict[tuple[int, int], str]:
     """(operand, dim) that the rule refuses though a naive way to cut it gives the right result, with that way."""
     call = sample.call()
     rule = make(call)
@@ -276,7 +306,8 @@ def _can_be_cut(sample: Sample, call: Call, operand: int, dim: int) -> str:
         runs = []
         for block in range(2):
             operands = [
-                x if d is None else x.tensor_split(2, d)[block] for x, d in zip(call.operands, dims, strict=True)
+                x if d is None else x.tensor_split(2, d)[block]
+                for x, d in zip(call.operands, dims, strict=True)
             ]
             try:
                 runs.append(_outs(call.run(operands)))
@@ -298,6 +329,8 @@ def _reassembled(a: Tensor, b: Tensor, whole: Tensor, tolerance: float) -> str:
                 return f"cat {dim}"
     if a.shape == b.shape == whole.shape:
         for name, function in REDUCE.items():
-            if not (whole.dtype == torch.bool and name == "product") and _same(function(a, b), whole, tolerance):
+            if not (whole.dtype == torch.bool and name == "product") and _same(
+                function(a, b), whole, tolerance
+            ):
                 return name
     return ""

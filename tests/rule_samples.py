@@ -14,7 +14,7 @@ from spcompile._torch import flash_attention_cpu, flash_attention_cpu_backward
 
 aten, prims, ops = torch.ops.aten, torch.ops.prims, torch.ops.spcompile
 
-__all__ = ["CONSERVATIVE", "POINTWISE", "RANDOM", "SAMPLES", "flags", "n", "x"]
+__all__ = ["CONSERVATIVE", "EMPTY", "POINTWISE", "RANDOM", "SAMPLES", "flags", "n", "x"]
 
 END = 2**63 - 1
 
@@ -37,7 +37,9 @@ def flags(*shape: int, seed: int = 5) -> Tensor:
 
 def distinct(high: int, *shape: int) -> Tensor:
     """Indices in [0, high) of which no two along a row are the same."""
-    order = torch.stack([torch.randperm(high, generator=torch.Generator().manual_seed(i)) for i in range(shape[0])])
+    order = torch.stack(
+        [torch.randperm(high, generator=torch.Generator().manual_seed(i)) for i in range(shape[0])]
+    )
     return order[:, : shape[1]]
 
 
@@ -178,10 +180,21 @@ INDEXING = [
 
 CREATION = [
     S(aten.full.default, ([4, 6], 2.5), dict(dtype=torch.float64)),
-    S(prims.iota.default, (7,), dict(start=3, step=-2, dtype=torch.int64, device=torch.device("cpu"), requires_grad=False)),
-    S(prims.iota.default, (12,), dict(start=0, step=1, dtype=torch.int32, device=torch.device("cpu"), requires_grad=False), name="int32"),
+    S(
+        prims.iota.default,
+        (7,),
+        dict(start=3, step=-2, dtype=torch.int64, device=torch.device("cpu"), requires_grad=False),
+    ),
+    S(
+        prims.iota.default,
+        (12,),
+        dict(start=0, step=1, dtype=torch.int32, device=torch.device("cpu"), requires_grad=False),
+        name="int32",
+    ),
 ]
 
+# What comes of these is not told by their arguments: tests/test_rules.py has a test of its own for them.
+EMPTY = [S(aten.new_empty_strided.default, (x(4, 6), [4, 6], [1, 4]))]
 RANDOM = [S(aten.rand.default, ([4, 6],)), S(aten.randn.default, ([4, 6],), dict(dtype=torch.float64))]
 
 _q, _k, _v = x(2, 3, 7, 4), x(2, 3, 5, 4), x(2, 3, 5, 4, seed=1)
@@ -194,7 +207,14 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, n
     grad = x(*out.shape, seed=9)
     return [
         S(flash_attention_cpu, (q, k, v, 0.0, causal), options, name, trusting=True, tolerance=1e-10),
-        S(flash_attention_cpu_backward, (grad, q, k, v, out, lse, 0.0, causal), options, name, trusting=True, tolerance=1e-10),
+        S(
+            flash_attention_cpu_backward,
+            (grad, q, k, v, out, lse, 0.0, causal),
+            options,
+            name,
+            trusting=True,
+            tolerance=1e-10,
+        ),
     ]
 
 
@@ -203,8 +223,17 @@ KERNELS = [
     *_flash(_long_k, _q, _long_v, True, None, "causal"),
     *_flash(_q, _k, _v, False, x(7, 5), "mask"),
     *_flash(_q, _k, _v, False, x(2, 1, 1, 5), "padding mask"),
-    S(aten.convolution.default, (x(4, 6, 9), x(5, 6, 3), x(5), [1], [2], [1], False, [0], 1), tolerance=1e-10),
-    S(aten.convolution.default, (x(4, 6, 9), x(6, 1, 3), None, [2], [2], [1], False, [0], 6), name="depthwise", tolerance=1e-10),
+    S(
+        aten.convolution.default,
+        (x(4, 6, 9), x(5, 6, 3), x(5), [1], [2], [1], False, [0], 1),
+        tolerance=1e-10,
+    ),
+    S(
+        aten.convolution.default,
+        (x(4, 6, 9), x(6, 1, 3), None, [2], [2], [1], False, [0], 6),
+        name="depthwise",
+        tolerance=1e-10,
+    ),
     S(
         aten.convolution_backward.default,
         (x(4, 5, 11), x(4, 6, 9), x(5, 6, 3), [5], [1], [2], [1], False, [0], 1, [True] * 3),
@@ -223,7 +252,11 @@ def _attention() -> list[S]:
             S(ops.linear_attention.default, (q, k, v, causal, 0.7), name=name),
             S(ops.linear_attention_backward.default, (grad, q, k, v, causal, 0.7), name=name),
             S(ops.softmax_attention.default, (q, k, v, None, causal, 0.7), name=name),
-            S(ops.softmax_attention_backward.default, (grad, q, k, v, None, out, lse, causal, 0.7), name=name),
+            S(
+                ops.softmax_attention_backward.default,
+                (grad, q, k, v, None, out, lse, causal, 0.7),
+                name=name,
+            ),
         ]
     q, k, v, mask = x(2, 6, 7, 4), x(2, 3, 5, 4), x(2, 3, 5, 8), x(7, 5)
     out, lse = ops.softmax_attention(q, k, v, mask, False, 0.7)
@@ -248,7 +281,11 @@ _f, _g = flags(4, 6), flags(6)
 _positive, _unit = _a.abs() + 0.5, torch.sigmoid(_a)
 
 POINTWISE = [
-    *(S(getattr(aten, op).Tensor, (_a, other)) for op in ("add", "sub", "mul", "div") for other in (_b, _row, _column, 3.0)),
+    *(
+        S(getattr(aten, op).Tensor, (_a, other))
+        for op in ("add", "sub", "mul", "div")
+        for other in (_b, _row, _column, 3.0)
+    ),
     S(aten.add.Tensor, (_a, _b), dict(alpha=-2), "scaled"),
     S(aten.sub.Tensor, (_row, _b), dict(alpha=2), "scaled"),
     S(aten.mul.Tensor, (_i, _j), name="integers"),
@@ -260,11 +297,40 @@ POINTWISE = [
     S(aten.rsub.Scalar, (_a, 2.0)),
     *(
         S(getattr(aten, op).default, (_a,))
-        for op in "neg abs sign exp expm1 sin cos tanh sigmoid silu gelu relu erf floor ceil round trunc square atan"
-        " isnan isinf logical_not softplus leaky_relu elu hardtanh".split()
+        for op in [
+            "neg",
+            "abs",
+            "sign",
+            "exp",
+            "expm1",
+            "sin",
+            "cos",
+            "tanh",
+            "sigmoid",
+            "silu",
+            "gelu",
+            "relu",
+            "erf",
+            "floor",
+            "ceil",
+            "round",
+            "trunc",
+            "square",
+            "atan",
+            "isnan",
+            "isinf",
+            "logical_not",
+            "softplus",
+            "leaky_relu",
+            "elu",
+            "hardtanh",
+        ]
         if hasattr(aten, op)
     ),
-    *(S(getattr(aten, op).default, (_positive,)) for op in "log log2 log1p sqrt rsqrt reciprocal lgamma".split()),
+    *(
+        S(getattr(aten, op).default, (_positive,))
+        for op in ["log", "log2", "log1p", "sqrt", "rsqrt", "reciprocal", "lgamma"]
+    ),
     *(S(getattr(aten, op).default, (_unit,)) for op in ("asin", "atanh", "erfinv", "logit")),
     S(aten.pow.Tensor_Scalar, (_a, 3)),
     S(aten.pow.Tensor_Tensor, (_positive, _b)),
@@ -309,7 +375,7 @@ POINTWISE = [
 
 CHANNELS = "channels are never the sequence"
 HEAD_SIZE = "a head's size is never the sequence"
-KEYS = "an order of queries: keys and values are gathered, not their rows"
+KEYS = "keys and values are gathered: the sequence of queries is what is cut"
 MASKED = "a mask may or may not have the batch: one rule for both"
 BOUNDARIES = "a table of boundaries is never the sequence"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import spcompile
-from spcompile import cli, traffic
+from spcompile import cli, tables, traffic
 from spcompile.memory import Memory, measure, timeline
 from spcompile.report import Report
 
@@ -129,6 +130,20 @@ def test_graphs_before_and_after(hybrid: Report, tmp_path) -> None:
     assert sorted(f.name for f in files) == sorted(f.name for f in (tmp_path / "report").iterdir())
     data = json.loads((tmp_path / "report" / "report.json").read_text())
     assert data["ranks"] == RANKS and len(data["sites"]) == 3 and data["collectives"][0]["formula"]
+
+
+def test_phases_of_the_joint_graph_are_those_of_its_halves(hybrid: Report) -> None:
+    record = hybrid.records[0]
+    joint = traffic.transfers(record.graphs["after"].graph, RANKS)
+    assert sorted(t[:5] for t in joint) == sorted(t[:5] for t in record.transfers)
+
+
+def test_buckets_of_many_sizes_are_one_row(hybrid: Report) -> None:
+    (row,) = [c for c in hybrid.collectives if c.purpose.startswith("gradients")]
+    other = replace(row, bytes=2 * row.bytes, count=3, values=row.values | {"N": 2 * row.values["N"]})
+    cells = tables._merged([row, other])
+    assert cells[:3] == ("all_reduce", 4, "gradients in buckets")
+    assert cells[-2:] == (f"2 (P-1)/P {7 * row.values['N']} 4", "same")
 
 
 class Awkward(nn.Module):

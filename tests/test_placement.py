@@ -25,7 +25,9 @@ quick = settings(max_examples=150, deadline=None, derandomize=True)
 
 
 @st.composite
-def sharded(draw, longest: int = 7, shifted: bool = True, whole: bool = False) -> tuple[tuple[int, ...], Shard, int]:
+def sharded(
+    draw, longest: int = 7, shifted: bool = True, whole: bool = False
+) -> tuple[tuple[int, ...], Shard, int]:
     """A shape, how one of its dims is sharded, and over how many ranks."""
     ranks, length = draw(st.integers(1, 5)), draw(st.integers(1, longest))
     outer, inner = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (1, 3), (2, 2)]))
@@ -180,7 +182,10 @@ def test_other_reductions_are_all_reduced(op):
     emitter = Emitter(graph, fake_mode, _torch.select_decomp_table())
     local = emitter.bind(fake_mode.from_tensor(terms[0]), graph.placeholder("x"))
     context = Context(collectives.Group(3, "moved"))
-    outs = [emitter.run(redistribute, context, local, Partial(op), want, (4, 5)) for want in (Replicate(), Shard(0, 4, 2))]
+    outs = [
+        emitter.run(redistribute, context, local, Partial(op), want, (4, 5))
+        for want in (Replicate(), Shard(0, 4, 2))
+    ]
     graph.output([emitter.node_of(out) for out in outs])
     whole, rows = simulate._Ranks(fx.GraphModule(nn.Module(), graph), 3).run(simulate._PerRank(terms))
     expected = function(function(terms[0], terms[1]), terms[2])

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from rule_checker import Sample, WrongRule, check_allowed, check_linear, forbidden_but_right
-from rule_samples import CONSERVATIVE, POINTWISE, RANDOM, SAMPLES, flags, n, x
+from rule_checker import Sample, WrongRule, check_allowed, check_linear, cut, forbidden_but_right, run_ranks
+from rule_samples import CONSERVATIVE, EMPTY, POINTWISE, RANDOM, SAMPLES, flags, n, x
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -15,12 +15,14 @@ from spcompile import _torch, collectives, simulate
 from spcompile.config import Config
 from spcompile.emit import Emitter
 from spcompile.passes.context import GraphContext
-from spcompile.placement import Partial, Replicate, Shard
+from spcompile.placement import Partial, Replicate, Shard, local_shape
 from spcompile.rules import RULES, Call, Context, Factors, Split, kernels, reductions, rule_for, views
 from spcompile.rules.base import along, parse
 
 aten, prims = torch.ops.aten, torch.ops.prims
-pytestmark = pytest.mark.filterwarnings("ignore:The reduce argument of torch.scatter", "ignore:torch.searchsorted")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The reduce argument of torch.scatter", "ignore:torch.searchsorted"
+)
 
 every_sample = pytest.mark.parametrize("sample", [*SAMPLES, *POINTWISE], ids=str)
 
@@ -33,14 +35,20 @@ def test_what_a_rule_allows_is_right(sample):
     allowed = check_allowed(sample)
     call = sample.call()
     whole_only = not any(s.op is sample.op and _allows(s) for s in SAMPLES)
-    assert allowed or not whole_only or sample in POINTWISE, f"{call.op}: its rule allows nothing in any sample"
+    assert allowed or not whole_only or sample in POINTWISE, (
+        f"{call.op}: its rule allows nothing in any sample"
+    )
 
 
 def _allows(sample: Sample) -> bool:
     call = sample.call()
     rule = rule_for(call)
-    tensors = [("in", i, t) for i, t in enumerate(call.operands)] + [("out", i, t) for i, t in enumerate(call.outputs)]
-    return any(rule.split(s, i, Shard(d, t.shape[d], t.shape[d])) for s, i, t in tensors for d in range(t.dim()))
+    tensors = [("in", i, t) for i, t in enumerate(call.operands)] + [
+        ("out", i, t) for i, t in enumerate(call.outputs)
+    ]
+    return any(
+        rule.split(s, i, Shard(d, t.shape[d], t.shape[d])) for s, i, t in tensors for d in range(t.dim())
+    )
 
 
 @every_sample
@@ -62,7 +70,7 @@ def test_conservative_entries_name_samples():
 
 
 def _without_sample(table) -> set[str]:
-    return {str(op) for op in table} - {str(s.op) for s in (*SAMPLES, *RANDOM)}
+    return {str(op) for op in table} - {str(s.op) for s in (*SAMPLES, *RANDOM, *EMPTY)}
 
 
 def test_every_key_has_a_sample():
@@ -79,7 +87,9 @@ def test_a_pointwise_operator_passes_everything():
         call = sample.call()
         (out,) = call.outputs
         rule = rule_for(call)
-        assert all(rule.split("out", 0, Shard(d, out.shape[d], 2)) is not None for d in range(out.dim())), sample
+        assert all(rule.split("out", 0, Shard(d, out.shape[d], 2)) is not None for d in range(out.dim())), (
+            sample
+        )
 
 
 # ------------------------------------------------------------------------------------------ planted wrong rules
@@ -133,7 +143,9 @@ class _WrongReshape(views.Reshape):
         if split is None or side != "in":
             return split
         out = split.outputs[0]
-        return dataclasses.replace(split, outputs=(dataclasses.replace(out, outer=out.inner, inner=out.outer),))
+        return dataclasses.replace(
+            split, outputs=(dataclasses.replace(out, outer=out.inner, inner=out.outer),)
+        )
 
 
 def _plain_iota(call):
@@ -168,12 +180,19 @@ def _scattered_terms(call):
 
 
 _flash = next(s for s in SAMPLES if str(s) == f"{kernels.flash_attention_cpu} (causal)")
-_iota = Sample(prims.iota.default, (12,), dict(start=3, step=-2, dtype=torch.int64, device=torch.device("cpu"), requires_grad=False))
+_iota = Sample(
+    prims.iota.default,
+    (12,),
+    dict(start=3, step=-2, dtype=torch.int64, device=torch.device("cpu"), requires_grad=False),
+)
 _mm = Sample(aten.mm.default, (x(6, 5), x(5, 7)))
 _gather = Sample(aten.gather.default, (x(4, 6), 1, n(6, 4, 6)))
 
 PLANTED = {
-    "softmax along its own dim": (Sample(aten._softmax.default, (x(4, 6), 1, False)), lambda c: along(c, set())),
+    "softmax along its own dim": (
+        Sample(aten._softmax.default, (x(4, 6), 1, False)),
+        lambda c: along(c, set()),
+    ),
     "sort along its own dim": (Sample(aten.sort.default, (x(4, 6), 1)), lambda c: along(c, set())),
     "mm: k passes": (Sample(aten.mm.default, (x(6, 5), x(5, 5))), _rule("m n, k n -> m n")),
     "mm: k by maximum": (_mm, _rule("m k, k n -> m n", reduce="max", fill=0.0)),
@@ -182,18 +201,45 @@ PLANTED = {
     "cumsum passes": (Sample(aten.cumsum.default, (x(4, 6), 1), exchanges=True), lambda c: along(c, set())),
     "cumsum without a carry": (Sample(aten.cumsum.default, (x(7), 0), exchanges=True), _local_cumsum),
     "gather: the indexed dim passes": (_gather, _rule("a b, a b -> a b")),
-    "embedding: the table's rows pass": (Sample(aten.embedding.default, (x(6, 4), n(6, 6))), _rule("v d, v -> v d")),
+    "embedding: the table's rows pass": (
+        Sample(aten.embedding.default, (x(6, 4), n(6, 6))),
+        _rule("v d, v -> v d"),
+    ),
     "mean of means": (Sample(aten.mean.dim, (x(4, 7), [1])), reductions.reduction),
-    "amax by sum": (Sample(aten.amax.default, (x(4, 6), [1])), _of(reductions.reduction, reduce="sum", fill=0.0)),
-    "amax of negatives, padded by zero": (Sample(aten.amax.default, (-x(4, 7).abs(), [1])), _of(reductions.reduction, fill=0.0)),
+    "amax by sum": (
+        Sample(aten.amax.default, (x(4, 6), [1])),
+        _of(reductions.reduction, reduce="sum", fill=0.0),
+    ),
+    "amax of negatives, padded by zero": (
+        Sample(aten.amax.default, (-x(4, 7).abs(), [1])),
+        _of(reductions.reduction, fill=0.0),
+    ),
     "any by min": (Sample(aten.any.dim, (flags(4, 6), 1)), _of(reductions.reduction, reduce="min")),
-    "slice without its shift": (Sample(aten.slice.Tensor, (x(4, 8), 1, 2, 7)), lambda c: _Moved(views.window(c), -2)),
-    "pad on the wrong side": (Sample(aten.constant_pad_nd.default, (x(4, 6), [1, 0])), lambda c: _Moved(views.pad(c), 1)),
-    "expand to the global size": (Sample(aten.expand.default, (x(1, 5), [6, 5])), _of(views.expand, emit=None)),
+    "slice without its shift": (
+        Sample(aten.slice.Tensor, (x(4, 8), 1, 2, 7)),
+        lambda c: _Moved(views.window(c), -2),
+    ),
+    "pad on the wrong side": (
+        Sample(aten.constant_pad_nd.default, (x(4, 6), [1, 0])),
+        lambda c: _Moved(views.pad(c), 1),
+    ),
+    "expand to the global size": (
+        Sample(aten.expand.default, (x(1, 5), [6, 5])),
+        _of(views.expand, emit=None),
+    ),
     "view with outer and inner swapped": (Sample(aten.view.default, (x(4, 6, 5), [24, 5])), _WrongReshape),
-    "permute to another order": (Sample(aten.permute.default, (x(6, 6, 6), [1, 2, 0])), _rule("a b c -> c a b")),
-    "index_put: x counts on every rank": (Sample(aten.index_put.default, (x(7, 4), [n(7, 6)], x(6, 4), True)), _Counted),
-    "index_put: padding is added": (Sample(aten.index_put.default, (x(7, 4), [n(7, 5)], x(4), True)), _scattered_terms),
+    "permute to another order": (
+        Sample(aten.permute.default, (x(6, 6, 6), [1, 2, 0])),
+        _rule("a b c -> c a b"),
+    ),
+    "index_put: x counts on every rank": (
+        Sample(aten.index_put.default, (x(7, 4), [n(7, 6)], x(6, 4), True)),
+        _Counted,
+    ),
+    "index_put: padding is added": (
+        Sample(aten.index_put.default, (x(7, 4), [n(7, 5)], x(4), True)),
+        _scattered_terms,
+    ),
     "iota: merged dims": (_iota, _plain_iota),
     "causal rows taken for the first": (_flash, _first_rows),
 }
@@ -209,7 +255,11 @@ def test_a_planted_wrong_rule_is_caught(name):
 
 @pytest.mark.parametrize(
     "sample",
-    [Sample(aten.exp.default, (x(4, 6),)), Sample(aten.add.Tensor, (x(4, 6), 3.0)), Sample(aten.relu.default, (x(4, 6),))],
+    [
+        Sample(aten.exp.default, (x(4, 6),)),
+        Sample(aten.add.Tensor, (x(4, 6), 3.0)),
+        Sample(aten.relu.default, (x(4, 6),)),
+    ],
     ids=str,
 )
 def test_a_planted_linear_claim_is_caught(sample):
@@ -243,7 +293,9 @@ def _drawn(sample: Sample, shard: Shard | None, ranks: int) -> list[Tensor]:
     emitter = Emitter(graph, fake_mode, _torch.select_decomp_table())
     context = GraphContext(collectives.Group(ranks, "drawn"), emitter, Config())
     emit = rule.whole_emit() if shard is None else rule.split("out", 0, shard).emit
-    graph.output([emitter.node_of(emitter.run(emit, context, [])), emitter.node_of(emitter.run(emit, context, []))])
+    graph.output(
+        [emitter.node_of(emitter.run(emit, context, [])), emitter.node_of(emitter.run(emit, context, []))]
+    )
     first, second = simulate._Ranks(fx.GraphModule(nn.Module(), graph), ranks).run()
     assert not torch.equal(first[0], second[0]), "two draws of one graph are alike"
     return list(first)
@@ -268,6 +320,17 @@ def test_drawn_numbers_have_their_distribution(sample):
     values = torch.cat(_drawn(large, Shard(0, 300, 100), 3)).double()
     mean, std = (0.5, 12**-0.5) if sample.op is aten.rand.default else (0.0, 1.0)
     assert abs(values.mean() - mean) < 0.02 and abs(values.std() - std) < 0.02
+
+
+@pytest.mark.parametrize("sample", EMPTY, ids=str)
+def test_empty_memory_has_its_shape_and_type(sample):
+    call = sample.call()
+    (whole,) = call.operands
+    for dim in range(2):
+        shard = Shard(dim, whole.shape[dim], 4, 1)
+        split = rule_for(call).split("out", 0, shard)
+        (out,) = run_ranks(split, [[cut(whole, split.inputs[0], r) for r in range(3)]], 3, exchanges=False)
+        assert all(t.shape == local_shape(whole.shape, shard) and t.dtype == whole.dtype for t in out)
 
 
 # ------------------------------------------------------------------------------------------------ in whole graphs
@@ -305,7 +368,10 @@ def test_rules_in_whole_graphs(name, ranks):
     torch.manual_seed(0)
     net, ids = _Net(IN_GRAPHS[name]), n(11, 2, 8)
     results = []
-    for run in (net, torch.compile(net, backend=simulate.simulated(ranks, recognize=False, nan_padding=True))):
+    for run in (
+        net,
+        torch.compile(net, backend=simulate.simulated(ranks, recognize=False, nan_padding=True)),
+    ):
         net.zero_grad()
         out = run(ids)
         out.sin().sum().backward()

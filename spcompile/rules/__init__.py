@@ -10,7 +10,17 @@ from typing import Any
 
 import torch
 
-from spcompile.rules import attention, contractions, creation, indexing, kernels, pointwise, reductions, scans, views
+from spcompile.rules import (
+    attention,
+    contractions,
+    creation,
+    indexing,
+    kernels,
+    pointwise,
+    reductions,
+    scans,
+    views,
+)
 from spcompile.rules.base import Call, Context, Factors, Rule, Split, parse
 
 __all__ = ["COMMITS", "PULLED", "RULES", "Call", "Context", "Factors", "Rule", "Split", "commits", "rule_for"]
@@ -36,7 +46,7 @@ RULES: dict[Any, str | Callable[[Call], Rule | None]] = {
     aten.constant_pad_nd.default: views.pad,
     aten.slice_scatter.default: views.slice_scatter,
     # Reductions
-    **{op: reductions.reduction for op in reductions.REDUCED_BY},
+    **dict.fromkeys(reductions.REDUCED_BY, reductions.reduction),
     aten.mean.default: reductions.mean,
     aten.mean.dim: reductions.mean,
     aten.cumsum.default: scans.Cumsum,
@@ -78,6 +88,7 @@ RULES: dict[Any, str | Callable[[Call], Rule | None]] = {
     aten._unsafe_masked_index_put_accumulate.default: indexing.index_put,
     # Creation
     aten.full.default: creation.full,
+    aten.new_empty_strided.default: creation.like,
     prims.iota.default: creation.iota,
     aten.rand.default: creation.random("rand"),
     aten.randn.default: creation.random("randn"),
@@ -133,7 +144,6 @@ def commits(op: Any) -> bool:
 
 def _draws(op: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
-
 
 
 def rule_for(call: Call) -> Rule | None:

@@ -158,10 +158,11 @@ class Split:
 
 
 class Rule(Protocol):
-    """The interface of a rule. ``linear``: sets of operands in which the call is jointly linear, so that if exactly
-    they are ``Partial("sum")``, the outputs are too."""
+    """The interface of a rule; one whose whole form is not the plain call has ``whole_emit() -> Emit`` besides."""
 
-    linear: tuple[frozenset[int], ...]
+    @property
+    def linear(self) -> tuple[frozenset[int], ...]:
+        """Sets of operands in which the call is jointly linear: if exactly they are sums, the outputs are too."""
 
     def split(self, side: Side, index: int, shard: Shard) -> Split | None:
         """How the call runs if operand (or output) ``index`` is placed as ``shard``; None if it can't."""
@@ -233,7 +234,9 @@ def parse(spelling: str, call: Call) -> Factors:
     sides = []
     for text, values in zip((left, right), tensors, strict=True):
         terms = [t.split() for t in text.split(",")]
-        assert len(terms) == len(values), f"{call.op}: {spelling!r} speaks of {len(terms)} tensors, not {len(values)}"
+        assert len(terms) == len(values), (
+            f"{call.op}: {spelling!r} speaks of {len(terms)} tensors, not {len(values)}"
+        )
         sides.append(tuple(_dims(t, v.dim()) for t, v in zip(terms, values, strict=True)))
     whole: frozenset[str] = frozenset()
     linear: tuple[frozenset[int], ...] = ()

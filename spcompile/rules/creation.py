@@ -14,7 +14,7 @@ from spcompile._torch import inductor_random, inductor_seed
 from spcompile.placement import Replicate, Shard, local_shape
 from spcompile.rules.base import Call, Context, Emit, Factors, Side, Split
 
-__all__ = ["DRAW_STRIDE", "OneDraw", "Random", "full", "iota", "random", "shared_seed"]
+__all__ = ["DRAW_STRIDE", "OneDraw", "Random", "full", "iota", "like", "random", "shared_seed"]
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -31,6 +31,19 @@ def full(call: Call) -> Factors:
         return lambda context, operands: call.op(shape, *call.args[1:], **call.kwargs)
 
     return Factors(call, (), (_own_factors(call),), emit=emit)
+
+
+def like(call: Call) -> Factors:
+    """new_empty_strided: memory of the operand's shape, of which nothing is said; no entry of it is read."""
+    (x,), (out,) = call.operands, call.outputs
+    dims = _own_factors(call)
+    same = tuple(x.shape) == tuple(out.shape)
+
+    def emit(split: Split) -> Emit:
+        shape = local_shape(tuple(out.shape), split.outputs[0])
+        return lambda context, operands: operands[0].new_empty(shape, dtype=out.dtype, device=out.device)
+
+    return Factors(call, (dims if same else (None,) * x.dim(),), (dims,), emit=emit)
 
 
 def iota(call: Call) -> Factors:
@@ -104,7 +117,9 @@ class OneDraw:
         def of_rank_zero(context: Context, x: Tensor) -> Tensor:
             mine = context.rank(x.device) == 0
             sent = x.to(torch.uint8) if x.dtype == torch.bool else x
-            return collectives.all_reduce(torch.where(mine, sent, torch.zeros_like(sent)), context.group).to(x.dtype)
+            return collectives.all_reduce(torch.where(mine, sent, torch.zeros_like(sent)), context.group).to(
+                x.dtype
+            )
 
         def draw(context: Context, operands: list[Tensor]) -> Any:
             drawn = self.call.run(operands)
@@ -123,5 +138,3 @@ def random(mode: str) -> Callable[[Call], Random]:
 def shared_seed(group: collectives.Group, device: torch.device) -> Tensor:
     """One seed per graph and call, rank 0's, 0-dim int64."""
     return collectives.all_gather(inductor_seed(device).reshape(1), group)[0, 0]
-
-

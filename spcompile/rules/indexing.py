@@ -48,7 +48,9 @@ def scatter_add(call: Call) -> Accumulate:
     index, src = call.operands[1:]
     if index.dim() and index.shape[dim] != src.shape[dim]:
         rule.whole |= {"s"}
-    return Accumulate(Factors(call, (names, summed, summed), (names,), rule.whole, linear=(frozenset({0, 2}),)))
+    return Accumulate(
+        Factors(call, (names, summed, summed), (names,), rule.whole, linear=(frozenset({0, 2}),))
+    )
 
 
 def searchsorted(call: Call) -> Factors | None:
@@ -130,15 +132,23 @@ def index_put(call: Call) -> Accumulate | Factors | None:
     source, picked, result = _index_dims(x, tensors)
     shape = _result_shape(x, tensors)
 
-    def aligned(given: Tensor) -> Dims:  # values, and the mask on them, are broadcast to what x[indices] would be
+    def aligned(
+        given: Tensor,
+    ) -> Dims:  # values, and the mask on them, are broadcast to what x[indices] would be
         offset = len(shape) - given.dim()
-        return tuple(None if s == 1 != shape[offset + d] else result[offset + d] for d, s in enumerate(given.shape))
+        return tuple(
+            None if s == 1 != shape[offset + d] else result[offset + d] for d, s in enumerate(given.shape)
+        )
 
     mask = (aligned(call.operands[1]),) if masked else ()
     whole = frozenset(n for n in source if n is not None and n.startswith("x"))
     accumulate = masked or bool(call.argument(3, "accumulate", False))
     factors = Factors(
-        call, (source, *mask, *picked, aligned(values)), (source,), whole, reduce="sum" if accumulate else None
+        call,
+        (source, *mask, *picked, aligned(values)),
+        (source,),
+        whole,
+        reduce="sum" if accumulate else None,
     )
     return Accumulate(factors) if accumulate else factors
 

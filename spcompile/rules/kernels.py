@@ -31,7 +31,9 @@ def convolution(call: Call) -> Factors:
 def convolution_backward(call: Call) -> Factors:
     """As forward; the gradients of weight and bias sum over the batch."""
     grad, x, weight = call.operands
-    names: list[Dims] = [tuple(f"{t}{i}" for i in range(v.dim())) for t, v in zip("gxw", call.operands, strict=True)]
+    names: list[Dims] = [
+        tuple(f"{t}{i}" for i in range(v.dim())) for t, v in zip("gxw", call.operands, strict=True)
+    ]
     dims = [("n", *names[0][1:]), ("n", *names[1][1:]), names[2]]
     outputs = [dims[1], dims[2], ("b",)][: len(call.outputs)]
     whole = {n for group in (*dims, *outputs) for n in group if n is not None} - {"n"}

@@ -36,12 +36,10 @@ class Reshape:
         """See :class:`spcompile.rules.base.Rule`."""
         (source,), (target,) = self.call.operands, self.call.outputs
         shapes = tuple(source.shape), tuple(target.shape)
-        if side == "in":
-            before, after = shard, reshape_shard(shard, *shapes)
-        else:
-            before, after = reshape_shard(shard, shapes[1], shapes[0]), shard
-        if before is None or after is None:
+        other = reshape_shard(shard, *(shapes if side == "in" else shapes[::-1]))
+        if other is None:
             return None
+        before, after = (shard, other) if side == "in" else (other, shard)
         shape = local_shape(shapes[1], after)
         return Split((before,), (after,), (None,), lambda context, operands: operands[0].reshape(shape))
 
@@ -218,14 +216,18 @@ class SliceScatter:
         if base.shape[dim] == source.shape[dim]:  # all of it is written
             return Split((shard, shard), (shard,), (None, None), lambda context, operands: operands[1])
         if shard.dim != dim:
-            return Split((shard, shard), (shard,), (None, None), lambda context, operands: self.call.run(operands))
+            return Split(
+                (shard, shard), (shard,), (None, None), lambda context, operands: self.call.run(operands)
+            )
         if step != 1 or shard.outer * shard.inner != 1:
             return None
         start = slice(start, stop, step).indices(base.shape[dim])[0]
         origin = shard.start - start if (side, index) == ("in", 1) else shard.start
         whole = shard.window(origin, base.shape[dim])
         part = shard.window(origin + start, source.shape[dim])
-        return Split((whole, part), (whole,), (None, None), lambda c, ops: c.where_valid(ops[1], part, ops[0]))
+        return Split(
+            (whole, part), (whole,), (None, None), lambda c, ops: c.where_valid(ops[1], part, ops[0])
+        )
 
 
 def slice_scatter(call: Call) -> SliceScatter:

@@ -86,15 +86,15 @@ def align(dims: Dims, shape: Sequence[int]) -> Dims:
 
 
 _ROW_MAJOR = {
-    "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "view_as", "reshape_as", "flatten", "unflatten",
-    "alias", "_reshape_alias", "ravel",
+    "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "view_as", "reshape_as", "flatten",
+    "unflatten", "alias", "_reshape_alias", "ravel",
 }  # fmt: skip
 _SWAP = {"transpose", "swapaxes", "swapdims"}
 _LAST_TWO = {"t", "mT", "mH", "adjoint", "numpy_T", "matrix_H"}
 
 
 def back_through_view(v: Value, dims: Dims) -> tuple[Value, Dims] | None:
-    """The operand of a view (or copy that moves elements) and its dims; None if `v` is none, or can't be followed."""
+    """The operand of a view (or repeating copy) and its dims; None if `v` is none, or can't be followed."""
     source = v.args.get("self")
     if not isinstance(source, Value):
         return None
@@ -149,7 +149,7 @@ def _unpermute(dims: Dims, order: Sequence[int]) -> Dims:
 
 
 def _unrepeat(dims: Dims, source: Value, v: Value, inner: bool) -> Dims | None:
-    """Every dim that got longer is (original, copies) or, tiled, (copies, original); the copies are dropped."""
+    """A dim that got longer is (original, copies) or, tiled, (copies, original); drop the copies."""
     out: list[tuple[Atom, ...]] = []
     dims = dims[len(dims) - len(source.shape) :]
     for dim, was, now in zip(dims, source.shape, v.shape[-len(source.shape) :], strict=True):

@@ -82,7 +82,7 @@ class Editor:
         raise Refused("an operand is not a node of its graph (a checkpoint boundary may lie between)")
 
     def node_of(self, value: Value) -> fx.Node:
-        """The node whose result is `value`, the composite function it lies in being spelled out if need be."""
+        """The node whose result is `value`; a composite function that it lies in is spelled out."""
         node = value.node
         if (
             node is None
