@@ -173,6 +173,10 @@ def _inputs(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     parameters = list(inspect.signature(model.forward).parameters)
     if hasattr(model, "example_inputs"):
         inputs = dict(model.example_inputs(args.seq, batch=args.batch))
+    elif not parameters:
+        raise _Usage(
+            f"{args.model}: forward takes no argument; give the model a method example_inputs(seq, batch)"
+        )
     else:
         ids = torch.zeros(args.batch, args.seq, dtype=torch.int64)
         inputs = {parameters[0]: ids, **({"labels": ids.clone()} if "labels" in parameters else {})}

@@ -56,7 +56,8 @@ def explain(model: Callable[..., Any], ranks: int | None = None, **options: Any)
         compiled = torch.compile(model, backend=session.backend, dynamic=False, **isolated)
         compiled(*args, **kwargs)
         seconds = time.perf_counter() - start
-        breaks: dict[str, int] = dict(Counter(_torch.counters["graph_break"]) - broken)
+        now: Counter[str] = Counter(_torch.counters["graph_break"])
+        breaks = dict(now - broken)
         own = [*model.parameters(), *model.buffers()] if isinstance(model, torch.nn.Module) else []
         name = type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__name__", "")
         trained = sum(x.nbytes for x in own if x.requires_grad)

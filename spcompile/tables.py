@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
@@ -118,7 +119,9 @@ def _phase(phase: str, found: list[Collective], letters: dict[str, int]) -> str:
     if not found:
         return ""
     buckets = [c for c in found if c.purpose.startswith("gradients (")]
-    rows = [_collective(c, letters) for c in found if c not in buckets or len(buckets) == 1]
+    rows = [
+        _collective(c, letters) for c in _grouped(c for c in found if c not in buckets or len(buckets) == 1)
+    ]
     if len(buckets) > 1:
         rows.append(_merged(buckets))
     total = human(sum(c.count * c.bytes for c in found))
@@ -135,6 +138,14 @@ def _collective(c: Collective, letters: dict[str, int]) -> tuple[Any, ...]:
 
 
 _GROWS = {True: "grows", False: "same", None: "?"}
+
+
+def _grouped(found: Iterable[Collective]) -> list[Collective]:
+    """Rows that differ in the user's line alone, which the table does not tell, as one."""
+    groups: dict[Any, list[Collective]] = {}
+    for c in found:
+        groups.setdefault((c.op, c.purpose, c.bytes, c.formula, *c.values.items(), c.grows), []).append(c)
+    return [replace(same[0], count=sum(c.count for c in same)) for same in groups.values()]
 
 
 def _merged(buckets: list[Collective]) -> tuple[Any, ...]:
@@ -192,12 +203,14 @@ def _memory(report: Report) -> str:
     rows.append(("peak of the forward" if trains else "peak", alone.forward, here.forward))
     if trains:
         rows.append(("peak of the backward", alone.backward, here.backward))
-    table = [(what, human(one), human(each), _ratio(one, each)) for what, one, each in rows]
+    table: list[Sequence[str]] = [
+        (what, human(one), human(each), _ratio(one, each)) for what, one, each in rows
+    ]
     note = (
         "Peaks are of activations alive at once, each operator's result counted: "
         "a bound from above, before Inductor's fusion."
     )
-    headers = ("memory", "1 rank", f"each of {report.ranks} ranks", "ratio")
+    headers: Sequence[str] = ("memory", "1 rank", f"each of {report.ranks} ranks", "ratio")
     if report.ranks == 1:
         headers, table = headers[:2], [row[:2] for row in table]
     return _table("memory per rank", headers, table, "|".join(headers[1:]), note)

@@ -1,7 +1,9 @@
-"""The brute-force checker of sharding rules: every split that a rule allows is run, every one it forbids is refuted.
+"""The brute-force checker of sharding rules: every split that a rule allows is run, every one it forbids is
+refuted.
 
-It shares no code with what it checks: shards are cut and put together again by plain indexing. Padding is filled with
-NaN (where the split asks for a neutral element, with that; integers with copies of the nearest valid entry).
+It shares no code with what it checks: shards are cut and put together again by plain indexing. Padding is
+filled with NaN (where the split asks for a neutral element, with that; integers with copies of the nearest
+valid entry).
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ class WrongRule(AssertionError):
 class Sample:
     """Arguments on which an operator's rule is tried.
 
-    ``exchanges``: its emission has collectives. ``trusting``: its kernel doesn't check shapes, so no disagreeing ones
-    may be tried on it.
+    ``exchanges``: its emission has collectives. ``trusting``: its kernel doesn't check shapes, so no
+    disagreeing ones may be tried on it.
     """
 
     op: Any
@@ -69,7 +71,7 @@ class Sample:
         return f"{self.op}{f' ({self.name})' if self.name else ''}"
 
 
-# ------------------------------------------------------------------------------------------ the reference cutter
+# ------------------------------------------------------------------------------------- the reference cutter
 
 
 def _three(x: Tensor, dim: int, outer: int, inner: int) -> Tensor:
@@ -149,7 +151,7 @@ def _compare(locals_: list[Tensor], placement: Placement, whole: Tensor, toleran
     return ""
 
 
-# --------------------------------------------------------------------------------------------- what is allowed
+# ------------------------------------------------------------------------------------------ what is allowed
 
 
 def _seeds(size: int, dim: int, ranks: int) -> Iterator[Shard]:
@@ -253,11 +255,12 @@ def _check_split(sample: Sample, call: Call, split: Split, ranks: int) -> None:
             )
 
 
-# --------------------------------------------------------------------------------------------- what is claimed
+# ------------------------------------------------------------------------------------------ what is claimed
 
 
 def check_linear(sample: Sample, make: Callable[[Call], Rule | None] = rule_for) -> None:
-    """The call on terms of a sum, summed, is the call on the sum, for every set that the rule calls linear."""
+    """The call on terms of a sum, summed, is the call on the sum, for every set that the rule calls
+    linear."""
     call = sample.call()
     rule = make(call)
     assert rule is not None
@@ -275,13 +278,14 @@ def check_linear(sample: Sample, make: Callable[[Call], Rule | None] = rule_for)
                     raise WrongRule(f"{sample}: not linear in operands {sorted(linear)}: {got}, not {whole}")
 
 
-# --------------------------------------------------------------------------------------------- what is forbidden
+# ---------------------------------------------------------------------------------------- what is forbidden
 
 
 def forbidden_but_right(
     sample: Sample, make: Callable[[Call], Rule | None] = rule_for
 ) -> dict[tuple[int, int], str]:
-    """(operand, dim) that the rule refuses though a naive way to cut it gives the right result, with that way."""
+    """(operand, dim) that the rule refuses though a naive way to cut it gives the right result, with that
+    way."""
     call = sample.call()
     rule = make(call)
     assert rule is not None

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 from rule_checker import Sample, WrongRule, check_allowed, check_linear, cut, forbidden_but_right, run_ranks
-from rule_samples import CONSERVATIVE, EMPTY, POINTWISE, RANDOM, SAMPLES, flags, n, x
+from rule_refusals import CONSERVATIVE
+from rule_samples import EMPTY, POINTWISE, RANDOM, SAMPLES, flags, n, x
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -92,7 +93,7 @@ def test_a_pointwise_operator_passes_everything():
         )
 
 
-# ------------------------------------------------------------------------------------------ planted wrong rules
+# -------------------------------------------------------------------------------------- planted wrong rules
 
 
 def _rule(spelling, **changes):
@@ -282,7 +283,7 @@ def test_a_rule_that_refuses_too_much_is_caught():
     }
 
 
-# ----------------------------------------------------------------------------------------------- what is drawn
+# -------------------------------------------------------------------------------------------- what is drawn
 
 
 def _drawn(sample: Sample, shard: Shard | None, ranks: int) -> list[Tensor]:
@@ -333,7 +334,7 @@ def test_empty_memory_has_its_shape_and_type(sample):
         assert all(t.shape == local_shape(whole.shape, shard) and t.dtype == whole.dtype for t in out)
 
 
-# ------------------------------------------------------------------------------------------------ in whole graphs
+# ------------------------------------------------------------------------------------------ in whole graphs
 
 
 class _Net(nn.Module):

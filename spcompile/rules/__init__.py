@@ -1,4 +1,5 @@
-"""The rule table: what each operator does to the factors it runs over. docs/adding.md says how a row is added.
+"""The rule table: what each operator does to the factors it runs over. docs/adding.md says how a row is
+added.
 
 Every row is proved by brute force in tests/test_rules.py. An operator that is not here is computed whole.
 """
@@ -96,8 +97,8 @@ RULES: dict[Any, str | Callable[[Call], Rule | None]] = {
     **attention.RULES,
 }
 
-# Same entries under other dims: pulled by each consumer in the placement that it needs, so that a gather happens at
-# the root of a chain of views, once.
+# Same entries under other dims: pulled by each consumer in the placement that it needs, so that a gather
+# happens at the root of a chain of views, once.
 PULLED = frozenset(
     {
         aten.view.default,
@@ -118,8 +119,8 @@ PULLED = frozenset(
     }
 )
 
-# Too much work (or chance) to do again for each consumer: computed once, in one placement, even where every operand
-# is an input of the graph.
+# Too much work (or chance) to do again for each consumer: computed once, in one placement, even where every
+# operand is an input of the graph.
 COMMITS = frozenset(
     {
         *attention.RULES,
@@ -146,11 +147,17 @@ def _draws(op: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
 
 
+def _drops_nothing(call: Call) -> bool:
+    """Fused attention counts as drawing, which it does only with a dropout."""
+    names = [a.name for a in call.op._schema.arguments]
+    return "dropout_p" in names and call.argument(names.index("dropout_p"), "dropout_p", 0.0) == 0.0
+
+
 def rule_for(call: Call) -> Rule | None:
     """The rule of this call, or None: then it is computed whole on every rank."""
     entry = RULES.get(call.op)
     if entry is None:
-        if _draws(call.op):
+        if _draws(call.op) and not _drops_nothing(call):
             return creation.OneDraw(call)
         return pointwise.pointwise(call) if pointwise.is_pointwise(call.op) else None
     return parse(entry, call) if isinstance(entry, str) else entry(call)

@@ -1,7 +1,7 @@
 """What a rule is: how one operator's tensors may lie on the ranks, and how it then runs on each.
 
-A rule looks at a :class:`Call` and answers one question, :meth:`Rule.split`: if this operand (or output) is sharded
-so, how must all the others be? Propagation asks it in both directions and knows no operator by name.
+A rule looks at a :class:`Call` and answers one question, :meth:`Rule.split`: if this operand (or output) is
+sharded so, how must all the others be? Propagation asks it in both directions and knows no operator by name.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Call:
 class Context:
     """What an emission may ask about the ranks; tensors it returns are computed once per graph.
 
-    ``linear`` and ``softmax`` are the strategies by which attention crosses ranks. ``stash`` is where a forward leaves
-    for its backward what it has gathered.
+    ``linear`` and ``softmax`` are the strategies by which attention crosses ranks. ``stash`` is where a
+    forward leaves for its backward what it has gathered.
     """
 
     def __init__(self, group: collectives.Group, linear: str = "auto", softmax: str = "auto") -> None:
@@ -101,7 +101,8 @@ class Context:
         return self.cached(("valid", shard.block, shard.start, shard.length, device), compute)
 
     def clamped_index(self, shard: Shard, device: torch.device) -> Tensor:
-        """The sequence index at each position this rank holds, [block] int64; in padding, the nearest valid one."""
+        """The sequence index at each position this rank holds, [block] int64; in padding, the nearest
+        valid one."""
 
         def compute() -> Tensor:
             index = self.positions(shard.block, device)
@@ -112,7 +113,7 @@ class Context:
         return self.cached(("index", shard.block, shard.start, shard.length, device), compute)
 
     def flat_index(self, shard: Shard, device: torch.device) -> Tensor:
-        """The index in the whole dim of each entry this rank holds, merged dims included; padding as above."""
+        """The index in the whole dim of each entry held, merged dims included; padding as above."""
         index = self.clamped_index(shard, device)
         if shard.outer * shard.inner == 1:
             return index
@@ -147,8 +148,8 @@ Emit = Callable[[Context, list[Tensor]], Any]
 class Split:
     """One way to run a call on shards.
 
-    ``fills[i]``, where it is not None, is what the padding of operand i must hold: the neutral element of the sum (or
-    maximum, ...) that the operand's sequence dim is reduced by.
+    ``fills[i]``, where it is not None, is what the padding of operand i must hold: the neutral element of
+    the sum (or maximum, ...) that the operand's sequence dim is reduced by.
     """
 
     inputs: tuple[Placement, ...]
@@ -158,11 +159,11 @@ class Split:
 
 
 class Rule(Protocol):
-    """The interface of a rule; one whose whole form is not the plain call has ``whole_emit() -> Emit`` besides."""
+    """A rule's interface; one whose whole form is not the plain call has ``whole_emit() -> Emit`` too."""
 
     @property
     def linear(self) -> tuple[frozenset[int], ...]:
-        """Sets of operands in which the call is jointly linear: if exactly they are sums, the outputs are too."""
+        """Sets of operands in which the call is linear: if exactly they are sums, the outputs are too."""
 
     def split(self, side: Side, index: int, shard: Shard) -> Split | None:
         """How the call runs if operand (or output) ``index`` is placed as ``shard``; None if it can't."""
@@ -175,10 +176,10 @@ Dims = tuple[str | None, ...]
 class Factors:
     """A rule that names the factor each dim runs over; None is a dim that runs over none (a broadcast 1).
 
-    A factor in ``whole`` is needed entire on every rank. One that no output has is reduced by ``reduce``, and is
-    whole where that is None; one that some outputs have and others not is whole unless the rule is ``mixed``: then
-    it is reduced in the others. ``emit`` replaces the plain call: it is given the split. ``fill`` is what padding of
-    a reduced factor must hold, by default the neutral element of ``reduce``.
+    A factor in ``whole`` is needed entire on every rank. One that no output has is reduced by ``reduce``,
+    and is whole where that is None; one that some outputs have and others not is whole unless the rule is
+    ``mixed``: then it is reduced in the others. ``emit`` replaces the plain call: it is given the split.
+    ``fill`` is what padding of a reduced factor must hold, by default the neutral element of ``reduce``.
     """
 
     call: Call
@@ -224,9 +225,9 @@ def _run(call: Call) -> Emit:
 def parse(spelling: str, call: Call) -> Factors:
     """A rule from einsum spelling: ``"m k, k n -> m n"``.
 
-    Dims are letters, ``...`` stands for any leading dims, ``1`` for a dim of size one that is broadcast; after
-    ``whole`` stand the factors that every rank needs entire, after ``linear`` the sets of operands (``0+1`` jointly)
-    in which the call is linear.
+    Dims are letters, ``...`` stands for any leading dims, ``1`` for a dim of size one that is broadcast;
+    after ``whole`` stand the factors that every rank needs entire, after ``linear`` the sets of operands
+    (``0+1`` jointly) in which the call is linear.
     """
     head, *options = spelling.split(";")
     left, right = head.split("->")

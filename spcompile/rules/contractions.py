@@ -1,4 +1,4 @@
-"""Matrix products. One line each: the factor that the output has not is summed, so its shards give partial sums."""
+"""Matrix products: the factor that the output has not is summed, so its shards give partial sums."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONTRACTIONS: dict[Any, str] = {
 
 def add_contraction(call: Call) -> Factors:
     """addmm, baddbmm: the summed factor is needed whole, or the added term would count once per rank."""
-    added, left, right = call.operands
+    added, left, _ = call.operands
     batch = () if left.dim() == 2 else ("d3",)
     out = (*batch, "d2", "d1")
     term = broadcast_dims(tuple(added.shape), tuple(call.outputs[0].shape))

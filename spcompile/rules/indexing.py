@@ -1,4 +1,4 @@
-"""Operators that read or write entries at computed indices: what is indexed is needed whole, what indexes passes."""
+"""Reading and writing at computed indices: what is indexed is needed whole, what indexes passes."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _by_mask(tensors: list[Tensor | None]) -> bool:
 
 
 def _index_dims(x: Tensor, tensors: list[Tensor | None]) -> tuple[Dims, list[Dims], Dims]:
-    """The factors of the indexed tensor ("x0" for an indexed dim), of each index tensor, and of the result."""
+    """The factors of x ("x0" for an indexed dim), of each index tensor, and of the result."""
     tensors = tensors + [None] * (x.dim() - len(tensors))
     at = [d for d, t in enumerate(tensors) if t is not None]
     given = [t for t in tensors if t is not None]
@@ -154,8 +154,8 @@ def index_put(call: Call) -> Accumulate | Factors | None:
 
 
 def _result_shape(x: Tensor, tensors: list[Tensor | None]) -> tuple[int, ...]:
-    source, picked, result = _index_dims(x, tensors)
-    sizes = {n: s for n, s in zip(source, x.shape, strict=True)}
+    source, _, result = _index_dims(x, tensors)
+    sizes = dict(zip(source, x.shape, strict=True))
     shape = torch.broadcast_shapes(*(t.shape for t in tensors if t is not None))
     sizes |= {f"i{len(shape) - d}": s for d, s in enumerate(shape)}
     return tuple(sizes[n] for n in result)

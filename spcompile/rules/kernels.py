@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 def convolution(call: Call) -> Factors:
     """A batch entry is convolved by itself; for now channels and positions are needed whole."""
-    x, weight = call.operands[:2]
+    x = call.operands[0]
     outer = ("n", *(f"y{i}" for i in range(1, x.dim())))
     rest = [tuple(f"w{i}{d}" for d in range(t.dim())) for i, t in enumerate(call.operands[1:])]
     inner = ("n", *(f"x{i}" for i in range(1, x.dim())))
@@ -30,7 +30,6 @@ def convolution(call: Call) -> Factors:
 
 def convolution_backward(call: Call) -> Factors:
     """As forward; the gradients of weight and bias sum over the batch."""
-    grad, x, weight = call.operands
     names: list[Dims] = [
         tuple(f"{t}{i}" for i in range(v.dim())) for t, v in zip("gxw", call.operands, strict=True)
     ]
@@ -47,7 +46,7 @@ def flash_attention(call: Call) -> Factors | None:
     """
     backward = call.op is flash_attention_cpu_backward
     if call.argument(6 if backward else 3, "dropout_p", 0.0) != 0.0:
-        return None
+        return None  # this kernel has no dropout
     grouped = len({x.shape[1] for x in call.operands[: 4 if backward else 3]}) > 1
     causal = bool(call.argument(7 if backward else 4, "is_causal", False))
     q, k, v = ("b", "h", "t", "e"), ("b", "h", "s", "e"), ("b", "h", "s", "f")

@@ -48,7 +48,7 @@ def is_pointwise(op: Any) -> bool:
 
 
 def broadcast_dims(shape: tuple[int, ...], out_shape: tuple[int, ...]) -> Dims:
-    """The factor of each dim of an operand that is broadcast to ``out_shape``; factors count from the right."""
+    """The factor of each dim of an operand that is broadcast to ``out_shape``, counted from the right."""
     offset = len(out_shape) - len(shape)
     return tuple(
         None if size == 1 != out_shape[offset + d] else f"d{len(shape) - d}" for d, size in enumerate(shape)

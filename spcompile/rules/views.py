@@ -1,4 +1,4 @@
-"""Views and copies: the same entries under other dims. They are pulled by their consumers, never computed alone."""
+"""Views and copies: the same entries under other dims, pulled by their consumers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def permute(call: Call) -> Factors:
 
 
 def expand(call: Call) -> Factors:
-    """A broadcast dim of the operand runs over no factor; the dim it becomes is a factor of the output alone."""
+    """A broadcast dim runs over no factor; the dim it becomes is a factor of the output alone."""
     (x,), (out,) = call.operands, call.outputs
     outputs = tuple(f"d{i}" for i in range(out.dim()))
     offset = out.dim() - x.dim()
@@ -157,7 +157,7 @@ def window(call: Call) -> Window:
 
 @dataclass
 class Pad:
-    """constant_pad_nd: padding along the sequence renames positions and writes the value where nothing was."""
+    """constant_pad_nd: along the sequence it renames positions and writes the value where nothing was."""
 
     call: Call
 

@@ -1,0 +1,130 @@
+"""What one real Gloo rank of tests/test_ranks.py does: ``python -m tests.rank_worker CASE``; prints one JSON line."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import models
+import spcompile.backend
+from tests.proof import eager, relative_error
+
+SHAPE = {"vocab": 50, "hidden": 32, "heads": 2, "kv_heads": 1, "mlp": 48}
+
+
+def model(pattern: str, **overrides: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return models.get("linear_llama3:tiny", **SHAPE, pattern=pattern, layers=len(pattern), **overrides)()
+
+
+def batch(length: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, SHAPE["vocab"], (2, length), generator=torch.Generator().manual_seed(0))
+    return {"ids": ids, "labels": ids.clone()}
+
+
+def train() -> dict[str, Any]:
+    """Two steps, the second of another length, and inference, through Inductor; the graph's text on every rank."""
+    texts: list[str] = []
+    shard = spcompile.backend.shard_joint_graph
+
+    def keep(graph: torch.fx.Graph, *args: Any) -> Any:
+        result = shard(graph, *args)
+        texts.append(str(graph))
+        return result
+
+    spcompile.backend.shard_joint_graph = keep
+    net = model("LN").double()
+    compiled = torch.compile(net, backend="spcompile")
+    errors = []
+    for length in (65, 3):
+        inputs = batch(length)
+        expected = eager(net, inputs)
+        loss = compiled(**inputs)
+        loss.backward()
+        errors.append(expected.error(loss.detach(), {n: p.grad for n, p in net.named_parameters()}))
+    with torch.no_grad():
+        ids = batch(65)["ids"]
+        found, expected_logits = compiled(ids), net(ids)
+        errors.append(relative_error(found, expected_logits))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, texts)
+    return {"errors": errors, "graphs": len(texts), "same_text": all(t == texts for t in everyone)}
+
+
+def waits() -> dict[str, Any]:
+    """Inductor's code for a causal linear layer: what stands between each gather and its wait."""
+    from torch._inductor.utils import run_and_get_code
+
+    net = model("L")
+    compiled = torch.compile(net, backend="spcompile")
+
+    def run() -> None:
+        compiled(**batch(512)).backward()
+
+    _, codes = run_and_get_code(run)
+    return {"codes": [_order(c) for c in codes]}
+
+
+def _order(code: str) -> list[str]:
+    found = re.findall(r"(all_gather_into_tensor|wait_tensor|extern_kernels\.\w*mm)\b", code.split("def call", 1)[-1])
+    return [f.removeprefix("extern_kernels.") for f in found]
+
+
+def other_shape_at_once() -> dict[str, Any]:
+    """Rank 1 passes another length at the first call."""
+    compiled = torch.compile(model("L"), backend="spcompile")
+    return _error(lambda: compiled(**batch(16 + dist.get_rank())))
+
+
+def other_shape_later() -> dict[str, Any]:
+    """Rank 1 passes another length at the second call, when the others run what they have."""
+    compiled = torch.compile(model("L"), backend="spcompile")
+    with torch.no_grad():
+        compiled(**batch(16))
+        return _error(lambda: compiled(**batch(16 + dist.get_rank())))
+
+
+def other_model() -> dict[str, Any]:
+    """Rank 1 compiles another model."""
+    compiled = torch.compile(model("LN"[dist.get_rank()]), backend="spcompile")
+    return _error(lambda: compiled(**batch(16)))
+
+
+def mesh_of_two_axes() -> dict[str, Any]:
+    """A mesh that is not 1-D is refused; one axis of it works."""
+    mesh = dist.init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("dp", "sp"))
+    bad = torch.compile(model("L"), backend="spcompile", options={"mesh": mesh})
+    refused = _error(lambda: bad(**batch(16)))
+    torch._dynamo.reset()
+    net = model("L").double()
+    good = torch.compile(net, backend="spcompile", options={"mesh": mesh["sp"]})
+    with torch.no_grad():
+        ids = batch(16)["ids"]
+        return refused | {"error_of_axis": relative_error(good(ids), net(ids))}
+
+
+def _error(run: Callable[[], object]) -> dict[str, Any]:
+    start = time.monotonic()
+    try:
+        run()
+    except Exception as error:  # the test looks at what it says
+        return {"error": str(error), "seconds": time.monotonic() - start}
+    return {"error": None, "seconds": time.monotonic() - start}
+
+
+CASES = {f.__name__: f for f in (train, waits, other_shape_at_once, other_shape_later, other_model, mesh_of_two_axes)}
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    result = CASES[sys.argv[1]]()
+    print("RESULT " + json.dumps(result), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,73 @@
+"""Real Gloo processes through Inductor confirm what the simulated ranks prove, and that nothing hangs."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+
+def run_ranks(case: str, ranks: int, timeout: float = 280) -> list[dict[str, Any]]:
+    """Every rank's result of a case of tests/rank_worker.py."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.rank_worker", case],
+            env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for r in range(ranks)
+    ]
+    try:
+        outputs = [w.communicate(timeout=timeout)[0] for w in workers]
+    finally:
+        for w in workers:
+            w.kill()
+    results = [[line for line in out.splitlines() if line.startswith("RESULT ")] for out in outputs]
+    assert all(results), "\n".join(outputs)
+    return [json.loads(r[0].removeprefix("RESULT ")) for r in results]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_training_and_inference_are_eager(ranks: int) -> None:
+    for result in run_ranks("train", ranks):
+        assert max(result["errors"]) <= 1e-9
+        assert result["graphs"] == 3 and result["same_text"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_wait_comes_after_the_intra_chunk_products() -> None:
+    """One gather forward and one backward; matrix products stand between each and its wait."""
+    for order in run_ranks("waits", 2)[0]["codes"]:
+        gather, wait = order.index("all_gather_into_tensor"), order.index("wait_tensor")
+        assert order.count("all_gather_into_tensor") == 1, order
+        between = [x for x in order[gather:wait] if x.endswith("mm")]
+        assert len(between) >= 2, order
+
+
+@pytest.mark.parametrize("case", ["other_shape_at_once", "other_shape_later", "other_model"])
+@pytest.mark.timeout(200)
+def test_ranks_that_differ_get_an_error_on_every_rank(case: str) -> None:
+    for result in run_ranks(case, 2):
+        assert result["error"] is not None and "run something else than rank 0" in result["error"]
+        assert "Remedy" in result["error"] and result["seconds"] < 60
+
+
+@pytest.mark.timeout(200)
+def test_a_mesh_must_have_one_axis() -> None:
+    for result in run_ranks("mesh_of_two_axes", 2):
+        assert "must be a 1-D DeviceMesh" in result["error"] and "mesh['sp']" in result["error"]
+        assert result["error_of_axis"] <= 1e-9
