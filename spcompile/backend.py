@@ -19,7 +19,7 @@ from spcompile.errors import SpcompileError
 from spcompile.frontend import prepare
 from spcompile.groups import agree, fingerprint, sequence_group
 from spcompile.passes import shard_joint_graph
-from spcompile.passes.overlap import order_waits
+from spcompile.passes.overlap import SCHEDULER, erase_dead_waits
 from spcompile.report import RECORDS, Record, strategy_names
 
 __all__ = ["ForcedGather", "spcompile"]
@@ -47,9 +47,10 @@ def spcompile(
     key = fingerprint(gm.code, shapes, config.key(), source_hash(), torch.__version__)
     agree(group, key, f"a graph of {len(gm.graph.nodes)} nodes for inputs {_brief(shapes)}")
     RECORDS.append(record)
-    patches = {
+    patches: dict[str, Any] = {
         "joint_custom_pre_pass": JointPass(group, config, frontend.hints, record),
         "post_grad_custom_post_pass": WaitPass(record),
+        **(SCHEDULER if group.size > 1 else {}),
     }
     compiled = _torch.compile_fx(gm, example_inputs, config_patches=patches)
     if group.size == 1:
@@ -103,7 +104,7 @@ class WaitPass(_torch.CustomGraphPass):
         self.record = record
 
     def __call__(self, graph: fx.Graph) -> None:
-        order_waits(graph)
+        erase_dead_waits(graph)
         self.record.saw_final(graph)
 
     def uuid(self) -> Any:

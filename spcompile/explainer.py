@@ -24,7 +24,7 @@ from spcompile.config import Config
 from spcompile.groups import sequence_group
 from spcompile.memory import measure
 from spcompile.passes import shard_joint_graph
-from spcompile.passes.overlap import order_waits
+from spcompile.passes.overlap import erase_dead_waits
 from spcompile.report import Record, Report, strategy_names
 
 __all__ = ["explain"]
@@ -141,7 +141,7 @@ class _Compilers:
             split = _torch.min_cut_rematerialization_partition
             forward, backward = split(module, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
             for half in (forward, backward):
-                order_waits(half.graph)
+                erase_dead_waits(half.graph)
                 half.recompile()
             return forward, backward
 
@@ -157,7 +157,7 @@ class _Compilers:
     def inference(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         """AOTAutograd's inference_compiler."""
         self.record.alone = measure(self.shard(gm).graph)
-        order_waits(gm.graph)
+        erase_dead_waits(gm.graph)
         self.record.memory = measure(gm.graph)
         self.record.saw_final(gm.graph)
         return self.forward(gm, example_inputs)

@@ -74,8 +74,8 @@ def waits() -> dict[str, Any]:
 
 
 def _order(code: str) -> list[str]:
-    found = re.findall(r"(all_gather_into_tensor|wait_tensor|extern_kernels\.\w*mm)\b", code.split("def call", 1)[-1])
-    return [f.removeprefix("extern_kernels.") for f in found]
+    found = re.findall(r"_c10d_functional\.(all_gather\w*|wait_tensor)\.default\(|extern_kernels\.(\w*mm)\(", code.split("def call", 1)[-1])
+    return [collective.split("_into")[0] or product for collective, product in found]
 
 
 def other_shape_at_once() -> dict[str, Any]:

@@ -52,8 +52,8 @@ def test_training_and_inference_are_eager(ranks: int) -> None:
 def test_the_wait_comes_after_the_intra_chunk_products() -> None:
     """One gather forward and one backward; matrix products stand between each and its wait."""
     for order in run_ranks("waits", 2)[0]["codes"]:
-        gather, wait = order.index("all_gather_into_tensor"), order.index("wait_tensor")
-        assert order.count("all_gather_into_tensor") == 1, order
+        gather, wait = order.index("all_gather"), order.index("wait_tensor")
+        assert order.count("all_gather") == 1, order
         between = [x for x in order[gather:wait] if x.endswith("mm")]
         assert len(between) >= 2, order
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from spcompile import collectives
 from spcompile.emit import Emitter
+from spcompile.errors import SpcompileError
 from spcompile.passes.communicate import redistribute
 from spcompile.passes.context import GraphContext
 from spcompile.passes.propagate import Plan, Step, Value, value_of
@@ -186,6 +187,13 @@ class Localizer:
         """A node that is no operator on tensors (a higher-order one, an assertion, a mutation): as it was, on whole
         operands in their own strides, with its own value."""
 
+        if _draws(node):
+            raise SpcompileError(
+                f"{node.target} (node {node.name}) draws random numbers and no rule says how ranks draw alike.\n"
+                f"{source_line(node)}\nRemedy: switch the dropout of this operator off, or write it with "
+                "torch.nn.functional.dropout, which has a rule."
+            )
+
         def whole(x: fx.Node) -> Any:
             if not isinstance(x.meta.get("val"), Tensor):
                 return x
@@ -296,6 +304,17 @@ def source_line(node: fx.Node) -> str:
         return "no source line"
     code = lines[places[-1] + 1] if places[-1] + 1 < len(lines) else ""
     return f"{lines[places[-1]].removeprefix('File ')}: {code}"
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether a node without a rule would draw other numbers on each rank (attention kernels with dropout 0 don't)."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    if "dropout_p" not in names:
+        return True
+    at = names.index("dropout_p")
+    return (node.args[at] if len(node.args) > at else node.kwargs.get("dropout_p", 0.0)) != 0.0
 
 
 def _depends_on_tangents(nodes: list[fx.Node]) -> set[fx.Node]:

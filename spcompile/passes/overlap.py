@@ -1,27 +1,33 @@
-"""After Inductor's own passes: waits as late as they are needed, and none that nobody needs.
+"""After Inductor's own passes: collectives start early, waits come late, and none is left that nobody needs.
 
 A wait counts as having side effects, so neither fx nor the partitioner drops a dead one: the backward would gather
 again what the forward gathered, for nobody.
+
+NOTE [Who orders waits]: a strategy writes start, intra-chunk work, wait, and the graph keeps that order. Inductor's
+scheduler then moves operators to lower the peak of memory, which can put the work behind the wait again; its own pass
+``sink_waits`` runs after that and puts it back, so it is switched on.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
-__all__ = ["order_waits"]
+__all__ = ["SCHEDULER", "erase_dead_waits"]
 
 _c10d = torch.ops._c10d_functional
-_WAIT = _c10d.wait_tensor.default
+
+SCHEDULER: dict[str, Any] = {
+    "reorder_for_compute_comm_overlap": True,
+    "reorder_for_compute_comm_overlap_passes": ["sink_waits"],
+}
+"""Inductor's options for several ranks; see NOTE [Who orders waits]."""
 
 
-def order_waits(graph: fx.Graph) -> None:
-    """Erase unused waits with their collectives; move every other wait to just before its first user."""
+def erase_dead_waits(graph: fx.Graph) -> None:
+    """Erase waits without users, with the collectives that they waited for."""
     for node in reversed(graph.nodes):
-        unused = node.op == "call_function" and not node.users
-        if unused and (node.target is _WAIT or getattr(node.target, "namespace", "") == "_c10d_functional"):
+        if node.op == "call_function" and not node.users and getattr(node.target, "namespace", "") == "_c10d_functional":
             graph.erase_node(node)
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target is _WAIT:
-            min(node.users, key=order.__getitem__).prepend(node)

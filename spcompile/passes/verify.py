@@ -52,6 +52,8 @@ def check_outputs(before: list[Any], graph: fx.Graph) -> None:
         value = new.meta["val"]
         if tuple(value.shape) != tuple(map(int, old.shape)) or value.dtype != old.dtype:
             _fail(new, f"is returned as {tuple(value.shape)} {value.dtype}, eager has {tuple(old.shape)} {old.dtype}")
+        if tuple(value.stride()) != tuple(map(int, old.stride())):
+            _fail(new, f"is returned with strides {tuple(value.stride())}, eager has {tuple(old.stride())}")
 
 
 def _fail(node: fx.Node, what: str) -> None:
