@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tabulate import tabulate
 
 from bench import output
+from bench.launch import ALLOCATOR
 from bench.options import Benchmark, Options, Row
 from bench.registry import BENCHMARKS
 
@@ -63,6 +64,7 @@ def save(args: argparse.Namespace, name: str, benchmark: Benchmark, rows: list[R
         f"command: {command}",
         f"machine: {output.machine()}",
         time.strftime("%Y-%m-%d"),
+        "environment of every contender: " + ", ".join(f"{k}={v}" for k, v in ALLOCATOR.items()),
     ]
     if args.backend != "spcompile":
         header.append(f"rows named spcompile were measured with backend {args.backend!r}")

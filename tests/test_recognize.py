@@ -11,6 +11,8 @@ from recognition import see
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from spcompile.passes.recognize import recognize
+
 B, H, T, D = 2, 4, 7, 5
 INF = float("inf")
 
@@ -679,6 +681,29 @@ def test_padding_stays_data() -> None:
     assert see(finite, *qkv(), pad).rewritten == [("softmax", "general")]
     left_padded = pad.flip(-1)  # its first rows see no key: eager's finite fill makes them uniform
     assert see(finite, *qkv(), left_padded).rewritten == [("softmax", "general")]
+
+
+def test_a_row_that_keeps_no_key_is_nan_where_eager_says_so() -> None:
+    """A softmax over nothing is NaN; a library's attention gives 0 there."""
+
+    def by_hand(q, k, v, pad):
+        return (q @ k.mT).masked_fill(~pad[:, None, None], -INF).softmax(-1) @ v
+
+    pad = torch.ones(B, T, dtype=torch.bool)
+    pad[0] = False
+    def backend(gm, _):
+        assert [site.rewritten for site in recognize(gm)] == [True]
+        return gm
+
+    torch._dynamo.reset()
+    q, k, v = (x.requires_grad_() for x in qkv())
+    expected = by_hand(q, k, v, pad)
+    found = torch.compile(by_hand, backend=backend)(q, k, v, pad)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    # Eager's dv is NaN; its dq and dk are NaN or 0, by the spelling. Ours are NaN: never finite where eager's are not.
+    for gradient in torch.autograd.grad(found.sum(), (q, k, v)):
+        assert gradient[0].isnan().all() and not gradient[1].isnan().any()
+    assert found[0].isnan().all() and not found[1:].isnan().any()
 
 
 def test_trained_bias_is_left() -> None:

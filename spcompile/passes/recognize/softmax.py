@@ -24,7 +24,14 @@ from spcompile.passes.recognize.common import check_one_place, check_private
 from spcompile.passes.recognize.dims import Atom, Dims, align, atoms_of, name_dims, resolve
 from spcompile.passes.recognize.edit import Editor, Operand, Refused
 from spcompile.passes.recognize.products import Factor, peel, product_of, scalar, scaled
-from spcompile.passes.recognize.softmax_masks import Found, Step, decide, emit_mask, emit_uniform
+from spcompile.passes.recognize.softmax_masks import (
+    Found,
+    Step,
+    decide,
+    emit_mask,
+    emit_undefined,
+    emit_uniform,
+)
 from spcompile.passes.shadow import Value
 
 # ---------------------------------------------------------------- finding
@@ -182,6 +189,7 @@ def _match_call(v: Value) -> Found | None:
     fq = factor(q, batch, out[-2], features)
     fk, fv = factor(k, kv_batch, keys, features), factor(val, kv_batch, keys, out[-1])
     found = Found(v, out, fq, fk, fv, keys[0], features, steps, v.dtype)
+    found.by_hand = False
     found.causal, found.dropout = bool(v.args.get("is_causal")), float(v.args.get("dropout_p", 0)) > 0
     return found
 
@@ -259,6 +267,8 @@ def rewrite(found: Found, editor: Editor, prover: masks.Prover) -> tuple[fx.Node
     if masking.uniform:
         assert keep is not None
         out = emit_uniform(w, out, v4, keep)
+    elif masking.undefined:
+        out = emit_undefined(w, out, w.call(operator.getitem, call, 1), dtype)
     out = w.scatter(out, (roles.b, heads, rows, roles.v), found.out, found.terminal.shape)
     editor.replace(node, w.like(out, node, fresh=editor.written_later(node)))
     return call, masking.name

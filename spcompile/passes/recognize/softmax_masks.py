@@ -49,6 +49,8 @@ class Found:
     """Everything from the scores to the probabilities."""
     causal: bool = False
     dropout: bool = False
+    by_hand: bool = True
+    """Whether it is a softmax, which gives NaN for a row that keeps no key, where a library's attention gives 0."""
 
 
 def _is_never(fill: float, dtype: torch.dtype | None) -> bool:
@@ -70,6 +72,8 @@ class Masking:
     general: list[Step]
     uniform: bool = False
     """Whether a row that keeps no key is uniform over all keys, as a finite fill makes it, and not zero."""
+    undefined: bool = False
+    """Whether a row that keeps no key is NaN, as a softmax over nothing is."""
 
     @property
     def name(self) -> str:
@@ -113,7 +117,9 @@ def decide(found: Found, rows: Atom, prover: masks.Prover) -> Masking:
         data, causal = _undo(found), found.causal
     whole = proved is not None and len(general) == len([s for s in general if s.kind == "proved"])
     keeps = whole and proved is not None and masks.keeps_every_row(proved, rows.size, found.keys.size)
-    return Masking(scale, causal, data, uniform=_uniform(data) and not keeps)
+    uniform = _uniform(data) and not keeps
+    undefined = bool(data) and found.by_hand and not uniform and not keeps
+    return Masking(scale, causal, data, uniform, undefined)
 
 
 def _uniform(steps: list[Step]) -> bool:
@@ -196,3 +202,10 @@ def emit_uniform(w: Writer, out: fx.Node, v: fx.Node, keep: fx.Node) -> fx.Node:
     copies = w.shape(out)[1] // w.shape(v)[1]
     mean = mean if copies == 1 else w.call(torch.repeat_interleave, mean, copies, 1)
     return w.call(torch.where, some, out, mean)
+
+
+def emit_undefined(w: Writer, out: fx.Node, lse: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """Rows that keep no key are NaN, and so are their gradients: a product, not a choice, carries it to both."""
+    empty = w.call(torch.eq, w.call(torch.unsqueeze, lse, -1), -math.inf)
+    factor = w.call(torch.where, empty, w.number(math.nan, dtype), w.number(1.0, dtype))
+    return w.call(torch.mul, out, factor)
