@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +72,7 @@ class Joint:
 
     def shard(self, ranks: int, **options: Any) -> tuple[fx.GraphModule, Sharded]:
         """The graph that each of ``ranks`` ranks runs."""
-        local = copy.deepcopy(self.module)
+        local = _copied(self.module)
         sharded = shard_joint_graph(local.graph, Group(ranks, "simulated"), Config.of(options))
         local.recompile()
         return local, sharded
@@ -81,14 +80,23 @@ class Joint:
     def run(self, ranks: int, **options: Any) -> tuple[Tensor, dict[str, Tensor | None]]:
         """The loss and gradients that every rank gets; raises if the ranks disagree."""
         local, _ = self.shard(ranks, **options)
-        tangents = [torch.ones((), dtype=x.dtype) for x in self._tangents()]
+        # Of all that a model returns, the gradient is that of the loss: the scalar.
+        tangents = [torch.full(x.shape, float(x.dim() == 0), dtype=x.dtype) for x in self._tangents()]
         results = run_on_ranks(local, ranks, *self.primals, *tangents)
         gradients = dict(zip(self.names, results[self.outputs :], strict=True))
-        return results[0], {n: g for n, g in gradients.items() if n is not None}
+        loss = next(x for x in results[: self.outputs] if isinstance(x, Tensor) and x.dim() == 0)
+        return loss, {n: g for n, g in gradients.items() if n is not None}
 
     def _tangents(self) -> list[Tensor]:
         nodes = [n for n in self.module.graph.nodes if n.op == "placeholder"]
         return [n.meta["val"] for n in nodes if n.name.startswith("tangents")]
+
+
+def _copied(module: fx.GraphModule) -> fx.GraphModule:
+    """A graph of its own over the same attributes."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return fx.GraphModule(module, graph)
 
 
 class _Captured(Exception):
@@ -100,7 +108,7 @@ def capture(model: nn.Module, inputs: Mapping[str, Any], recognize: bool = True)
     found: dict[str, Any] = {}
 
     def partition(joint: fx.GraphModule, example: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
-        found["module"], found["outputs"] = copy.deepcopy(joint), num_fwd_outputs
+        found["module"], found["outputs"] = _copied(joint), num_fwd_outputs
         return _torch.default_partition(joint, example, num_fwd_outputs=num_fwd_outputs)
 
     def forward(gm: fx.GraphModule, example: Any) -> Callable[..., Any]:

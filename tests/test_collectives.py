@@ -75,9 +75,9 @@ def test_nothing_crosses_at_one_rank() -> None:
     assert not any(getattr(n.target, "namespace", "") == "_c10d_functional" for n in module.graph.nodes)
 
 
-@pytest.mark.parametrize("length", [244, 241])
+@pytest.mark.parametrize("length", [400, 397])
 def test_no_tensor_has_two_sequence_dims(length: int) -> None:
-    """Nothing of size T x T is left, nor of T/P x T, at one rank or several."""
+    """Nothing of size T x T is left, nor of T/P x T, at one rank or several (a chunk is 64 x 64)."""
     captured = joint("LN", length)
     for ranks in (1, 4):
         module, _ = captured.shard(ranks)
@@ -101,4 +101,4 @@ def test_the_rank_is_no_literal() -> None:
     """The graph is written without knowing a rank: the only source of one is the operator that reads it."""
     module, _ = joint("LN", 61).shard(4)
     readers = [n for n in module.graph.nodes if n.target is torch.ops.spcompile.rank.default]
-    assert len(readers) == 1 and len(readers[0].args) == 2
+    assert {n.args for n in readers} == {("simulated", torch.device("cpu"))}
