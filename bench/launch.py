@@ -19,8 +19,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
-# glibc maps blocks above 32 MB afresh at every call and gives freed memory back at once; the page faults that follow
-# cost more than the arithmetic and grow with the block. Every contender runs with its memory kept instead.
+# glibc maps blocks above 32 MB afresh at every call and gives freed memory back at once; the page faults that
+# follow cost more than the arithmetic and grow with the block. Every contender runs with its memory kept
+# instead.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000"}
 
 MARK = "@report "  # begins a report; other lines that a worker prints are nobody's business

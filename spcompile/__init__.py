@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from spcompile.errors import SpcompileError
 
 __all__ = ["SpcompileError", "explain"]
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     # Imported on first use: looking the backend up must not cost anybody the import of Inductor.
     if name == "explain":
         # The module must not be called explain too: importing it would put it in the function's place.

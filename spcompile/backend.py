@@ -30,12 +30,19 @@ class ForcedGather(UserWarning):
 
 
 def spcompile(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Compile Dynamo's graph to run sharded along the sequence; see :class:`spcompile.config.Config` for options.
+    """Compile Dynamo's graph to run sharded along the sequence.
+
+    The options are those of :class:`spcompile.config.Config`.
 
     Raises:
-        SpcompileError: bad options, no process group, ranks that disagree; always before a collective of the model.
+        SpcompileError: bad options, no process group, ranks that disagree; always before a collective of
+            the model.
     """
     config = Config.of(options)
     group = sequence_group(config)
@@ -123,6 +130,7 @@ def tell_gathers(gathers: Sequence[Any], config: Config) -> None:
     text = "computed whole on every rank, because they cannot be sharded:\n" + "\n".join(lines)
     if config.on_gather == "error":
         raise SpcompileError(
-            f"{text}\nRemedy: on_gather='warn' accepts this (right, slower); docs/adding.md says how to add a rule."
+            f"{text}\nRemedy: on_gather='warn' accepts this (right, slower); "
+            "docs/adding.md says how to add a rule."
         )
     warnings.warn(f"spcompile: {text}", ForcedGather, stacklevel=2)

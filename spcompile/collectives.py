@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spcompile._torch import resolve_process_group
+
 __all__ = [
     "Group",
     "Sequence",
@@ -40,7 +42,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Sequence:
-    """One sequence cut into a shard of ``block`` tokens per rank; the last ``size * block - length`` are padding."""
+    """One sequence cut into ``block`` tokens per rank; the last ``size * block - length`` are padding."""
 
     group: Group
     block: int
@@ -60,7 +62,7 @@ def current_rank(group: str) -> int:
     """This process's index in the named group, read at run time."""
     if _simulated_rank:
         return _simulated_rank[-1]
-    return dist.get_rank(dist.distributed_c10d._resolve_process_group(group))
+    return dist.get_rank(resolve_process_group(group))
 
 
 @torch.library.custom_op("spcompile::rank", mutates_args=())
@@ -133,7 +135,7 @@ def all_reduce_bucket(tensors: list[Tensor], group: Group) -> list[Tensor]:
 
 
 def reduce_scatter(x: Tensor, group: Group) -> Tensor:
-    """``x`` is [P, ...], entry p meant for rank p; returns the sum over all ranks of this rank's entry, [...]."""
+    """The sum over all ranks of this rank's entry, [...]; ``x`` is [P, ...], entry p meant for rank p."""
     if group.size == 1:
         return x.squeeze(0)
     flat = x.contiguous().reshape(x.shape[0], -1).reshape(-1)

@@ -1,4 +1,4 @@
-"""The options of ``torch.compile(model, backend="spcompile", options={...})``, checked before anything runs."""
+"""The options of ``torch.compile(model, backend="spcompile", options={...})``, checked before all else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Config:
         mesh: a 1-D ``DeviceMesh``, the ranks along the sequence; default: all ranks of the job.
         linear: how memory states cross ranks; ``"allgather"`` is LASP-2.
         softmax: how keys and values cross ranks; ``"allgather"`` is LASP-2H.
-        regather: gather keys and values again in the backward instead of saving them (memory for communication).
+        regather: gather keys and values again in the backward instead of saving them (less memory, more
+            communication).
         recognize: rewrite attention; without, sharding propagation alone does all (right, slower).
         on_gather: when an operator without a rule forces a gather: ``"warn"``, ``"error"`` or ``"ignore"``.
         sequence_dims: argument name -> the dim that is the sequence, where it is not to be inferred.
@@ -63,7 +64,8 @@ class Config:
                 raise SpcompileError(f"spcompile has no option {name!r}; {hint}")
         for name, choices in _CHOICES.items():
             if name in options and options[name] not in choices:
-                raise SpcompileError(f"option {name}={options[name]!r}: must be one of {', '.join(map(repr, choices))}.")
+                allowed = ", ".join(map(repr, choices))
+                raise SpcompileError(f"option {name}={options[name]!r}: must be one of {allowed}.")
         config = cls(**options)
         if config.ranks is not None and (not isinstance(config.ranks, int) or config.ranks < 1):
             raise SpcompileError(f"option ranks={config.ranks!r}: must be a number of ranks, at least 1.")

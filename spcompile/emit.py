@@ -1,8 +1,9 @@
 """Writing into a graph by running code: what a pass adds is traced from ordinary PyTorch functions.
 
-An :class:`Emitter` is a dispatch mode. While it is on, every operator that runs on its (fake) tensors becomes a node
-of the graph, after Inductor's decompositions, with its fake value refreshed. So a pass is written as PyTorch code,
-nothing that Inductor would have decomposed can be emitted by mistake, and shapes can never be stale.
+An :class:`Emitter` is a dispatch mode. While it is on, every operator that runs on its (fake) tensors becomes
+a node of the graph, after Inductor's decompositions, with its fake value refreshed. So a pass is written as
+PyTorch code, nothing that Inductor would have decomposed can be emitted by mistake, and shapes can never be
+stale.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import CheckpointPolicy
 
 from spcompile._torch import tensor_metadata
 
@@ -50,7 +51,9 @@ class Emitter(TorchDispatchMode):
         decompositions: operator -> function, Inductor's table.
     """
 
-    def __init__(self, graph: fx.Graph, fake_mode: Any, decompositions: dict[Any, Callable[..., Any]]) -> None:
+    def __init__(
+        self, graph: fx.Graph, fake_mode: Any, decompositions: dict[Any, Callable[..., Any]]
+    ) -> None:
         super().__init__()
         self.graph = graph
         self.fake_mode = fake_mode
@@ -81,7 +84,7 @@ class Emitter(TorchDispatchMode):
     def serving(self, node: fx.Node | None, **extra: Any) -> Iterator[None]:
         """Nodes emitted inside take over ``node``'s source line and tags, and ``extra`` in their meta."""
         before = self._meta
-        inherited = {k: node.meta[k] for k in _INHERITED if k in node.meta} if node is not None else dict(before)
+        inherited = before if node is None else {k: node.meta[k] for k in _INHERITED if k in node.meta}
         self._meta = {**inherited, **extra}
         try:
             yield
@@ -99,7 +102,7 @@ class Emitter(TorchDispatchMode):
 
     @contextlib.contextmanager
     def saved(self) -> Iterator[None]:
-        """Nodes emitted inside are computed once, in the forward, and saved (also inside a checkpointed region)."""
+        """Nodes emitted inside are computed once, in the forward, and saved; in a checkpointed region too."""
         with self.serving(None, recompute=CheckpointPolicy.MUST_SAVE):
             yield
 
@@ -123,10 +126,11 @@ class Emitter(TorchDispatchMode):
         return self._record(func, args, kwargs, out)
 
     def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
-        # An operator may answer with one of its inputs (an alias, a no-op cast): it is that input's node still.
+        # An operator may answer with one of its inputs (an alias, a no-op cast): it stays that input's node.
         if isinstance(out, Tensor) and id(out) in self._nodes:
             return out
-        node = self._create(func, *tree_map(self.node_of, (args, kwargs)), out)
+        args, kwargs = tree_map(self.node_of, (args, kwargs))
+        node = self._create(func, args, kwargs, out)
         if isinstance(out, Tensor):
             return self.bind(out, node)
         for index, item in enumerate(out):

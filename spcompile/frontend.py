@@ -1,4 +1,4 @@
-"""What happens to Dynamo's graph before autograd: attention is recognized, and the user's hints are found in it."""
+"""What happens to Dynamo's graph before autograd: attention is recognized, the user's hints are found."""
 
 from __future__ import annotations
 

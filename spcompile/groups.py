@@ -8,6 +8,7 @@ import os
 import torch
 import torch.distributed as dist
 
+from spcompile._torch import resolve_process_group
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.errors import SpcompileError
@@ -27,15 +28,17 @@ def sequence_group(config: Config) -> Group:
         if getattr(config.mesh, "ndim", None) != 1:
             raise SpcompileError(
                 f"option mesh={config.mesh!r}: the sequence axis must be a 1-D DeviceMesh, this has "
-                f"{getattr(config.mesh, 'ndim', 'no')} dims. Remedy: pass one axis of it, for instance mesh['sp']."
+                f"{getattr(config.mesh, 'ndim', 'no')} dims. "
+                "Remedy: pass one axis of it, for instance mesh['sp']."
             )
         return _named(config.mesh.get_group())
     if dist.is_available() and dist.is_initialized():
         return _named(dist.group.WORLD)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SpcompileError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but torch.distributed is not initialised, so spcompile cannot shard. "
-            "Remedy: call torch.distributed.init_process_group() before the compiled module first runs."
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but torch.distributed is not initialised, so spcompile "
+            "cannot shard. Remedy: call torch.distributed.init_process_group() before the compiled module "
+            "first runs."
         )
     return Group(1, "")
 
@@ -54,8 +57,8 @@ def fingerprint(*parts: object) -> int:
 def agree(group: Group, key: int, what: str) -> None:
     """Check that all ranks are about to do the same; every rank raises if one is not.
 
-    It is one small collective. A rank that compiles anew while the others run what they have meets their check with
-    its own, so that a mismatch is an error on every rank and never a hang.
+    It is one small collective. A rank that compiles anew while the others run what they have meets their
+    check with its own, so that a mismatch is an error on every rank and never a hang.
 
     Raises:
         SpcompileError: names the ranks that differ.
@@ -66,14 +69,15 @@ def agree(group: Group, key: int, what: str) -> None:
     differ = [r for r, k in enumerate(keys) if k != keys[0]]
     if differ:
         raise SpcompileError(
-            f"ranks {differ} of the sequence axis run something else than rank 0: {what}\nEvery rank must call the same "
-            "module with inputs of the same shapes and dtypes. Remedy: compare the inputs' shapes, the model's "
-            "configuration and the versions of torch and spcompile on these ranks."
+            f"ranks {differ} of the sequence axis run something else than rank 0: {what}\n"
+            "Every rank must call the same module with inputs of the same shapes and dtypes. "
+            "Remedy: compare the inputs' shapes, the model's configuration and the versions of torch and "
+            "spcompile on these ranks."
         )
 
 
 def _gather_keys(group: Group, key: int) -> list[int]:
-    process_group = dist.distributed_c10d._resolve_process_group(group.name)
+    process_group = resolve_process_group(group.name)
     on_cpu = "gloo" in str(dist.get_backend_config(process_group)).lower()
     device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
     mine = torch.tensor([key], dtype=torch.int64, device=device)

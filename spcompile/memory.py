@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
+
+from spcompile._torch import OpOverload
 
 __all__ = ["Memory", "measure", "timeline"]
 
@@ -92,7 +93,7 @@ class _Storages:
 
 def _viewed(node: fx.Node) -> fx.Node | None:
     """The operand that ``node`` is a view of."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target.is_view:
+    if not isinstance(node.target, OpOverload) or not node.target.is_view:
         return None
     return node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
 

@@ -1,8 +1,8 @@
 """Placements: how one tensor lies on the ranks of the sequence axis (docs/how_it_works.md draws them).
 
 A *position* is an index into the padded sequence, 0 <= p < P * block; rank r holds positions
-[r * block, (r + 1) * block) of every sharded tensor, whatever its length. This is why a slice or a pad along the
-sequence moves no data: it only renames which positions are valid.
+[r * block, (r + 1) * block) of every sharded tensor, whatever its length. This is why a slice or a pad along
+the sequence moves no data: it only renames which positions are valid.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Partial:
 
 @dataclass(frozen=True)
 class Shard:
-    """Dim ``dim``, seen as [outer, length, inner], holds the sequence; this rank has ``block`` of its positions.
+    """Dim ``dim``, seen as [outer, length, inner], holds the sequence; a rank has ``block`` of its positions.
 
-    Element i of the sequence stands at position start + i. ``outer`` and ``inner`` are what a view merged into the
-    dim ([B, T] -> [B * T] has outer = B). A local tensor's dim has outer * block * inner entries; those at positions
-    outside [start, start + length) are padding.
+    Element i of the sequence stands at position start + i. ``outer`` and ``inner`` are what a view merged
+    into the dim ([B, T] -> [B * T] has outer = B). A local tensor's dim has outer * block * inner entries;
+    those at positions outside [start, start + length) are padding.
     """
 
     dim: int
@@ -86,11 +86,11 @@ def local_shape(shape: tuple[int, ...], placement: Placement) -> tuple[int, ...]
 
 
 def reshape_shard(shard: Shard, source: tuple[int, ...], target: tuple[int, ...]) -> Shard | None:
-    """Where the sequence of a tensor of shape ``source`` lies once it is viewed as ``target``; None if it is cut.
+    """Where the sequence of a tensor of shape ``source`` lies once viewed as ``target``; None if it is cut.
 
-    Row-major order makes the flat index (o * T + t) * I + i, with O entries of o before the sequence and I of i
-    after. A target dim with b entries before it and a after it holds the sequence whole iff b divides O and a
-    divides I. A sequence of length 1 could be any dim of length 1, so it is never matched.
+    Row-major order makes the flat index (o * T + t) * I + i, with O entries of o before the sequence and I of
+    i after. A target dim with b entries before it and a after it holds the sequence whole iff b divides O and
+    a divides I. A sequence of length 1 could be any dim of length 1, so it is never matched.
     """
     if shard.length <= 1:
         return None

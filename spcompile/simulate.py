@@ -1,7 +1,7 @@
 """All ranks in one process: run a graph that was localized for P ranks as P ranks would, without any.
 
-Used by tests and for debugging. It is fx's own interpreter with a list of P values per node; where the graph has a
-collective, the P values are exchanged. (PyTorch's LocalTensorMode does the same through private API.)
+Used by tests and for debugging. It is fx's own interpreter with a list of P values per node; where the graph
+has a collective, the P values are exchanged.
 """
 
 from __future__ import annotations
@@ -58,15 +58,20 @@ class _Ranks(fx.Interpreter):
         exchange = _EXCHANGES.get(n.target)
         if exchange is not None:
             return exchange(*args, **kwargs)
-        results = []
-        for r in range(self.ranks):
-            collectives._simulated_rank.append(r)
-            try:
-                mine = tree_map(lambda x: x[r] if isinstance(x, _PerRank) else x, (args, kwargs), is_leaf=_is_per_rank)
-                results.append(_AS_COMPILED.get(n.target, n.target)(*mine[0], **mine[1]))  # type: ignore
-            finally:
-                collectives._simulated_rank.pop()
-        return _PerRank(results)
+        return _PerRank(self.turn(r, n, args, kwargs) for r in range(self.ranks))
+
+    def turn(self, r: int, n: fx.Node, args: Any, kwargs: Any) -> Any:
+        """What rank ``r`` computes at node ``n``."""
+
+        def own(x: Any) -> Any:
+            return x[r] if isinstance(x, _PerRank) else x
+
+        collectives._simulated_rank.append(r)
+        try:
+            mine = tree_map(own, (args, kwargs), is_leaf=_is_per_rank)
+            return _AS_COMPILED.get(n.target, n.target)(*mine[0], **mine[1])
+        finally:
+            collectives._simulated_rank.pop()
 
 
 class _PerRank(list[Any]):
@@ -142,7 +147,7 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
 
 
 class _AotRanks:
-    """The compilers of one graph: tensors saved for the backward differ between ranks and travel stacked, [P, ...]."""
+    """The compilers of one graph; what is saved for the backward differs by rank and travels as [P, ...]."""
 
     def __init__(self, group: collectives.Group, config: Config, hints: Mapping[str, int]) -> None:
         self.group, self.config, self.hints = group, config, hints
@@ -155,7 +160,8 @@ class _AotRanks:
     def partition(self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
         self.shard(joint)
         self.outputs = num_fwd_outputs
-        return _torch.min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
+        split = _torch.min_cut_rematerialization_partition
+        return split(joint, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
 
     def forward(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         def run(*args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How the tests prove: one joint graph per model, sharded for many numbers of ranks, against unsharded eager."""
+"""How the tests prove: one joint graph per model, sharded for many numbers of ranks, against eager."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one real Gloo rank of tests/test_ranks.py does: ``python -m tests.rank_worker CASE``; prints one JSON line."""
+"""One real Gloo rank of tests/test_ranks.py: ``python -m tests.rank_worker CASE`` prints one JSON line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def batch(length: int) -> dict[str, torch.Tensor]:
 
 
 def train() -> dict[str, Any]:
-    """Two steps, the second of another length, and inference, through Inductor; the graph's text on every rank."""
+    """Two steps, the second of another length, and inference, through Inductor; are the ranks' graphs one?"""
     texts: list[str] = []
     shard = spcompile.backend.shard_joint_graph
 
@@ -74,7 +74,8 @@ def waits() -> dict[str, Any]:
 
 
 def _order(code: str) -> list[str]:
-    found = re.findall(r"_c10d_functional\.(all_gather\w*|wait_tensor)\.default\(|extern_kernels\.(\w*mm)\(", code.split("def call", 1)[-1])
+    calls = r"_c10d_functional\.(all_gather\w*|wait_tensor)\.default\(|extern_kernels\.(\w*mm)\("
+    found = re.findall(calls, code.split("def call", 1)[-1])
     return [collective.split("_into")[0] or product for collective, product in found]
 
 
@@ -120,7 +121,8 @@ def _error(run: Callable[[], object]) -> dict[str, Any]:
     return {"error": None, "seconds": time.monotonic() - start}
 
 
-CASES = {f.__name__: f for f in (train, waits, other_shape_at_once, other_shape_later, other_model, mesh_of_two_axes)}
+_CASES = (train, waits, other_shape_at_once, other_shape_later, other_model, mesh_of_two_axes)
+CASES = {f.__name__: f for f in _CASES}
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")

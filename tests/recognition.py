@@ -1,4 +1,7 @@
-"""How the tests of recognition look at a function: its Dynamo graph before and after, both run eagerly."""
+"""What the tests of recognition share: operands, tables of spellings, and `see`, which looks at a function.
+
+`see` runs its Dynamo graph as it was and as recognition edited it, both eagerly, and compares.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,29 @@ import torch
 from torch import Tensor, fx
 
 from spcompile.passes.recognize import Site, recognize
+
+B, H, T, D = 2, 4, 7, 5
+INF = float("inf")
+
+
+def qkv(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = shapes or ((B, H, T, D),) * 3
+    return [torch.randn(s, dtype=dtype).requires_grad_() for s in shapes]
+
+
+def future(t: int = T, s: int | None = None) -> Tensor:
+    """True where key j comes after query i."""
+    return torch.arange(s or t)[None, :] > torch.arange(t)[:, None]
+
+
+def spelling(table: dict, *expected):
+    def register(fn):
+        table[fn.__name__] = (fn, expected)
+        return fn
+
+    return register
+
 
 
 def _same(new: Tensor, old: Tensor, tol: float) -> None:

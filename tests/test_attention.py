@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spcompile.attention import ALGEBRAS, reference
 from spcompile.attention.algebra import StateAlgebra, Summary, fold, pack, summary_shapes, unpack
+from spcompile.errors import SpcompileError
 from spcompile.kernels.linear import chunked
 from spcompile.kernels.softmax import blockwise
 
@@ -260,7 +261,7 @@ def test_frozen_inputs_need_no_gradient() -> None:
 def test_a_learned_mask_is_refused() -> None:
     """Its gradient is not computed, and leaving it out in silence would be wrong."""
     q, k, v = draw(*[(1, 2, 9, 4)] * 3)
-    with pytest.raises(NotImplementedError, match="mask"):
+    with pytest.raises(SpcompileError, match="mask"):
         spc.softmax_attention(q, k, v, torch.zeros(9, 9, dtype=F64, requires_grad=True), True, 1.0)
 
 

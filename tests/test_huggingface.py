@@ -1,4 +1,4 @@
-"""Unmodified Hugging Face models on simulated ranks: every attention recognized, loss and gradients eager's."""
+"""Unmodified Hugging Face models on simulated ranks: all attention recognized, loss and gradients eager's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_loss_and_gradients(name: str, inputs: dict[str, Any], recognize: bool) 
 
 
 def test_gpt2_which_breaks_the_graph() -> None:
-    """It logs a warning while it computes the loss, where Dynamo breaks the graph: the pieces are right together."""
+    """It logs a warning while it computes the loss, where Dynamo breaks the graph; the pieces are right."""
     model, arguments = build("gpt2", 37)
     expected = eager(model, arguments)
     compiled = torch.compile(model, backend=simulated(3, nan_padding=True))

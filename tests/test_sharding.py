@@ -33,7 +33,9 @@ def case(pattern: str, causal: bool, normaliser: bool, length: int, recognize: b
 @pytest.mark.parametrize("normaliser", [False, True], ids=["plain", "normalised"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("pattern", ["L", "N", "LN"])
-def test_every_pattern_is_eager(pattern: str, causal: bool, normaliser: bool, recognize: bool, length: int) -> None:
+def test_every_pattern_is_eager(
+    pattern: str, causal: bool, normaliser: bool, recognize: bool, length: int
+) -> None:
     if pattern == "N" and normaliser:
         pytest.skip("a model without linear layers has no normaliser: the same case as without")
     expected, joint = case(pattern, causal, normaliser, length, recognize)

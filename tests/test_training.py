@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -33,7 +32,9 @@ def sharded(model: nn.Module, ranks: int = RANKS, **options: Any) -> Any:
     return torch.compile(model, backend=simulated(ranks, **options))
 
 
-def step(compiled: Any, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | None]]:
+def step(
+    compiled: Any, model: nn.Module, inputs: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor | None]]:
     model.zero_grad()
     loss = compiled(**inputs)
     loss.backward()
@@ -52,6 +53,26 @@ def test_whole_logits_come_back_with_eager_strides() -> None:
     (found * weight).sum().backward()
     assert found.stride() == expected.stride()
     assert reference.error(found.detach(), {n: p.grad for n, p in model.named_parameters()}) <= 1e-9
+
+
+def test_outputs_that_are_views() -> None:
+    """A transposed output has eager's strides; a slice and an expanded dim have eager's values."""
+
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = tiny()
+
+        def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
+            logits = self.model(ids)
+            twice = logits[:, 1:, None].expand(-1, -1, 2, -1)
+            return logits.transpose(1, 2) + 1, logits[:, :-1], twice, logits
+
+    model, ids = Views().double(), batch()["ids"]
+    expected, found = model(ids), sharded(model, nan_padding=True)(ids)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative_error(ours.detach(), theirs.detach()) <= 1e-9
+    assert found[0].stride() == expected[0].stride()
 
 
 def test_inference_without_gradients() -> None:
@@ -117,8 +138,8 @@ def test_gradient_accumulation_and_optimizer_steps() -> None:
 def test_bfloat16_autocast() -> None:
     """RMS ratio to the float64 model at most 1e-2 over all gradients.
 
-    A single weight's gradient may cancel: eager under autocast is itself 3e-2 from the truth for the first layer's
-    queries. There the yardstick is eager's own distance.
+    A single weight's gradient may cancel: eager under autocast is itself 3e-2 from the truth for the first
+    layer's queries. There the yardstick is eager's own distance.
     """
     truth = eager(tiny().double(), batch(64))
     model = tiny()
@@ -189,7 +210,7 @@ def test_dropout_of_shards_differs_and_of_whole_tensors_does_not() -> None:
 
 def test_dropout_gives_the_backward_the_forwards_mask() -> None:
     model = _Dropped().double()
-    tokens, weight = sharded(model, ranks=2)(torch.arange(VOCAB).reshape(1, -1))
+    _, weight = sharded(model, ranks=2)(torch.arange(VOCAB).reshape(1, -1))
     model.embedding.weight.grad = None
     (weight.sum()).backward()
     assert torch.equal(model.weight.grad != 0, weight != 0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spcompile.collectives import current_rank
+from spcompile.errors import SpcompileError
 from spcompile.kernels.linear import chunked, whole
 from spcompile.kernels.softmax import rows
 
@@ -64,7 +65,7 @@ def softmax_attention(
         ``torch.softmax`` would make it NaN.
     Raises:
         ValueError: shapes or dtypes that disagree.
-        NotImplementedError: the mask requires a gradient.
+        SpcompileError: the mask requires a gradient.
     """
     _check("softmax_attention", q, k, v)
     return rows.forward(q, k, v, mask, causal, scale, 0)
@@ -122,7 +123,10 @@ def _save_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     q, k, v, mask, ctx.causal, ctx.scale = inputs
     out, lse = output
     if ctx.needs_input_grad[3]:
-        raise NotImplementedError("softmax_attention: the mask requires a gradient, which is not computed")
+        raise SpcompileError(
+            "softmax_attention: the mask requires a gradient, which is not computed. "
+            "Remedy: detach the mask, or write this attention with torch.softmax."
+        )
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, mask, out, lse)
 

@@ -30,7 +30,7 @@ aten = torch.ops.aten
 
 @dataclass
 class Sharded:
-    """What the passes did to a graph: its plan (None at one rank) and the gathers that missing rules forced."""
+    """What the passes did to a graph: its plan (None at one rank), the gathers that missing rules forced."""
 
     plan: Plan | None
     gathers: list[GatherNote]
@@ -39,7 +39,7 @@ class Sharded:
 def shard_joint_graph(
     graph: fx.Graph, group: Group, config: Config, hints: Mapping[str, int] | None = None
 ) -> Sharded:
-    """Rewrite a joint forward and backward graph with global shapes into the graph that each of P ranks runs."""
+    """Rewrite a joint forward and backward graph, of global shapes, into the one that each rank runs."""
     specialise(graph)
     before = [x.meta["val"] if isinstance(x, fx.Node) else x for x in _returned(graph)]
     emitter = Emitter(graph, _fake_mode(graph), _torch.select_decomp_table())
@@ -65,8 +65,11 @@ def _fake_mode(graph: fx.Graph) -> Any:
 
 
 def find_sequences(graph: fx.Graph, ranks: int, hints: Mapping[str, int]) -> dict[Value, Shard]:
-    """The tensors from which the sequence axis is known: attention's queries and keys; without any attention, the
-    indices of embeddings; a hint by placeholder name overrides both."""
+    """The tensors from which the sequence axis is known.
+
+    They are attention's queries and keys; without any attention, the indices of embeddings. A hint by
+    placeholder name overrides both.
+    """
 
     def shard(value: Tensor, dim: int) -> Shard:
         length = int(value.shape[dim])
@@ -99,10 +102,10 @@ def _returned(graph: fx.Graph) -> list[Any]:
 
 
 def _erase_dead(graph: fx.Graph, emitted: list[fx.Node]) -> None:
-    """Erase what was emitted and is not used, waits included: a wait without users keeps its collective alive."""
+    """Erase what was emitted and is not used; a wait too, which without users keeps its collective alive."""
     for node in reversed(emitted):
-        impure = node.is_impure() and getattr(node.target, "namespace", "") not in ("_c10d_functional", "spcompile")
-        if not node.users and not impure:
+        ours = getattr(node.target, "namespace", "") in ("_c10d_functional", "spcompile")
+        if not node.users and (ours or not node.is_impure()):
             graph.erase_node(node)
 
 

@@ -16,8 +16,10 @@ from spcompile.rules.base import Context
 __all__ = ["redistribute"]
 
 
-def redistribute(context: Context, x: Tensor, have: Placement, want: Placement, shape: tuple[int, ...]) -> Tensor:
-    """The local tensor under ``want``, given the local tensor ``x`` under ``have``; ``shape`` is the global one."""
+def redistribute(
+    context: Context, x: Tensor, have: Placement, want: Placement, shape: tuple[int, ...]
+) -> Tensor:
+    """``x``, the local tensor under ``have``, made the one under ``want``; ``shape`` is the global one."""
     if have == want:
         return x
     if isinstance(have, Shard):
@@ -83,8 +85,8 @@ def _reduce_scatter(context: Context, x: Tensor, want: Shard) -> Tensor:
 def _shift(context: Context, x: Tensor, have: Shard, want: Shard) -> Tensor:
     """The halo: entry i moves from position have.start + i to want.start + i, across rank boundaries.
 
-    Every rank gathers the edges of all (|shift| tokens each, at most a block) and picks its neighbour's by its own
-    rank at run time, so that the code of all ranks is one.
+    Every rank gathers the edges of all (|shift| tokens each, at most a block) and picks its neighbour's by
+    its own rank at run time, so that the code of all ranks is one.
     """
     shift = have.start - want.start
     if shift == 0:

@@ -33,7 +33,7 @@ class GraphContext(Context):
 
     def gathered(self, keys: Tensor | None) -> Tensor | None:
         if keys is not None and self.config.regather:
-            # The chain from this rank's keys on, not the gather alone: whatever of it is left untagged is saved.
+            # The chain from this rank's keys on, not the gather alone: what is left untagged of it is saved.
             chain = [self.emitter.node_of(keys)]
             while chain:
                 node = chain.pop()

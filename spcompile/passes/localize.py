@@ -1,7 +1,7 @@
-"""Rewrite the graph for one rank: every tensor in the placement that its consumer needs, emitted when it is needed.
+"""Rewrite the graph for one rank: every tensor in the placement that its consumer needs, when it is needed.
 
-The original nodes are walked in order. A computed node is emitted once, under its native placement; a free or pulled
-one whenever a consumer asks, in the version that it asks for. Old nodes are erased at the end.
+The original nodes are walked in order. A computed node is emitted once, under its native placement; a free or
+pulled one whenever a consumer asks, in the version that it asks for. Old nodes are erased at the end.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from spcompile import collectives
-from spcompile.emit import Emitter
 from spcompile.errors import SpcompileError
 from spcompile.passes.communicate import redistribute
 from spcompile.passes.context import GraphContext
 from spcompile.passes.propagate import Plan, Step, Value, value_of
 from spcompile.placement import Partial, Placement, Replicate, Shard
+from spcompile.rules import Split
 from spcompile.traffic import Purpose
 
-__all__ = ["GatherNote", "Localizer", "source_line"]
+__all__ = ["GatherNote", "Localizer", "same_strides", "source_line"]
 
 # Gradients are all-reduced together in buckets of about this many bytes, as DistributedDataParallel does.
 BUCKET_BYTES = 25 * 2**20
@@ -89,7 +89,7 @@ class Localizer:
         return self.versions[key]
 
     def _compute(self, value: Value, want: Placement) -> Tensor:
-        node, index = value
+        node = value[0]
         step = self.plan.steps.get(node)
         if step is not None and step.kind != "computed":
             found = self._pull(value, step, want)
@@ -115,23 +115,29 @@ class Localizer:
             split = step.rule.split("out", index, want)
             if split is None:
                 return None
-            operands = [self.version(v, p, f) for v, p, f in zip(step.operands, split.inputs, split.fills, strict=True)]
-            outs = self._run(node, split.emit, self.context, operands)
+            outs = self._run(node, split.emit, self.context, self._operands(step, split))
             placements: tuple[Placement, ...] = split.outputs
         else:
             if isinstance(want, Partial) and step.native != (want,):
                 return None
             terms = [want if self.plan.natural(v) == want else Replicate() for v in step.operands]
-            outs = self._whole(node, step, [self.version(v, p) for v, p in zip(step.operands, terms, strict=True)])
+            operands = [self.version(v, p) for v, p in zip(step.operands, terms, strict=True)]
+            outs = self._whole(node, step, operands)
             placements = tuple(want for _ in step.call.outputs)
         self._store(node, outs, placements)
         return self.versions[(value, placements[index], None)]
+
+    def _operands(self, step: Step, split: Split) -> list[Tensor]:
+        """The operands in the placements, and with the padding, that ``split`` wants."""
+        wants = zip(step.operands, split.inputs, split.fills, strict=True)
+        return [self.version(value, placement, fill) for value, placement, fill in wants]
 
     def _store(self, node: fx.Node, outs: Any, placements: tuple[Placement, ...]) -> None:
         outs = tuple(outs) if isinstance(outs, (tuple, list)) else (outs,)
         for index, (out, placement) in enumerate(zip(outs, placements, strict=True)):
             if isinstance(out, Tensor):
-                self.versions.setdefault(((node, index), placement, None), self._poisoned(node, out, placement))
+                local = self._poisoned(node, out, placement)
+                self.versions.setdefault(((node, index), placement, None), local)
 
     def _poisoned(self, node: fx.Node, local: Tensor, placement: Placement) -> Tensor:
         ranks = self.context.group.size
@@ -154,9 +160,9 @@ class Localizer:
             self._copy(node)
             return
         if step.native and step.native[0] == Partial("sum") and step.split is None:
-            terms = [p if (p := self.plan.natural(v)) == Partial("sum") else Replicate() for v in step.operands]
-            outs = self._whole(node, step, [self.version(v, t) for v, t in zip(step.operands, terms, strict=True)])
-            self._store(node, outs, step.native)
+            naturals = [(v, self.plan.natural(v)) for v in step.operands]
+            terms = [self.version(v, p if p == Partial("sum") else Replicate()) for v, p in naturals]
+            self._store(node, self._whole(node, step, terms), step.native)
             return
         if step.split is None:
             self._note_gathers(node, step)
@@ -164,16 +170,15 @@ class Localizer:
             self._store(node, outs, tuple(Replicate() for _ in step.call.outputs))
             return
         split = step.split
-        operands = [self.version(v, p, f) for v, p, f in zip(step.operands, split.inputs, split.fills, strict=True)]
-        self._store(node, self._run(node, split.emit, self.context, operands), split.outputs)
+        self._store(
+            node, self._run(node, split.emit, self.context, self._operands(step, split)), split.outputs
+        )
         for index, (got, native) in enumerate(zip(split.outputs, step.native, strict=True)):
             if got != native:
                 shape = tuple(int(s) for s in self._global((node, index)).shape)
                 local = self.versions[((node, index), got, None)]
-                self._store_one(node, index, native, self._run(node, redistribute, self.context, local, got, native, shape))
-
-    def _store_one(self, node: fx.Node, index: int, placement: Placement, local: Tensor) -> None:
-        self.versions[((node, index), placement, None)] = self._poisoned(node, local, placement)
+                moved = self._run(node, redistribute, self.context, local, got, native, shape)
+                self.versions[((node, index), native, None)] = self._poisoned(node, moved, native)
 
     def _whole(self, node: fx.Node, step: Step, operands: list[Tensor]) -> Any:
         """The operator on whole operands (or on terms of a sum, in which it is linear)."""
@@ -184,14 +189,15 @@ class Localizer:
         return self._run(node, step.call.run, operands)
 
     def _copy(self, node: fx.Node) -> None:
-        """A node that is no operator on tensors (a higher-order one, an assertion, a mutation): as it was, on whole
-        operands in their own strides, with its own value."""
+        """A node that is no operator on tensors: a higher-order one, an assertion, a mutation.
 
+        It stays as it was, on whole operands in their own strides, with its own value.
+        """
         if _draws(node):
             raise SpcompileError(
-                f"{node.target} (node {node.name}) draws random numbers and no rule says how ranks draw alike.\n"
-                f"{source_line(node)}\nRemedy: switch the dropout of this operator off, or write it with "
-                "torch.nn.functional.dropout, which has a rule."
+                f"{node.target} (node {node.name}) draws random numbers, and no rule says how ranks draw "
+                f"alike.\n{source_line(node)}\nRemedy: switch the dropout of this operator off, or write it "
+                "with torch.nn.functional.dropout, which has a rule."
             )
 
         def whole(x: fx.Node) -> Any:
@@ -241,7 +247,8 @@ class Localizer:
             if isinstance(self.plan.natural(value), Shard):
                 x = self._global(value)
                 size = math.prod(int(s) for s in x.shape) * x.dtype.itemsize
-                self.gathers.append(GatherNote(node.name, str(node.target), step.gathers, size, source_line(node)))
+                note = GatherNote(node.name, str(node.target), step.gathers, size, source_line(node))
+                self.gathers.append(note)
 
     # ---------------------------------------------------------------------------------- inputs and outputs
 
@@ -255,7 +262,7 @@ class Localizer:
         return result[value[1]] if isinstance(result, (tuple, list)) else result
 
     def _collect(self, node: fx.Node, wanted: set[Value]) -> None:
-        """Gradients that are still sums over the ranks are all-reduced as soon as a bucket of them is full."""
+        """Gradients that are still sums over the ranks are all-reduced as soon as they fill a bucket."""
         step = self.plan.steps.get(node)
         for index in range(len(step.call.outputs) if step is not None and step.call is not None else 1):
             value = (node, index)
@@ -289,11 +296,27 @@ class Localizer:
     def _restrided(self, node: fx.Node, local: Tensor) -> Tensor:
         """``local`` in the strides that eager gives ``node``."""
         strides = tuple(int(s) for s in node.meta["val"].stride())
-        if tuple(local.stride()) == strides:
+        if same_strides(local, strides):
             return local
         order = sorted(range(local.dim()), key=lambda d: strides[d], reverse=True)
         back = [order.index(d) for d in range(local.dim())]
         return self._run(node, lambda: local.permute(order).contiguous().permute(back))
+
+
+def same_strides(x: Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether ``x`` lies in memory as ``strides`` say.
+
+    The stride of a dim of size one is never used. Where the strides leave gaps (a slice that is returned) or
+    overlap (an expanded dim), they tell of a buffer that this rank does not have; then any will do.
+    """
+    used = sorted((stride, size) for stride, size in zip(strides, x.shape, strict=True) if size != 1)
+    expected = 1
+    for stride, size in used:
+        if stride != expected:
+            return True
+        expected *= size
+    pairs = zip(x.stride(), strides, x.shape, strict=True)
+    return all(have == want for have, want, size in pairs if size != 1)
 
 
 def source_line(node: fx.Node) -> str:
@@ -307,10 +330,10 @@ def source_line(node: fx.Node) -> str:
 
 
 def _draws(node: fx.Node) -> bool:
-    """Whether a node without a rule would draw other numbers on each rank (attention kernels with dropout 0 don't)."""
+    """Whether a node without a rule draws other numbers on each rank; attention without dropout doesn't."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = [a.name for a in node.target._schema.arguments]
     if "dropout_p" not in names:
         return True
     at = names.index("dropout_p")

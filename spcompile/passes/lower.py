@@ -34,6 +34,6 @@ def _replace(node: fx.Node, outs: list[fx.Node]) -> None:
     if isinstance(node.meta["val"], Tensor):
         node.replace_all_uses_with(outs[0])
     for getitem in list(node.users):
-        getitem.replace_all_uses_with(outs[getitem.args[1]])  # type: ignore[index]
+        getitem.replace_all_uses_with(outs[getitem.args[1]])
         node.graph.erase_node(getitem)
     node.graph.erase_node(node)

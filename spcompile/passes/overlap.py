@@ -1,23 +1,20 @@
 """After Inductor's own passes: collectives start early, waits come late, and none is left that nobody needs.
 
-A wait counts as having side effects, so neither fx nor the partitioner drops a dead one: the backward would gather
-again what the forward gathered, for nobody.
+A wait counts as having side effects, so neither fx nor the partitioner drops a dead one: the backward would
+gather again what the forward gathered, for nobody.
 
-NOTE [Who orders waits]: a strategy writes start, intra-chunk work, wait, and the graph keeps that order. Inductor's
-scheduler then moves operators to lower the peak of memory, which can put the work behind the wait again; its own pass
-``sink_waits`` runs after that and puts it back, so it is switched on.
+NOTE [Who orders waits]: a strategy writes start, intra-chunk work, wait, and the graph keeps that order.
+Inductor's scheduler then moves operators to lower the peak of memory, which can put the work behind the wait
+again; its own pass ``sink_waits`` runs after that and puts it back, so it is switched on.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
 __all__ = ["SCHEDULER", "erase_dead_waits"]
-
-_c10d = torch.ops._c10d_functional
 
 SCHEDULER: dict[str, Any] = {
     "reorder_for_compute_comm_overlap": True,
@@ -29,5 +26,6 @@ SCHEDULER: dict[str, Any] = {
 def erase_dead_waits(graph: fx.Graph) -> None:
     """Erase waits without users, with the collectives that they waited for."""
     for node in reversed(graph.nodes):
-        if node.op == "call_function" and not node.users and getattr(node.target, "namespace", "") == "_c10d_functional":
+        collective = getattr(node.target, "namespace", "") == "_c10d_functional"
+        if node.op == "call_function" and not node.users and collective:
             graph.erase_node(node)

@@ -27,7 +27,7 @@ Value = tuple[fx.Node, int]
 def value_of(node: fx.Node) -> Value:
     """The tensor that ``node`` stands for: a getitem is an output of the node it reads."""
     if node.target is getitem and isinstance(node.args[0], fx.Node):
-        return node.args[0], int(node.args[1])  # type: ignore[arg-type]
+        return node.args[0], int(node.args[1])
     return node, 0
 
 
@@ -35,9 +35,9 @@ def value_of(node: fx.Node) -> Value:
 class Step:
     """What is known of one operator node.
 
-    ``kind``: "free" (computed from inputs alone, every consumer asks for the version it needs), "pulled" (a view of
-    something computed), or "computed" (one native placement per output). ``split`` is how a computed node runs on
-    shards, None if it runs whole; ``gathers`` says why sharded operands are gathered for it.
+    ``kind``: "free" (computed from inputs alone, every consumer asks for the version it needs), "pulled" (a
+    view of something computed), or "computed" (one native placement per output). ``split`` is how a computed
+    node runs on shards, None if it runs whole; ``gathers`` says why sharded operands are gathered for it.
     """
 
     call: Call | None
@@ -97,7 +97,11 @@ def _step(node: fx.Node) -> Step:
 
 def call_of(node: fx.Node) -> Call:
     """The call that ``node`` makes, with the global fake values of its operands and results."""
-    args, kwargs = tree_map(lambda x: x.meta["val"] if isinstance(x, fx.Node) else x, (node.args, node.kwargs))
+
+    def value(x: Any) -> Any:
+        return x.meta["val"] if isinstance(x, fx.Node) else x
+
+    args, kwargs = tree_map(value, (node.args, node.kwargs))
     return Call(node.target, args, kwargs, node.meta["val"])
 
 
@@ -107,7 +111,7 @@ def _returns_tensors(node: fx.Node) -> bool:
     return bool(outputs) and all(isinstance(x, Tensor) for x in outputs)
 
 
-# --------------------------------------------------------------------------------------------------------- mark
+# ----------------------------------------------------------------------------------------------- mark
 
 
 def _mark(plan: Plan, seeds: Mapping[Value, Shard]) -> None:
@@ -143,12 +147,12 @@ def _mark(plan: Plan, seeds: Mapping[Value, Shard]) -> None:
         for step, index in users.get(value, ()):
             if step.rule is not None:
                 spread(step, step.rule.split("in", index, shard))
-        step = plan.steps.get(value[0])
-        if step is not None and step.rule is not None:
-            spread(step, step.rule.split("out", value[1], shard))
+        maker = plan.steps.get(value[0])
+        if maker is not None and maker.rule is not None:
+            spread(maker, maker.rule.split("out", value[1], shard))
 
 
-# ------------------------------------------------------------------------------------------------------- choose
+# --------------------------------------------------------------------------------------------- choose
 
 
 def _choose(plan: Plan, node: fx.Node, step: Step) -> None:
@@ -163,7 +167,8 @@ def _choose(plan: Plan, node: fx.Node, step: Step) -> None:
     if step.rule is not None:
         terms = frozenset(i for i, p in enumerate(naturals) if isinstance(p, Partial))
         if _stays_partial(step.rule, naturals, terms):
-            step.native = tuple(Partial("sum") for _ in step.call.outputs)  # type: ignore[union-attr]
+            assert step.call is not None
+            step.native = tuple(Partial("sum") for _ in step.call.outputs)
             return
         _choose_split(plan, node, step, naturals)
     if step.split is None and any(isinstance(p, Shard) for p in naturals):
@@ -214,14 +219,13 @@ def _choose_split(plan: Plan, node: fx.Node, step: Step, naturals: list[Placemen
     usable = [c for c in candidates if c is not None and _holds_all(plan, c)]
     if not usable:
         return
-    step.split = min(usable, key=lambda c: _moved_bytes(plan, step, naturals, c))
-    step.native = tuple(
-        _scattered(plan, (node, i), p) if isinstance(p, Partial) else p for i, p in enumerate(step.split.outputs)
-    )
+    step.split = min(usable, key=lambda c: _moved_bytes(step, naturals, c))
+    outputs = enumerate(step.split.outputs)
+    step.native = tuple(_scattered(plan, (node, i), p) if isinstance(p, Partial) else p for i, p in outputs)
 
 
 def _holds_all(plan: Plan, split: Split) -> bool:
-    """What is computed must be on some rank entirely: a tensor that sticks out of the window would lose entries."""
+    """What is computed must be on the ranks entirely: a tensor that sticks out of them would lose entries."""
     return all(p.holds_all(plan.ranks) for p in (*split.inputs, *split.outputs) if isinstance(p, Shard))
 
 
@@ -234,11 +238,12 @@ def _scattered(plan: Plan, value: Value, partial: Partial) -> Placement:
     return partial
 
 
-def _moved_bytes(plan: Plan, step: Step, naturals: Iterable[Placement | None], split: Split) -> float:
+def _moved_bytes(step: Step, naturals: Iterable[Placement | None], split: Split) -> float:
     assert step.call is not None
     moved = 0.0
     for x, have, want in zip(step.call.operands, naturals, split.inputs, strict=True):
-        if have is not None and have != want and not (isinstance(have, Replicate) and not isinstance(want, Partial)):
+        sliced = isinstance(have, Replicate) and not isinstance(want, Partial)
+        if have is not None and have != want and not sliced:
             moved += _bytes(x)
     for x, placement in zip(step.call.outputs, split.outputs, strict=True):
         if isinstance(placement, Partial):

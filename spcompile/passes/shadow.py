@@ -23,10 +23,26 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, track_tensor_tree
 from torch.utils import _pytree as pytree
 
-from spcompile.passes.shadow_values import VIEWS, Record, Shadow, Value, Write, values_in
+from spcompile._torch import (
+    HigherOrderOperator,
+    OpOverload,
+    get_proxy_mode,
+    get_proxy_slot,
+    make_fx,
+    track_tensor_tree,
+)
+from spcompile.passes.shadow_values import (
+    VIEWS,
+    Record,
+    Shadow,
+    Value,
+    Write,
+    differentiable,
+    mark_live,
+    values_in,
+)
 
 __all__ = ["Record", "Shadow", "Value", "trace"]
 
@@ -173,7 +189,7 @@ class _Builder:
     def add(self, value: Value) -> Value:
         value.grad_mode = torch.is_grad_enabled()
         if value.name != "input":
-            value.requires_grad = _differentiable(value) and any(o.requires_grad for o in value.operands())
+            value.requires_grad = differentiable(value) and any(o.requires_grad for o in value.operands())
         if value.name not in _SHAPE_ONLY:
             for o in set(value.operands()):
                 o.users.append(value)
@@ -188,7 +204,7 @@ class _Builder:
         self.time += 1
         val = aten_node.meta.get("val")
         target = aten_node.target
-        if aten_node.op == "call_function" and isinstance(target, torch._ops.OpOverload):
+        if aten_node.op == "call_function" and isinstance(target, OpOverload):
             self.value_of[aten_node] = self.call(aten_node, target, val, node)
         elif target is operator.getitem:
             args = {"self": self.lookup(aten_node.args[0]), "index": aten_node.args[1]}
@@ -213,7 +229,7 @@ class _Builder:
         dtype = tensor.dtype if tensor is not None else None
         return self.add(Value(name, args, shape, dtype, overload, self.time, node, fake=tensor))
 
-    def call(self, n: fx.Node, target: torch._ops.OpOverload, val: Any, node: fx.Node | None) -> Value:
+    def call(self, n: fx.Node, target: OpOverload, val: Any, node: fx.Node | None) -> Value:
         schema = target._schema
         raw = dict(zip((a.name for a in schema.arguments), n.args, strict=False)) | dict(n.kwargs)
         args = {k: fx.map_arg(x, self.lookup) for k, x in raw.items()}
@@ -256,7 +272,7 @@ class _Builder:
 
     def reread(self, n: fx.Node, made: Value, t: torch.Tensor, later: list[Write]) -> Value:
         source = n.args[0] if n.args and isinstance(n.args[0], fx.Node) else None
-        if made.name in VIEWS and source is not None and isinstance(n.target, torch._ops.OpOverload):
+        if made.name in VIEWS and source is not None and isinstance(n.target, OpOverload):
             now = self.read(source)
             if now.name != "opaque":
                 args = dict(made.args) | {"self": now}
@@ -272,7 +288,7 @@ class _Builder:
         scopes = [g for g, runs in self.scope_runs.items() if runs == 1]
         inputs = {self.storages._find(s) for s in self.input_storage.values()}
         self.roots += [v for s, v in self.written_values if self.storages._find(s) in inputs]
-        _mark_live(self.roots)
+        mark_live(self.roots)
         writes: dict[int, list[Write]] = {}
         for s, ws in self.writes.items():  # keys may have been united since
             writes.setdefault(self.storages._find(s), []).extend(ws)
@@ -292,7 +308,7 @@ class _Interpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         b = self.builder
         begin = b.time
-        if n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator):
+        if n.op == "call_function" and isinstance(n.target, HigherOrderOperator):
             out = self.higher_order(n)
         else:
             out = super().run_node(n)
@@ -340,8 +356,8 @@ class _Interpreter(fx.Interpreter):
 
 
 def _opaque(*tensors: torch.Tensor) -> Any:
-    """Stands for a higher-order op in the trace; never run."""
-    raise NotImplementedError
+    """Stands for a higher-order op in the trace, of which nothing is ever run."""
+    raise AssertionError("the shadow is only read")
 
 
 def _believe_dynamo(n: fx.Node, result: Any, begin: int) -> None:
@@ -359,18 +375,12 @@ def _mark_input(n: fx.Node, result: Any) -> None:
         result.requires_grad = example.requires_grad
 
 
-def _differentiable(v: Value) -> bool:
-    if v.name in ("detach", "argmax", "argmin", "sign") or not v.grad_mode:
-        return False
-    return v.dtype is None or v.dtype.is_floating_point or v.dtype.is_complex
-
-
 def _pure(n: fx.Node) -> bool:
     """Whether an ATen node only computes: it writes nothing and draws no random numbers."""
     if n.op == "get_attr" or n.target is operator.getitem:
         return True
     target = n.target
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+    if not isinstance(target, OpOverload) or target._schema.is_mutable:
         return False
     if torch.Tag.nondeterministic_seeded not in target.tags and not target.overloadpacket.__name__.endswith(
         "dropout"
@@ -380,15 +390,3 @@ def _pure(n: fx.Node) -> bool:
     if target.overloadpacket.__name__ == "scaled_dot_product_attention":
         return args.get("dropout_p", 0.0) == 0
     return args.get("p") == 0 or args.get("train") is False
-
-
-def _mark_live(roots: list[Value]) -> None:
-    """What reaches an output, an input that is updated in place, or a call that is not read."""
-    todo = list(roots)
-    for v in roots:
-        v.escapes = True
-    while todo:
-        v = todo.pop()
-        if not v.live:
-            v.live = True
-            todo.extend(v.operands())

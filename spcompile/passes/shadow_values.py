@@ -65,6 +65,25 @@ def values_in(tree: Any) -> Iterator[Value]:
             yield from values_in(x)
 
 
+def differentiable(v: Value) -> bool:
+    """Whether a gradient passes through `v`, if one can flow into its operands."""
+    if v.name in ("detach", "argmax", "argmin", "sign") or not v.grad_mode:
+        return False
+    return v.dtype is None or v.dtype.is_floating_point or v.dtype.is_complex
+
+
+def mark_live(roots: list[Value]) -> None:
+    """Mark what reaches an output, an input that is updated in place, or a call that is not read."""
+    todo = list(roots)
+    for v in roots:
+        v.escapes = True
+    while todo:
+        v = todo.pop()
+        if not v.live:
+            v.live = True
+            todo.extend(v.operands())
+
+
 @dataclass
 class Write:
     """A storage was written at `time`, through a tensor of this geometry, which then held `value`."""

@@ -1,4 +1,4 @@
-"""Symbolic sizes become numbers: for now each length is compiled for itself (the guard makes Dynamo do so)."""
+"""Symbolic sizes become numbers: each length is compiled for itself (the guard makes Dynamo do so)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def specialise(graph: fx.Graph) -> None:
-    """Replace every symbolic number in ``graph`` by its value, with a guard, and erase the nodes that computed it."""
+    """Replace every symbolic number in ``graph`` by its value, with a guard, and erase what computed it."""
     for node in graph.nodes:
         if any(_is_symbolic(x) for x in tree_leaves(node.meta.get("val"))):
             node.meta["val"] = tree_map_only(Tensor, _concrete, node.meta["val"])
@@ -21,9 +21,14 @@ def specialise(graph: fx.Graph) -> None:
         number = _number(node.meta["val"])
         for user in list(node.users):
             if user.op != "output":
-                user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda n: number if n is node else n)  # noqa: B023
+                _write_in(user, node, number)
         if not node.users and node.op == "call_function":
             graph.erase_node(node)
+
+
+def _write_in(user: fx.Node, node: fx.Node, number: object) -> None:
+    """Put ``number`` in the place of ``node`` among the arguments of ``user``."""
+    user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda n: number if n is node else n)
 
 
 def _number(value: object) -> object:
@@ -35,12 +40,14 @@ def _number(value: object) -> object:
 
 
 def _is_symbolic(value: object) -> bool:
-    return isinstance(value, Tensor) and any(isinstance(s, torch.SymInt) for s in (*value.shape, *value.stride()))
+    if not isinstance(value, Tensor):
+        return False
+    return any(isinstance(s, torch.SymInt) for s in (*value.shape, *value.stride()))
 
 
 def _concrete(value: Tensor) -> Tensor:
     if not _is_symbolic(value):
         return value
-    with value.fake_mode:  # type: ignore[attr-defined]
+    with value.fake_mode:
         shape, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
         return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from spcompile.errors import SpcompileError
-from spcompile.passes.localize import Localizer
+from spcompile.passes.localize import Localizer, same_strides
 from spcompile.placement import local_shape
 
 __all__ = ["check_outputs", "verify"]
@@ -17,8 +17,8 @@ __all__ = ["check_outputs", "verify"]
 def verify(graph: fx.Graph, localizer: Localizer) -> None:
     """Check the local graph.
 
-    Every version of every tensor has the shape and dtype that its placement gives the global tensor; what is returned
-    has eager's shape and strides; no operator is left that Inductor would have decomposed.
+    Every version of every tensor has the shape and dtype that its placement gives the global tensor; no
+    operator is left that Inductor would have decomposed.
 
     Raises:
         SpcompileError: names the node, the user's source line and what is wrong.
@@ -29,7 +29,8 @@ def verify(graph: fx.Graph, localizer: Localizer) -> None:
         whole = whole[index] if isinstance(whole, (tuple, list)) else whole
         expected = local_shape(tuple(int(s) for s in whole.shape), placement)
         if tuple(local.shape) != expected or local.dtype != whole.dtype:
-            _fail(node, f"{placement} should be {expected} {whole.dtype}, is {tuple(local.shape)} {local.dtype}")
+            found = f"{tuple(local.shape)} {local.dtype}"
+            _fail(node, f"{placement} should be {expected} {whole.dtype}, is {found}")
     originals = set(localizer.originals)
     decomposed = localizer.emitter.decompositions
     allowed = localizer.emitter.declined | {n.target for n in originals if n.op == "call_function"}
@@ -44,15 +45,20 @@ def verify(graph: fx.Graph, localizer: Localizer) -> None:
 
 
 def check_outputs(before: list[Any], graph: fx.Graph) -> None:
-    """What is returned has the shapes and strides that it had before: ``before`` are the old output values."""
+    """Check that what is returned has eager's shapes, dtypes and strides: ``before`` are the old values.
+
+    Raises:
+        SpcompileError: as :func:`verify`.
+    """
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     for old, new in zip(before, tree_leaves(output.args), strict=True):
         if not isinstance(old, Tensor):
             continue
         value = new.meta["val"]
         if tuple(value.shape) != tuple(map(int, old.shape)) or value.dtype != old.dtype:
-            _fail(new, f"is returned as {tuple(value.shape)} {value.dtype}, eager has {tuple(old.shape)} {old.dtype}")
-        if tuple(value.stride()) != tuple(map(int, old.stride())):
+            expected = f"{tuple(old.shape)} {old.dtype}"
+            _fail(new, f"is returned as {tuple(value.shape)} {value.dtype}, eager has {expected}")
+        if not same_strides(value, tuple(map(int, old.stride()))):
             _fail(new, f"is returned with strides {tuple(value.stride())}, eager has {tuple(old.stride())}")
 
 
@@ -60,5 +66,6 @@ def _fail(node: fx.Node, what: str) -> None:
     where = node.meta.get("stack_trace", "").strip() or "no source line is known"
     raise SpcompileError(
         f"spcompile wrote a wrong graph at node {node.name} ({node.target}): {what}\n{where}\n"
-        "This is a defect of spcompile, not of the model. Remedy: report it; until then use backend='inductor'."
+        "This is a defect of spcompile, not of the model. "
+        "Remedy: report it; until then use backend='inductor'."
     )

@@ -33,7 +33,7 @@ class LinearAttention:
     linear: tuple[frozenset[int], ...] = ()
 
     def split(self, side: Side, index: int, shard: Shard) -> Split | None:
-        """See :class:`spcompile.rules.base.Rule`. Batch and heads pass; the sequence is the strategy's work."""
+        """See :class:`spcompile.rules.base.Rule`. Batch and heads pass; the strategy does the sequence."""
         if shard.dim == 3 or (shard.dim == 2 and not _is_sequence(shard)):
             return None
         inputs, outputs = (shard,) * len(self.call.operands), (shard,) * len(self.call.outputs)
@@ -50,7 +50,7 @@ class LinearAttention:
 
         def emit(context: Context, operands: list[Tensor]) -> Any:
             sequence = None if shard is None else Sequence(context.group, shard.block, shard.length)
-            options = {"causal": causal, "scale": scale, "sequence": sequence}
+            options: dict[str, Any] = {"causal": causal, "scale": scale, "sequence": sequence}
             key = ("carry", *map(id, operands[-2:]), causal, sequence)
             if not backward:
                 out, carry = context.linear.linear_forward(*operands, **options)
@@ -58,7 +58,8 @@ class LinearAttention:
                 return out
             if key not in context.stash:
                 _, context.stash[key] = context.linear.linear_forward(*operands[1:], **options)
-            return context.linear.linear_backward(*operands, context.stash[key], **options)
+            grad, q, k, v = operands
+            return context.linear.linear_backward(grad, q, k, v, context.stash[key], **options)
 
         return emit
 
@@ -67,7 +68,8 @@ class LinearAttention:
 class SoftmaxAttention:
     """softmax_attention and its backward: queries stay, keys and values are gathered by the strategy.
 
-    Keys of another length than the queries (cross attention) are asked for whole; their gradients are then partial.
+    Keys of another length than the queries (cross attention) are asked for whole; their gradients are then
+    partial.
     """
 
     call: Call
@@ -123,14 +125,15 @@ class SoftmaxAttention:
 
         def emit(context: Context, operands: list[Tensor]) -> Any:
             queries = None if shard is None else Sequence(context.group, shard.block, shard.length)
-            options = {"causal": causal, "scale": scale, "q_sequence": queries}
+            options: dict[str, Any] = {"causal": causal, "scale": scale, "q_sequence": queries}
             options["kv_sequence"] = queries if alike else None
             mask = operands[roles.index("mask")] if "mask" in roles else None
             plain = [x for x, r in zip(operands, roles, strict=True) if r != "mask"]
             keys = plain[2:4] if self.backward else plain[1:3]
             key = ("kv", *map(id, keys), options["kv_sequence"])
             if not self.backward:
-                out, lse, gathered = context.softmax.softmax_forward(*plain, mask, **options)
+                q, k, v = plain
+                out, lse, gathered = context.softmax.softmax_forward(q, k, v, mask, **options)
                 context.stash[key] = context.gathered(gathered)
                 return out, lse
             grad, q, k, v, out, lse = plain
@@ -140,7 +143,7 @@ class SoftmaxAttention:
         return emit
 
 
-RULES = {
+RULES: dict[Any, type[LinearAttention] | type[SoftmaxAttention]] = {
     ops.linear_attention.default: LinearAttention,
     ops.linear_attention_backward.default: LinearAttention,
     ops.softmax_attention.default: SoftmaxAttention,

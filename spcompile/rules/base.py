@@ -123,7 +123,7 @@ class Context:
 
     def next_seed(self, device: torch.device) -> Tensor:
         """A seed that no other draw of this graph has and that all ranks share, 0-dim int64."""
-        raise NotImplementedError
+        raise AssertionError("only the context of a graph (GraphContext) gives out seeds")
 
     def where_valid(self, x: Tensor, shard: Shard, other: Tensor | float | bool) -> Tensor:
         """``x``, a local tensor placed as ``shard``, with ``other`` in its padding."""

@@ -73,4 +73,5 @@ def _linear(call: Call) -> tuple[frozenset[int], ...]:
 
 def _widens(call: Call) -> bool:
     source, target = call.operands[0].dtype, call.outputs[0].dtype
-    return source.is_floating_point and target.is_floating_point and (source == target or target.itemsize > source.itemsize)
+    floats = source.is_floating_point and target.is_floating_point
+    return floats and (source == target or target.itemsize > source.itemsize)

@@ -37,10 +37,6 @@ def resolve(atoms: Sequence[Atom]) -> tuple[Atom, ...]:
     return tuple(out)
 
 
-def resolve_dims(dims: Dims) -> Dims:
-    return tuple(resolve(d) for d in dims)
-
-
 def atoms_of(dims: Dims) -> tuple[Atom, ...]:
     return tuple(a for d in dims for a in resolve(d))
 

@@ -157,7 +157,7 @@ class Reader:
         if r != features | s or len(s) != 1 or not features or not rows or (val is not None and not s <= av):
             return None
         if val is None and any(
-            not self._mask_like(f, o, r, s) for f in term.factors if f is not q and f is not k
+            not self._mask_like(f, r, s) for f in term.factors if f is not q and f is not k
         ):
             return None
         (key,) = s
@@ -170,10 +170,10 @@ class Reader:
             return None
         shape = self._mask(term, both, t, key)
         if shape is None:
-            looks = (term.masks or both) and val is not None and self._plausible(q, k, val, key, features)
+            looks = (term.masks or both) and val is not None and self._plausible(q, k, val, key)
             return "its mask is not proved to be causal" if looks else None
         kind, constant = shape
-        if kind == "all" and not self._plausible(q, k, val, key, features):
+        if kind == "all" and not self._plausible(q, k, val, key):
             return None
         ordered = tuple(a for a in atoms_of(k.dims) if a in features)
         dtype = term.path[-1].value.dtype if term.path else v.dtype
@@ -197,7 +197,7 @@ class Reader:
         )
 
     @staticmethod
-    def _mask_like(f: Factor, o: set[Atom], r: set[Atom], s: set[Atom]) -> bool:
+    def _mask_like(f: Factor, r: set[Atom], s: set[Atom]) -> bool:
         """A factor that a normaliser may have beside q and k."""
         return not f.atoms & (r - s) or f.inverse
 
@@ -225,7 +225,7 @@ class Reader:
         kind = masks.kind_of(keep)
         return (kind, constant) if kind in ("all", "causal") else None
 
-    def _plausible(self, q: Factor, k: Factor, v: Factor | None, s: Atom, features: set[Atom]) -> bool:
+    def _plausible(self, q: Factor, k: Factor, v: Factor | None, s: Atom) -> bool:
         """Without a mask: all three are activations, and what k and v are summed over are tokens."""
         operands = [q, k] if v is None else [q, k, v]
         if any(f.value.is_parameter or not is_activation(f.value, self.active) for f in operands):

@@ -35,7 +35,7 @@ __all__ = ["evaluate"]
 
 def _elementwise(f: Callable[..., object], *names: str) -> Callable[[Value, Memo], Function | None]:
     def maker(v: Value, memo: Memo) -> Function | None:
-        parts = [operand(v.args.get(n), memo, len(v.shape)) for n in names]
+        parts = [operand(v.args.get(n), memo) for n in names]
         if any(p is None for p in parts) or v.args.get("alpha", 1) != 1 or v.args.get("rounding_mode"):
             return None
         return lambda ctx, index: f(ctx, *(p(ctx, index) for p in parts))  # type: ignore[misc]
@@ -87,7 +87,7 @@ def _extreme(larger: bool) -> Callable[[Context, object, object], object]:
 
 
 def _clamp(v: Value, memo: Memo) -> Function | None:
-    x = operand(v.args["self"], memo, len(v.shape))
+    x = operand(v.args["self"], memo)
     lo, hi = (v.args.get(n) if v.name == "clamp" else None for n in ("min", "max"))
     if v.name == "clamp_min":
         lo = v.args["min"]
@@ -157,7 +157,7 @@ def _division(remainder: bool) -> Callable[[Value, Memo], Function | None]:
 def _full(number: object) -> Callable[[Value, Memo], Function | None]:
     def maker(v: Value, memo: Memo) -> Function | None:
         x = v.args.get("fill_value", v.args.get("value", v.args.get("s"))) if number is None else number
-        part = operand(x, memo, 0)
+        part = operand(x, memo)
         if part is None or (isinstance(x, Value) and x.shape != ()):
             return None
         to_bool = v.dtype == torch.bool

@@ -29,7 +29,7 @@ from spcompile.passes.shadow import Value
 
 Index = tuple[sympy.Expr, ...]
 Function = Callable[[Context, Index], object]
-Memo = dict[Value, object]
+Memo = dict[Value, Function]
 OPS: dict[str, Callable[[Value, Memo], Function | None]] = {}
 """By op name, filled by `mask_ops`."""
 _TOO_LARGE = 64  # leaves of a Choice: more than any hand-written mask has
@@ -39,7 +39,7 @@ def evaluate(v: Value, memo: Memo) -> Function:
     """The symbolic function of `v`, memoised per Value; its results, per index, in the Context."""
     if v not in memo:
         memo[v] = _remember(v, _build(v, memo))
-    return memo[v]  # type: ignore[return-value]
+    return memo[v]
 
 
 def _remember(v: Value, f: Function) -> Function:
@@ -78,20 +78,23 @@ def _build(v: Value, memo: Memo) -> Function:
     return made or (lambda ctx, index: _data(ctx, v, index))
 
 
-def operand(x: object, memo: Memo, rank: int) -> Function | None:
+def operand(x: object, memo: Memo) -> Function | None:
     """An argument as a function of the output's index: a number, or a Value broadcast from the right."""
     if isinstance(x, (bool, int, float)):
         const = sympy.S(x) if isinstance(x, bool) else number(x)
         return lambda ctx, index: const
-    if not isinstance(x, Value):
-        return None
+    return broadcast(x, memo) if isinstance(x, Value) else None
+
+
+def broadcast(x: Value, memo: Memo) -> Function:
+    """A Value as a function of the index of what it is broadcast to, from the right."""
     f = evaluate(x, memo)
 
-    def broadcast(ctx: Context, index: Index) -> object:
+    def g(ctx: Context, index: Index) -> object:
         tail = index[len(index) - len(x.shape) :]
         return f(ctx, tuple(sympy.Integer(0) if s == 1 else e for e, s in zip(tail, x.shape, strict=True)))
 
-    return broadcast
+    return g
 
 
 def number(x: float) -> sympy.Expr:

@@ -8,7 +8,15 @@ import sympy
 import torch
 
 from spcompile.passes.recognize.dims import Dims, back_through_view
-from spcompile.passes.recognize.mask_values import Function, Index, Memo, as_number, evaluate, operand, where
+from spcompile.passes.recognize.mask_values import (
+    Function,
+    Index,
+    Memo,
+    as_number,
+    broadcast,
+    evaluate,
+    where,
+)
 from spcompile.passes.recognize.masks import Choice, Context, lift
 from spcompile.passes.shadow import Value
 
@@ -78,7 +86,7 @@ def gather(v: Value, memo: Memo) -> Function | None:
     rest = len(source.shape) - len(picks)
     lead = len(v.shape) - rest
     f = evaluate(source, memo)
-    parts = [operand(p, memo, lead) for p in picks]
+    parts = [broadcast(p, memo) for p in picks]
 
     def g(ctx: Context, index: Index) -> object:
         at = [p(ctx, index[:lead]) for p in parts]

@@ -185,7 +185,7 @@ def lift(f, *xs: object) -> object:
 class Prover:
     """Evaluates masks of one shadow; keeps what it has evaluated."""
 
-    functions: dict[Value, object] = field(default_factory=dict)
+    functions: dict[Value, Any] = field(default_factory=dict)
     proved: dict[tuple, Pieces | None] = field(default_factory=dict)
 
     def pieces(self, value: Value, dims: Dims, rows: Atom, cols: Atom) -> Pieces | None:

@@ -50,7 +50,7 @@ class Found:
     causal: bool = False
     dropout: bool = False
     by_hand: bool = True
-    """Whether it is a softmax, which gives NaN for a row that keeps no key, where a library's attention gives 0."""
+    """Whether it is a softmax (a row that keeps no key is NaN) and not a library's attention (it is 0)."""
 
 
 def _is_never(fill: float, dtype: torch.dtype | None) -> bool:
@@ -205,7 +205,7 @@ def emit_uniform(w: Writer, out: fx.Node, v: fx.Node, keep: fx.Node) -> fx.Node:
 
 
 def emit_undefined(w: Writer, out: fx.Node, lse: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """Rows that keep no key are NaN, and so are their gradients: a product, not a choice, carries it to both."""
+    """Rows that keep no key are NaN, and so are their gradients: a product, unlike a choice, gives both."""
     empty = w.call(torch.eq, w.call(torch.unsqueeze, lse, -1), -math.inf)
     factor = w.call(torch.where, empty, w.number(math.nan, dtype), w.number(1.0, dtype))
     return w.call(torch.mul, out, factor)

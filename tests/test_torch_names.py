@@ -1,0 +1,304 @@
+"""Private PyTorch names: all of them in one file of spcompile, and each still what spcompile takes it for."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo import list_backends
+from torch._inductor import comms
+from torch._inductor import config as inductor_config
+
+from spcompile import _torch
+from spcompile.backend import JointPass, WaitPass
+from spcompile.passes.overlap import SCHEDULER
+
+SOURCES = Path(_torch.__file__).parent
+HOME = Path(_torch.__file__)
+
+# Names with an underscore, or under an experimental package, that may be used anywhere in spcompile.
+ALLOWED = {
+    "torch.utils._pytree": "how all of PyTorch walks nested arguments; it has no public name",
+    "torch.utils._python_dispatch": "TorchDispatchMode, documented for users outside PyTorch",
+    "torch.ops": "the operators (aten, prims, _c10d_functional, ours): graphs are made of them",
+}
+PRIVATE_PACKAGES = ("torch.fx.experimental", "torch.fx.passes", "torch.distributed.distributed_c10d")
+
+
+def moved(name: str, what: str) -> str:
+    """What a failing assertion says: what happened, and what to do."""
+    return (
+        f"torch {torch.__version__}: {name} {what}. Do: look up in this version's sources what took its "
+        "place; adapt spcompile/_torch.py so that it serves every version that pyproject.toml allows (or "
+        "narrow the requirement there), run all tests, and correct the expectation in this file."
+    )
+
+
+def test_this_version_of_torch_is_allowed() -> None:
+    text = (SOURCES.parent / "pyproject.toml").read_text()
+    found = re.search(r'"torch>=(\d+)\.(\d+),<(\d+)\.(\d+)"', text)
+    assert found is not None, "pyproject.toml no longer says which versions of torch are allowed"
+    low, high = (int(found[1]), int(found[2])), (int(found[3]), int(found[4]))
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    assert low <= version < high, moved("this version", f"is not one of {low} to {high} that were looked at")
+
+
+# ---- where private names stand
+
+
+def names(source: str) -> Iterator[tuple[int, str]]:
+    """Every dotted torch name that ``source`` imports or reads, with its line; local names are followed."""
+    tree = ast.parse(source)
+    local = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield node.lineno, name.name
+                whole = name.name if name.asname else name.name.partition(".")[0]
+                local[name.asname or whole] = whole
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            for name in node.names:
+                yield node.lineno, f"{node.module}.{name.name}"
+                local[name.asname or name.name] = f"{node.module}.{name.name}"
+    for node in ast.walk(tree):
+        parts: list[str] = []
+        inner: ast.AST = node
+        while isinstance(inner, ast.Attribute):
+            parts.insert(0, inner.attr)
+            inner = inner.value
+        if parts and isinstance(inner, ast.Name) and inner.id in local:
+            yield node.lineno, ".".join([local[inner.id], *parts])
+
+
+def private(name: str) -> bool:
+    if not name.startswith("torch.") or any(name == a or name.startswith(f"{a}.") for a in ALLOWED):
+        return False
+    if any(name == p or name.startswith(f"{p}.") for p in PRIVATE_PACKAGES):
+        return True
+    return any(part.startswith("_") and not part.endswith("__") for part in name.split("."))
+
+
+def test_private_names_are_in_one_file() -> None:
+    strays = [
+        f"{path.relative_to(SOURCES.parent)}:{line}: {name}"
+        for path in sorted(SOURCES.rglob("*.py"))
+        if path != HOME
+        for line, name in names(path.read_text())
+        if private(name)
+    ]
+    text = "\n".join(strays)
+    assert not strays, f"private names of torch belong into spcompile/_torch.py, with a reason:\n{text}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch._dynamo",
+        "import torch._dynamo as d",
+        "from torch._inductor import config",
+        "from torch.fx.passes.shape_prop import _extract_tensor_metadata",
+        "from torch.fx.experimental.proxy_tensor import make_fx",
+        "import torch\ntorch._ops.OpOverload",
+        "import torch.distributed as dist\ndist.distributed_c10d._resolve_process_group('0')",
+        "from torch import distributed\nx = distributed._functional_collectives",
+        "import torch\ndef f():\n    return torch._C._functions",
+    ],
+)
+def test_the_search_finds(line: str) -> None:
+    assert any(private(name) for _, name in names(line))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import torch\ntorch.__version__",
+        "from torch.utils._pytree import tree_map",
+        "import torch\ntorch.ops._c10d_functional.wait_tensor.default",
+        "from spcompile import _torch\n_torch.compile_fx",
+        "def f(target):\n    return target._schema",
+    ],
+)
+def test_the_search_passes(line: str) -> None:
+    assert not any(private(name) for _, name in names(line))
+
+
+def test_every_name_has_a_reason_and_a_user() -> None:
+    """Each import of spcompile/_torch.py follows a comment, and each exported name is used somewhere."""
+    lines = HOME.read_text().splitlines()
+    for node in ast.parse(HOME.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module != "__future__" and private(f"{node.module}.x"):
+            above = node.lineno - 2
+            while lines[above].startswith(("from ", "import ", "    ", ")")):
+                above -= 1
+            assert lines[above].startswith("# "), f"{HOME.name}:{node.lineno}: without a reason"
+    users = [*SOURCES.rglob("*.py"), *Path(__file__).parent.glob("*.py")]
+    text = "\n".join(p.read_text() for p in users if p not in (HOME, Path(__file__)))
+    for name in _torch.__all__:
+        assert re.search(rf"\b{name}\b", text), f"nobody uses _torch.{name}: remove it"
+
+
+# ---- that they are what spcompile takes them for
+
+# name -> parameters that spcompile gives it; "**" for any keywords.
+CALLED = {
+    "aot_autograd": ["**"],
+    "compile_fx": ["model_", "example_inputs_", "config_patches"],
+    "default_partition": ["joint_module", "_joint_inputs", "num_fwd_outputs"],
+    "detect_fake_mode": ["inputs"],
+    "FakeTensorMode": ["allow_non_fake_inputs", "shape_env"],
+    "get_proxy_mode": [],
+    "get_proxy_slot": ["obj", "tracer", "default"],
+    "make_fx": ["f", "tracing_mode", "pre_dispatch"],
+    "min_cut_rematerialization_partition": ["joint_module", "_joint_inputs", "num_fwd_outputs"],
+    "select_decomp_table": [],
+    "ShapeEnv": [],
+    "tensor_metadata": ["result"],
+    "track_tensor_tree": ["inner_res", "proxy_res", "constant", "tracer"],
+}
+
+# name -> its operator and the arguments that spcompile gives or asks for.
+OPERATORS = {
+    "flash_attention_cpu": (
+        "aten._scaled_dot_product_flash_attention_for_cpu.default",
+        ["query", "key", "value", "dropout_p", "is_causal", "attn_mask", "scale"],
+    ),
+    "flash_attention_cpu_backward": (
+        "aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
+        ["grad_out", "query", "key", "value", "out", "logsumexp", "dropout_p", "is_causal", "attn_mask"],
+    ),
+    "inductor_random": ("prims.inductor_random.default", ["size", "seed", "mode"]),
+    "inductor_seed": ("prims.inductor_seed.default", ["device"]),
+}
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_signature(name: str) -> None:
+    target = getattr(_torch, name)
+    assert callable(target), moved(name, "is not callable")
+    parameters = inspect.signature(target).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    missing = [p for p in CALLED[name] if p != "**" and p not in parameters and not anything]
+    assert not missing, moved(name, f"no longer takes {missing}: it is {inspect.signature(target)}")
+    assert "**" not in CALLED[name] or anything, moved(name, "no longer takes any keywords")
+    given = {*CALLED[name], "self"}
+    asked = [
+        n
+        for n, p in parameters.items()
+        if p.default is p.empty and n not in given and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    assert not asked, moved(name, f"wants {asked} too")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operator(name: str) -> None:
+    target, (spelling, arguments) = getattr(_torch, name), OPERATORS[name]
+    assert isinstance(target, _torch.OpOverload), moved(name, "is no operator overload")
+    assert str(target) == spelling, moved(name, f"is {target}")
+    found = [a.name for a in target._schema.arguments]
+    assert found[: len(arguments)] == arguments, moved(name, f"takes {found}, not {arguments}")
+    extra = [a.name for a in target._schema.arguments[len(arguments) :] if not a.has_default_value()]
+    assert not extra, moved(name, f"wants {extra} too")
+
+
+def test_all_names_are_expected_here() -> None:
+    elsewhere = {
+        "CustomGraphPass",
+        "HigherOrderOperator",
+        "OpOverload",
+        "UNTAGGED_POINTWISE",
+        "counters",
+        "resolve_process_group",
+        "tracing_metadata",
+    }
+    unknown = set(_torch.__all__) ^ {*CALLED, *OPERATORS, *elsewhere}
+    assert not unknown, f"spcompile/_torch.py and this file disagree about {sorted(unknown)}: add a test"
+
+
+def test_graph_hooks() -> None:
+    hook = _torch.CustomGraphPass
+    assert {"__call__", "uuid"} <= hook.__abstractmethods__, moved(
+        "CustomGraphPass", f"asks for {sorted(hook.__abstractmethods__)}, not for __call__ and uuid"
+    )
+    for made in (JointPass, WaitPass):
+        missing: Any = made.__abstractmethods__
+        assert not missing, moved("CustomGraphPass", f"asks {made.__name__} for {sorted(missing)}")
+
+
+@pytest.mark.parametrize("name", ["joint_custom_pre_pass", "post_grad_custom_post_pass", *SCHEDULER])
+def test_inductor_has_the_option(name: str) -> None:
+    assert name in inductor_config.get_config_copy(), moved(f"torch._inductor.config.{name}", "is gone")
+
+
+def test_inductor_has_the_pass_that_sinks_waits() -> None:
+    for name in SCHEDULER["reorder_for_compute_comm_overlap_passes"]:
+        found = callable(getattr(comms, name, None))
+        assert found, moved(f"torch._inductor.comms.{name}", "is gone: waits would stand before the work")
+
+
+def test_decompositions() -> None:
+    table = _torch.select_decomp_table()
+    assert isinstance(table, dict), moved("select_decomp_table", f"returns a {type(table).__name__}")
+    aten = torch.ops.aten
+    taken_apart = (aten.clamp.default, aten.gelu_backward.default, aten.tril.default, aten.stack.default)
+    for op in taken_apart:
+        assert callable(table.get(op)), moved("select_decomp_table", f"does not take {op} apart")
+
+
+def test_classes_of_operators() -> None:
+    assert isinstance(torch.ops.aten.mm.default, _torch.OpOverload), moved("OpOverload", "is another class")
+    assert isinstance(torch.ops.higher_order.cond, _torch.HigherOrderOperator), moved(
+        "HigherOrderOperator", "is another class"
+    )
+    for name in ("_schema", "_opname", "_overloadname", "namespace", "tags", "is_view", "overloadpacket"):
+        assert hasattr(torch.ops.aten.view.default, name), moved(f"OpOverload.{name}", "is gone")
+    for op in _torch.UNTAGGED_POINTWISE:
+        assert isinstance(op, _torch.OpOverload), moved("UNTAGGED_POINTWISE", f"has {op}, no overload")
+
+
+COLLECTIVES = {
+    "all_gather_into_tensor": ["input", "group_size", "group_name"],
+    "all_reduce": ["input", "reduce_op", "group_name"],
+    "reduce_scatter_tensor": ["input", "reduce_op", "group_size", "group_name"],
+    "wait_tensor": ["tensor"],
+}
+
+
+@pytest.mark.parametrize("name", COLLECTIVES)
+def test_functional_collective(name: str) -> None:
+    found = [a.name for a in getattr(torch.ops._c10d_functional, name).default._schema.arguments]
+    assert found == COLLECTIVES[name], moved(f"_c10d_functional.{name}", f"takes {found}")
+
+
+def test_state_of_a_compilation() -> None:
+    assert _torch.counters["graph_break"] is not None, moved("counters", "is no default dict of counts")
+    assert _torch.tracing_metadata() is None, moved("TracingContext.try_get", "finds one outside of any")
+    assert _torch.detect_fake_mode([]) is None, moved("detect_fake_mode", "finds one where there is none")
+    assert _torch.get_proxy_mode() is None, moved("get_proxy_mode", "finds one where there is none")
+
+
+def test_group_of_a_name() -> None:
+    assert callable(_torch.resolve_process_group), moved("_resolve_process_group", "is not callable")
+    with pytest.raises((ValueError, RuntimeError)):
+        _torch.resolve_process_group("no group has this name")
+
+
+def test_fake_tensors_have_metadata_and_storages() -> None:
+    with _torch.FakeTensorMode(allow_non_fake_inputs=True, shape_env=_torch.ShapeEnv()) as mode:
+        x = torch.empty(2, 3)
+    assert x.fake_mode is mode, moved("FakeTensor.fake_mode", "is gone")
+    assert _torch.detect_fake_mode([x]) is mode, moved("detect_fake_mode", "does not find a tensor's mode")
+    assert tuple(_torch.tensor_metadata(x).shape) == (2, 3), moved("tensor_metadata", "has no shape")
+    assert isinstance(x.untyped_storage()._cdata, int), moved("UntypedStorage._cdata", "is no address")
+
+
+def test_dynamo_finds_the_backend() -> None:
+    assert "spcompile" in list_backends(), (
+        "torch.compile finds no backend 'spcompile': the package is not installed (pip install -e .), or "
+        + moved("the entry point torch_dynamo_backends", "is not read")
+    )
