@@ -52,7 +52,7 @@ def exact_allocations() -> Iterator[None]:
 
     Otherwise glibc's heap keeps and splits freed blocks, and a peak depends on what was allocated before.
     """
-    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # names of malloc.h
+    mmap_threshold, mmap_max = -3, -4  # names of malloc.h
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except OSError:  # another C library: peaks are then its own
@@ -64,7 +64,6 @@ def exact_allocations() -> Iterator[None]:
         yield
     finally:  # as bench.launch.ALLOCATOR has it
         mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2**31 - 1)
 
 
 def peak_growth(run: Callable[[], object]) -> int:

@@ -45,6 +45,11 @@ def spcompile(
             the model.
     """
     config = Config.of(options)
+    if config.ranks is not None:
+        raise SpcompileError(
+            f"option ranks={config.ranks}: what is compiled for ranks that are not there cannot run. "
+            "Remedy: spcompile.explain(model, ranks=...) shows it; to train, start as many processes."
+        )
     group = sequence_group(config)
     record = Record(group, strategy_names(group, config))
     with record.timed("recognize"):

@@ -67,7 +67,7 @@ def current_rank(group: str) -> int:
 
 @torch.library.custom_op("spcompile::rank", mutates_args=())
 def _rank_op(group: str, device: torch.device) -> Tensor:
-    return torch.tensor(current_rank(group), dtype=torch.int64, device=device)
+    return torch.full((), current_rank(group), dtype=torch.int64, device=device)
 
 
 @_rank_op.register_fake

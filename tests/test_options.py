@@ -37,6 +37,12 @@ def test_an_unknown_option_reaches_the_user_of_torch_compile() -> None:
         compiled(torch.ones(1, 2))
 
 
+def test_ranks_that_are_not_there_cannot_train() -> None:
+    compiled = torch.compile(nn.Linear(2, 2), backend="spcompile", options={"ranks": 64})
+    with pytest.raises(Exception, match="explain"):
+        compiled(torch.ones(1, 2))
+
+
 def test_a_job_without_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SpcompileError, match="init_process_group"):
