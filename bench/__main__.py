@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tabulate import tabulate
 
 from bench import output
-from bench.launch import ALLOCATOR
+from bench.launch import KEPT, RETURNED
 from bench.options import Benchmark, Options, Row
 from bench.registry import BENCHMARKS
 
@@ -64,7 +64,8 @@ def save(args: argparse.Namespace, name: str, benchmark: Benchmark, rows: list[R
         f"command: {command}",
         f"machine: {output.machine()}",
         time.strftime("%Y-%m-%d"),
-        "environment of every contender: " + ", ".join(f"{k}={v}" for k, v in ALLOCATOR.items()),
+        "environment of every contender, for times: " + " ".join(f"{k}={v}" for k, v in KEPT.items()),
+        "environment of every contender, for peaks: " + " ".join(f"{k}={v}" for k, v in RETURNED.items()),
     ]
     if args.backend != "spcompile":
         header.append(f"rows named spcompile were measured with backend {args.backend!r}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench import cases
-from bench.launch import WorkerError, launch, reason
+from bench.launch import KEPT, RETURNED, WorkerError, launch, reason
 from bench.options import Options, Row, Table
 
 MODES = {"forward": False, "forward+backward": True}
@@ -67,7 +67,12 @@ class Growth:
             "budget": options.budget,
         }
         try:
-            got = launch("bench.worker", work, variant.ranks, options.threads)
+            got = launch("bench.worker", work, variant.ranks, options.threads, env=KEPT)
+            if all("seconds" in rank for rank in got):
+                peaks = launch(
+                    "bench.worker", work | {"peak": True}, variant.ranks, options.threads, env=RETURNED
+                )
+                got = [rank | peak for rank, peak in zip(got, peaks, strict=True)]
         except WorkerError as error:
             options.log(str(error))
             return row | {"note": "failed: " + reason(error)[:80]}

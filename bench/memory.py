@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import resource
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -46,29 +45,8 @@ def reset_peak() -> int:
     return _status("VmRSS") or peak_bytes()
 
 
-@contextlib.contextmanager
-def exact_allocations() -> Iterator[None]:
-    """Blocks of 64 KB and more come from the system and go back to it, so that peaks count what is in use.
-
-    Otherwise glibc's heap keeps and splits freed blocks, and a peak depends on what was allocated before.
-    """
-    mmap_threshold, mmap_max = -3, -4  # names of malloc.h
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except OSError:  # another C library: peaks are then its own
-        yield
-        return
-    mallopt(mmap_max, 1 << 30)
-    mallopt(mmap_threshold, 65536)
-    try:
-        yield
-    finally:  # as bench.launch.ALLOCATOR has it
-        mallopt(mmap_max, 0)
-
-
 def peak_growth(run: Callable[[], object]) -> int:
     """Bytes by which memory grows at its highest while `run` runs."""
-    with exact_allocations():
-        before = reset_peak()
-        run()
-        return max(0, peak_bytes() - before)
+    before = reset_peak()
+    run()
+    return max(0, peak_bytes() - before)

@@ -30,16 +30,20 @@ def main() -> None:
 
 
 def measure(work: dict[str, Any]) -> dict[str, Any]:
-    """Compile, check, then take the memory of one run and the times of many.
+    """Compile, check, then take the times of many runs; or, if a peak is asked for, the memory of one.
 
     Returns:
-        error, first (seconds of the first call, which compiles), seconds (median), repeats and bytes (peak
-        growth over what the process held before); with an error above tolerance nothing is measured.
+        bytes (peak growth over what the process held before) if a peak is asked for; otherwise error, first
+        (seconds of the first call, which compiles), seconds (median) and repeats. With an error above
+        tolerance nothing is measured.
     """
     case = cases.CASES[work["case"]](work["length"])
     backward = work["backward"]
     backend = work["backend"]
     function = case.module if backend is None else torch.compile(case.module, backend=backend)
+    if work.get("peak"):  # of a function that another process has checked
+        case.run(function, backward)
+        return {"bytes": peak_growth(lambda: case.run(function, backward))}
     began = time.perf_counter()
     got = case.results(function, backward)
     first = time.perf_counter() - began
@@ -56,14 +60,12 @@ def measure(work: dict[str, Any]) -> dict[str, Any]:
     def run() -> None:
         case.run(function, backward)
 
-    grown = peak_growth(run)
     times = clock(run, work["budget"], work["ranks"])
     return {
         "error": worst,
         "first": first,
         "seconds": statistics.median(times),
         "repeats": len(times),
-        "bytes": grown,
     }
 
 
