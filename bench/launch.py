@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 # glibc maps blocks above 32 MB afresh at every call and gives freed memory back at once; the page faults that
-# follow cost more than the arithmetic and grow with the block. Times are taken with the memory kept instead.
+# follow cost more than the arithmetic and grow with the block. Times are taken with the memory kept.
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000"}
-# A kept heap splits its blocks, and a peak then depends on what was there before. Peaks are taken, in processes
-# of their own, with every block of 64 KB and more coming from the system and going back to it.
+# A kept heap splits its blocks, and a peak then depends on what was there before. Peaks are taken in
+# processes of their own, with every block of 64 KB and more coming from the system and going back to it.
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000000"}
 
 MARK = "@report "  # begins a report; other lines that a worker prints are nobody's business
