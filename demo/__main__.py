@@ -21,7 +21,7 @@ OUT = Path(__file__).parent / "out"
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--length", type=int, default=2048, help="tokens a sequence (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--pattern", default="LLLN", help="L linear, N softmax layers (default: %(default)s)")
@@ -44,7 +44,9 @@ def task(args: argparse.Namespace, **fields: Any) -> dict[str, Any]:
     """What both runs have in common, and `fields`."""
     names = ("model", "pattern", "length", "steps", "seed", "text")
     shared = {name: getattr(args, name) for name in names}
-    return shared | {"lr": 3e-3, "warmup": 20} | fields
+    # At 3e-3 the loss spikes, and a spike multiplies float32's rounding a thousandfold in a few steps, in any two
+    # orders of summation. A demo of equality trains where training is stable.
+    return shared | {"lr": 5e-4, "warmup": 20} | fields
 
 
 def train(console: Console, label: str, work: dict[str, Any]) -> list[Report]:
