@@ -44,8 +44,8 @@ def task(args: argparse.Namespace, **fields: Any) -> dict[str, Any]:
     """What both runs have in common, and `fields`."""
     names = ("model", "pattern", "length", "steps", "seed", "text")
     shared = {name: getattr(args, name) for name in names}
-    # At 3e-3 the loss spikes, and a spike multiplies float32's rounding a thousandfold in a few steps. A demo of
-    # equality trains where training is stable.
+    # At 3e-3 the loss spikes, and a spike multiplies float32's rounding a thousandfold in a few steps.
+    # A demo of equality trains where training is stable.
     return shared | {"lr": 5e-4, "warmup": 20} | fields
 
 
