@@ -1,9 +1,9 @@
 """The attention operators, the algebra of memory states, and the references that define both."""
 
-from spcompile.attention.algebra import ALGEBRAS, BASIC, StateAlgebra
-from spcompile.attention.ops import (
-    linear_attention,
-    linear_attention_backward,
+from spcompile.attention.algebra import ALGEBRAS, StateAlgebra
+from spcompile.attention.linear import linear_attention, linear_attention_backward
+from spcompile.attention.scan import affine_scan
+from spcompile.attention.softmax import (
     local_softmax_attention,
     local_softmax_attention_backward,
     softmax_attention,
@@ -12,8 +12,8 @@ from spcompile.attention.ops import (
 
 __all__ = [
     "ALGEBRAS",
-    "BASIC",
     "StateAlgebra",
+    "affine_scan",
     "linear_attention",
     "linear_attention_backward",
     "local_softmax_attention",

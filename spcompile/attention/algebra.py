@@ -5,9 +5,12 @@ before it to the state after it by an affine map (A, S): S_after = A S_before + 
 
     (A2, S2) o (A1, S1) = (A2 A1, A2 S1 + S2)        "2" is the later run
 
-which is associative with identity (1, 0), so a sequence can be cut into ranks and chunks anywhere. A
-variant is one row of :data:`ALGEBRAS`; a strategy says how summaries cross ranks and sees nothing else of
-the variant.
+which is associative with identity (1, 0), so a sequence can be cut into ranks and chunks anywhere. What sets
+the variants apart is the form of A, one row of :data:`ALGEBRAS` each; a strategy says how summaries cross
+ranks and sees nothing else of the variant.
+
+The backward recurrence is R_{t-1} = A_t^T R_t + q_t^T do_t: the same algebra with A transposed and time
+reversed.
 """
 
 from __future__ import annotations
@@ -19,7 +22,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ALGEBRAS", "BASIC", "StateAlgebra", "Summary", "fold", "pack", "summary_shapes", "unpack"]
+from spcompile.kernels.linear.chunked import Operands
+
+__all__ = [
+    "AFFINE",
+    "ALGEBRAS",
+    "BASIC",
+    "DECAY",
+    "MATRIX",
+    "StateAlgebra",
+    "Summary",
+    "algebra_of",
+    "fold",
+    "identity",
+    "pack",
+    "summary_shapes",
+    "unpack",
+]
 
 # What a run of tokens does to the state: the tensors of (A, S), S last. Leading dims are free (ranks,
 # chunks). The basic algebra, where A is 1, is just (S,).
@@ -28,37 +47,70 @@ Summary = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class StateAlgebra:
-    """One variant's row.
+    """The form of A, as ranks exchange it.
 
     Attributes:
-        name: the variant's name.
-        summarise: the summary of a run from the tokens' operands, token dim second to last.
-        combine: ``combine(later, earlier)``, elementwise over leading dims.
-        identity: the neutral summary in the shape of the given one.
+        name: what it is called.
+        transition: how A is represented, for people.
+        act: ``act(A, S)`` = A S, elementwise over leading dims.
+        compose: ``compose(A2, A1)`` = the representation of A2 A1.
+        neutral: the representation of 1 in the shape of the given one.
     """
 
     name: str
-    summarise: Callable[..., Summary]
-    combine: Callable[[Summary, Summary], Summary]
-    identity: Callable[[Summary], Summary]
+    transition: str
+    act: Callable[[Tensor, Tensor], Tensor]
+    compose: Callable[[Tensor, Tensor], Tensor]
+    neutral: Callable[[Tensor], Tensor]
+
+    def apply(self, summary: Summary, state: Tensor) -> Tensor:
+        """The state after a run of this ``summary`` that starts at ``state``: A state + S."""
+        moved = state if len(summary) == 1 else self.act(summary[0], state)
+        return moved + summary[-1]
+
+    def combine(self, later: Summary, earlier: Summary) -> Summary:
+        """The summary of the earlier run followed by the later one, elementwise over leading dims."""
+        state = self.apply(later, earlier[-1])
+        return (state,) if len(later) == 1 else (self.compose(later[0], earlier[0]), state)
 
 
-def _basic_summarise(k: Tensor, v: Tensor) -> Summary:
-    return (k.mT @ v,)
+def _eye(like: Tensor) -> Tensor:
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device).expand_as(like)
 
 
-def _basic_combine(later: Summary, earlier: Summary) -> Summary:
-    # A = 1 on both sides: A2 S1 + S2 = S1 + S2 (the plain sum of LASP-2, algorithm 2).
-    return (earlier[0] + later[0],)
+BASIC = StateAlgebra("basic", "1", lambda a, s: s, lambda a2, a1: a2, torch.ones_like)
+"""Summary (S,): the plain sum of LASP-2, algorithm 2."""
+
+DECAY = StateAlgebra(
+    "decay",
+    "Diag(exp(g)), g the sum of the log decays",
+    lambda g, s: g.exp() * s,
+    lambda g2, g1: g2 + g1,
+    torch.zeros_like,
+)
+"""Summary (g, S), g ``[..., 1, 1]`` or ``[..., K, 1]``: decay travels as sums of logs, never as products."""
+
+MATRIX = StateAlgebra(
+    "matrix", "a matrix M, K x K", lambda m, s: m @ s, lambda m2, m1: m2 @ m1, lambda m: _eye(m)
+)
+"""Summary (M, S), M ``[..., K, K]``: the delta rules, and affine scans that mix rows of the state."""
+
+AFFINE = StateAlgebra(
+    "affine", "elementwise factors a", lambda a, s: a * s, lambda a2, a1: a2 * a1, torch.ones_like
+)
+"""Summary (a, S), a broadcastable to S, of any sign: affine scans of a user's own recurrence."""
+
+ALGEBRAS = {row.name: row for row in (BASIC, DECAY, MATRIX, AFFINE)}
 
 
-def _basic_identity(like: Summary) -> Summary:
-    return (torch.zeros_like(like[0]),)
+def algebra_of(x: Operands) -> StateAlgebra:
+    """The form of A of a call of ``linear_attention``."""
+    return MATRIX if x.beta is not None else BASIC if x.log_decay is None else DECAY
 
 
-BASIC = StateAlgebra("basic", _basic_summarise, _basic_combine, _basic_identity)
-
-ALGEBRAS = {row.name: row for row in (BASIC,)}
+def identity(algebra: StateAlgebra, like: Summary) -> Summary:
+    """The neutral summary in the shape of the given one."""
+    return (*(algebra.neutral(a) for a in like[:-1]), torch.zeros_like(like[-1]))
 
 
 def fold(algebra: StateAlgebra, summaries: Summary, keep: Tensor, reverse: bool = False) -> Summary:
@@ -74,7 +126,7 @@ def fold(algebra: StateAlgebra, summaries: Summary, keep: Tensor, reverse: bool 
     Returns:
         the composed summary, without the leading dim.
     """
-    neutral = algebra.identity(summaries)
+    neutral = identity(algebra, summaries)
     stack = tuple(
         torch.where(keep.reshape(-1, *[1] * (x.dim() - 1)), x, zero)
         for x, zero in zip(summaries, neutral, strict=True)

@@ -6,24 +6,59 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["linear_attention", "softmax_attention"]
+__all__ = ["affine_scan", "linear_attention", "softmax_attention"]
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    """The recurrence S_t = S_{t-1} + k_t^T v_t, o_t = scale * q_t S_t (or q_t S_T if not causal).
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    causal: bool,
+    scale: float,
+    exclusive: bool = False,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence S_t = (I - beta_t k_t^T k_t) D_t S_{t-1} + beta_t k_t^T v_t (without beta: S_t = D_t S_{t-1}
+    + k_t^T v_t), D_t = Diag(exp(log_decay_t)), and o_t = scale * q_t S_t (exclusive: S_{t-1}; not causal: S_T).
 
     Args:
-        q, k: ``[B, H, T, K]``; v: ``[B, H, T, V]``.
+        q, k: ``[B, H, T, K]``; v: ``[B, H, T, V]``; the others as in ``spcompile::linear_attention``.
     Returns:
-        ``[B, H, T, V]``.
+        out ``[B, H, T, V]`` and the state after the last token ``[B, H, K, V]``.
     """
-    state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
-    states = []
-    for t in range(q.shape[2]):
-        state = state + k[:, :, t, :, None] * v[:, :, t, None, :]
-        states.append(state)
-    outs = [q[:, :, t, None] @ (states[t] if causal else state) * scale for t in range(q.shape[2])]
-    return torch.cat(outs, dim=2)
+    b, h, t, size = k.shape
+    state = k.new_zeros(b, h, size, v.shape[3]) if initial_state is None else initial_state
+    decay = k.new_ones(b, h, t, 1) if log_decay is None else log_decay.exp().expand(b, h, t, -1)
+    seen: dict[int, Tensor] = {}
+    for i in reversed(range(t)) if reverse else range(t):
+        key, value = k[:, :, i, :, None], v[:, :, i, None, :]
+        moved = state * decay[:, :, i, :, None]
+        if beta is not None:
+            value = beta[:, :, i, :, None] * (value - key.mT @ moved)
+        after = moved + key * value
+        seen[i] = state if exclusive else after
+        state = after
+    outs = [q[:, :, i, None] @ (seen[i] if causal else state) * scale for i in range(q.shape[2])]
+    return torch.cat(outs, dim=2), state
+
+
+def affine_scan(
+    a: Tensor | None, b: Tensor, initial_state: Tensor | None, matrix: bool, reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """S_t = a_t S_{t-1} + b_t (elementwise, or a matrix from the left) along dim -3: the states before each
+    step, and the last."""
+    state = torch.zeros_like(b[..., 0, :, :]) if initial_state is None else initial_state
+    seen: dict[int, Tensor] = {}
+    a = a if a is None or matrix else a.expand(b.shape)
+    for t in reversed(range(b.shape[-3])) if reverse else range(b.shape[-3]):
+        seen[t] = state
+        if a is not None:
+            state = a[..., t, :, :] @ state if matrix else a[..., t, :, :] * state
+        state = state + b[..., t, :, :]
+    return torch.stack([seen[t] for t in range(b.shape[-3])], dim=-3), state
 
 
 def softmax_attention(

@@ -107,5 +107,3 @@ def _erase_dead(graph: fx.Graph, emitted: list[fx.Node]) -> None:
         ours = getattr(node.target, "namespace", "") in ("_c10d_functional", "spcompile")
         if not node.users and (ours or not node.is_impure()):
             graph.erase_node(node)
-
-

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import spcompile.attention  # noqa: F401  (registers the operators)
 from spcompile.collectives import Sequence
+from spcompile.kernels.linear.chunked import Operands, Options
 from spcompile.placement import Partial, Placement, Replicate, Shard
 from spcompile.rules.base import Call, Context, Emit, Side, Split
 
@@ -21,45 +22,97 @@ FORWARD = (ops.softmax_attention.default, ops.linear_attention.default)
 """The forward operators; operands 0 and 1 are queries and keys, [B, H, T, K]."""
 
 
-def _is_sequence(shard: Shard) -> bool:
-    return shard.dim == 2 and shard.start == 0 and shard.outer * shard.inner == 1
+def _is_sequence(shard: Shard, dim: int = 2) -> bool:
+    return shard.dim == dim and shard.start == 0 and shard.outer * shard.inner == 1
+
+
+_OPERANDS = ("q", "k", "v", "log_decay", "beta", "initial_state")
 
 
 @dataclass
 class LinearAttention:
-    """linear_attention and its backward: every operand is sharded alike, only memory states cross ranks."""
+    """linear_attention and its backward: what has tokens is sharded alike, only memory states cross ranks.
+
+    States are whole on every rank, and so is a decay without tokens, whose gradient is a sum over ranks.
+    """
 
     call: Call
     linear: tuple[frozenset[int], ...] = ()
 
+    @property
+    def backward(self) -> bool:
+        """Whether this is the backward operator, whose first operands are gradients of the results."""
+        return self.call.op is ops.linear_attention_backward.default
+
     def split(self, side: Side, index: int, shard: Shard) -> Split | None:
         """See :class:`spcompile.rules.base.Rule`. Batch and heads pass; the strategy does the sequence."""
-        if shard.dim == 3 or (shard.dim == 2 and not _is_sequence(shard)):
+        roles, results = self._roles(), self._results()
+        sizes = [x.shape for x in self.call.operands]
+        if shard.dim == 3 or (side == "in" and sizes[index][shard.dim] == 1):
             return None
-        inputs, outputs = (shard,) * len(self.call.operands), (shard,) * len(self.call.outputs)
-        return Split(inputs, outputs, (None,) * len(inputs), self._emit(shard if shard.dim == 2 else None))
+        if shard.dim < 2:
+            if any(s[shard.dim] == 1 for s in sizes):
+                return None  # a decay that is broadcast
+            alike = [shard if x.dim() == 4 else Replicate() for x in self.call.outputs]
+            return Split((shard,) * len(sizes), tuple(alike), (None,) * len(sizes), self._emit(None))
+        role = (roles if side == "in" else results)[index]
+        if not _is_sequence(shard) or not role or role in ("state", "constant"):
+            return None
+        place: dict[str, Placement] = {"tokens": shard, "state": Replicate(), "": Replicate()}
+        inputs = tuple(place.get(r, Replicate()) for r in roles)
+        outputs = tuple(place.get(r, Partial("sum")) for r in results)
+        return Split(inputs, outputs, (None,) * len(inputs), self._emit(shard))
 
     def whole_emit(self) -> Emit:
         """The lowering for one rank: no collective."""
         return self._emit(None)
 
+    def _arguments(self) -> dict[str, Any]:
+        """The tensor arguments by name, None where there is none."""
+        first = 2 if self.backward else 0
+        names = ("grad", "grad_final")[:first] + _OPERANDS
+        return dict(zip(names, self.call.args, strict=False))
+
+    def _role(self, name: str, x: Any) -> str:
+        if x is None or x.dim() != 4:
+            return ""
+        if name in ("initial_state", "grad_final"):
+            return "state"
+        return "constant" if name == "log_decay" and x.shape[2] == 1 != self._tokens() else "tokens"
+
+    def _tokens(self) -> int:
+        return self._arguments()["k"].shape[2]
+
+    def _roles(self) -> list[str]:
+        """Of the operands that are there: "tokens", "state" or "constant" (a decay without tokens)."""
+        return [self._role(name, x) for name, x in self._arguments().items() if x is not None]
+
+    def _results(self) -> list[str]:
+        if not self.backward:
+            return ["tokens", "state"]
+        given = self._arguments()
+        return [self._role(name, given[name]) for name in _OPERANDS]
+
     def _emit(self, shard: Shard | None) -> Emit:
-        tail = self.call.args[len(self.call.operands) :]
-        causal, scale = tail
-        backward = self.call.op is ops.linear_attention_backward.default
+        names = [name for name, x in self._arguments().items() if x is not None]
+        options = Options(*self.call.args[len(self._arguments()) :], **self.call.kwargs)
 
         def emit(context: Context, operands: list[Tensor]) -> Any:
             sequence = None if shard is None else Sequence(context.group, shard.block, shard.length)
-            options: dict[str, Any] = {"causal": causal, "scale": scale, "sequence": sequence}
-            key = ("carry", *map(id, operands[-2:]), causal, sequence)
-            if not backward:
-                out, carry = context.linear.linear_forward(*operands, **options)
-                context.stash[key] = context.keep(carry)
-                return out
+            given = dict(zip(names, operands, strict=True))
+            x = Operands(*(given.get(name) for name in _OPERANDS))  # type: ignore[arg-type]
+            key = ("carry", *map(id, x[1:]), options, sequence)
             if key not in context.stash:
-                _, context.stash[key] = context.linear.linear_forward(*operands[1:], **options)
-            grad, q, k, v = operands
-            return context.linear.linear_backward(grad, q, k, v, context.stash[key], **options)
+                out, final, carry = context.linear.linear_forward(x, options, sequence)
+                context.stash[key] = carry if carry is x.initial_state else context.keep(carry)
+                if not self.backward:
+                    return out, final
+            elif not self.backward:
+                return context.linear.linear_forward(x, options, sequence)[:2]
+            carry, grad = context.stash[key], given["grad"]
+            final = given.get("grad_final")
+            grads = context.linear.linear_backward(grad, final, x, options, carry, sequence)
+            return tuple(x.q.new_zeros(0) if g is None else g for g in grads)
 
         return emit
 
@@ -143,7 +196,67 @@ class SoftmaxAttention:
         return emit
 
 
-RULES: dict[Any, type[LinearAttention] | type[SoftmaxAttention]] = {
+@dataclass
+class AffineScan:
+    """affine_scan: steps are sharded and their summaries exchanged; every other dim but a matrix's passes."""
+
+    call: Call
+    linear: tuple[frozenset[int], ...] = ()
+
+    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+        """See :class:`spcompile.rules.base.Rule`."""
+        matrix, a, b = self.call.args[3], self.call.args[0], self.call.args[1]
+        rank = b.dim()
+        of_states = index == 1 if side == "out" else self.call.operands[index].dim() == rank - 1
+        from_end = shard.dim - (
+            rank - 1 if of_states else rank
+        )  # -1 is V, -2 K, -3 the steps or the last of L
+        dim = from_end - 1 if of_states and from_end < -2 else from_end  # as in b
+        if (side == "in" and self.call.operands[index].shape[shard.dim] != b.shape[dim]) or b.shape[dim] == 1:
+            return None
+        if matrix and (dim == -2 or (dim == -1 and side == "in" and self._is_a(index))):
+            return None
+        if dim == -3 and not _is_sequence(shard, shard.dim):
+            return None
+        whole_state: Placement = (
+            Replicate() if dim == -3 else shard.at(rank - 1 + (dim if dim > -3 else dim + 1))
+        )
+        inputs: list[Placement] = []
+        for x in self.call.operands:
+            if x.dim() == rank - 1:
+                inputs.append(whole_state)
+            elif x is a and (a.shape[dim] == 1 != b.shape[dim] or (matrix and dim == -1)):
+                inputs.append(Replicate())
+            else:
+                inputs.append(shard.at(rank + dim))
+        outputs = (shard.at(rank + dim), whole_state)
+        emit = self._emit(shard if dim == -3 else None)
+        return Split(tuple(inputs), outputs, (None,) * len(inputs), emit)
+
+    def whole_emit(self) -> Emit:
+        """The lowering for one rank: no collective."""
+        return self._emit(None)
+
+    def _is_a(self, index: int) -> bool:
+        return self.call.args[0] is not None and index == 0
+
+    def _emit(self, shard: Shard | None) -> Emit:
+        given = [x is not None for x in self.call.args[:3]]
+        matrix = self.call.args[3]
+        reverse = self.call.argument(4, "reverse", False)
+
+        def emit(context: Context, operands: list[Tensor]) -> Any:
+            sequence = None if shard is None else Sequence(context.group, shard.block, shard.length)
+            fresh = iter(operands)
+            a, b, initial = (next(fresh) if there else None for there in given)
+            assert b is not None
+            return context.linear.scan(a, b, initial, matrix=matrix, reverse=reverse, sequence=sequence)
+
+        return emit
+
+
+RULES: dict[Any, type[LinearAttention] | type[SoftmaxAttention] | type[AffineScan]] = {
+    ops.affine_scan.default: AffineScan,
     ops.linear_attention.default: LinearAttention,
     ops.linear_attention_backward.default: LinearAttention,
     ops.softmax_attention.default: SoftmaxAttention,

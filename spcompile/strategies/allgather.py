@@ -18,9 +18,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spcompile import collectives
-from spcompile.attention.algebra import BASIC, StateAlgebra, Summary, fold, pack, summary_shapes, unpack
-from spcompile.collectives import Group, Sequence
-from spcompile.kernels.linear import chunked, whole
+from spcompile.attention.algebra import (
+    AFFINE,
+    BASIC,
+    MATRIX,
+    StateAlgebra,
+    Summary,
+    algebra_of,
+    fold,
+    pack,
+    summary_shapes,
+    unpack,
+)
+from spcompile.collectives import Group, Sequence, local_valid
+from spcompile.kernels.linear import whole
+from spcompile.kernels.linear.chunked import Backward, Forward, Operands, Options
+from spcompile.kernels.scan import state_dtype
 from spcompile.strategies.protocol import masked
 
 __all__ = ["LinearAllGather", "SoftmaxAllGather"]
@@ -32,73 +45,176 @@ def _group(sequence: Sequence | None) -> Group | None:
 
 
 class _Exchange:
-    """Summaries of all ranks on their way: started when made, combined by :meth:`others`."""
+    """Summaries of all ranks on their way: started when made, combined by :meth:`carry`.
 
-    def __init__(self, algebra: StateAlgebra, summary: Summary, group: Group | None) -> None:
-        self.algebra, self.summary, self.group = algebra, summary, group
-        if group is not None:
-            self.packed = pack(summary)
-            self.started = collectives.start_all_gather(self.packed, group)
+    ``known`` is the stack ``[P, ...]`` of the ranks' transitions A where each rank can compute it by itself: a
+    constant decay over as many tokens as a rank has. Then only states travel.
+    """
 
-    def others(self, later: bool) -> Summary | None:
-        """The composed summary of the ranks before this one (after it, time reversed, if ``later``)."""
-        if self.group is None:
-            return None
-        size, device = self.group.size, self.packed.device
-        packed = collectives.finish(self.started, (size, *self.packed.shape))
-        ranks, mine = torch.arange(size, device=device), collectives.rank(self.group, device)
-        keep = ranks > mine if later else ranks < mine
-        return fold(self.algebra, unpack(packed, summary_shapes(self.summary)), keep, reverse=later)
+    def __init__(
+        self,
+        algebra: StateAlgebra,
+        summary: Summary,
+        group: Group,
+        initial: Tensor | None,
+        *,
+        known: Tensor | None = None,
+        later: bool = False,
+    ) -> None:
+        self.algebra, self.group, self.initial, self.known, self.later = algebra, group, initial, known, later
+        self.sent = summary if known is None else summary[1:]
+        packed = pack(self.sent)
+        self.device, self.size = packed.device, packed.shape
+        self.started = collectives.start_all_gather(packed, group)
+        self.summaries: Summary | None = None
+
+    def _arrived(self) -> Summary:
+        if self.summaries is None:
+            packed = collectives.finish(self.started, (self.group.size, *self.size))
+            states = unpack(packed, summary_shapes(self.sent))
+            self.summaries = states if self.known is None else (self.known, *states)
+        return self.summaries
+
+    def _folded(self, keep: Tensor) -> Tensor:
+        whole = fold(self.algebra, self._arrived(), keep, reverse=self.later)
+        return whole[-1] if self.initial is None else self.algebra.apply(whole, self.initial)
+
+    def carry(self) -> Tensor:
+        """The state before this rank's first step: that of the ranks before it (after it, if ``later``)."""
+        ranks = torch.arange(self.group.size, device=self.device)
+        mine = collectives.rank(self.group, self.device)
+        return self._folded(ranks > mine if self.later else ranks < mine)
+
+    def final(self) -> Tensor:
+        """The state after the last step of all ranks."""
+        return self._folded(torch.ones(self.group.size, dtype=torch.bool, device=self.device))
+
+
+def _known_decay(log_decay: Tensor | None, x: Operands, sequence: Sequence) -> Tensor | None:
+    """Sums of a constant log decay over each rank's tokens, ``[P, B, H, 1 or K, 1]``; None if it is none."""
+    if log_decay is None or log_decay.shape[2] != 1 or x.beta is not None:
+        return None
+    block, ranks = sequence.block, torch.arange(sequence.group.size, device=log_decay.device)
+    tokens = (sequence.length - ranks * block).clamp(0, block).reshape(-1, 1, 1, 1, 1)
+    log_decay = log_decay.expand(*x.k.shape[:2], 1, -1).mT.to(state_dtype(x.k.dtype))
+    return torch.where(tokens > 0, tokens * log_decay, 0.0)  # 0 * -inf is no decay
+
+
+def _tokens_only(x: Operands, sequence: Sequence | None) -> Operands:
+    """The operands with padding that does nothing to the state: no key, no value, no decay."""
+    if x.log_decay is not None:
+        decay = x.log_decay.to(state_dtype(x.k.dtype))
+        x = x._replace(log_decay=decay.expand(*x.k.shape[:3], decay.shape[3]))
+    given = [y for y in x[:5] if y is not None]
+    fresh = iter(masked(sequence, 2, *given))
+    return Operands(*(None if y is None else next(fresh) for y in x[:5]), x.initial_state)
 
 
 class LinearAllGather:
-    """LASP-2."""
+    """LASP-2, with every transition of the family."""
 
     def linear_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, sequence: Sequence | None
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Operands, options: Options, sequence: Sequence | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See :class:`~spcompile.strategies.protocol.LinearStrategy`."""
-        k, v = masked(sequence, 2, k, v)
         group = _group(sequence)
-        if not causal:
-            memory = _summed(whole.state(k, v), group)
-            return whole.apply(q, memory, scale), memory
-        f, summary = chunked.forward_start(q, k, v)
-        exchange = _Exchange(BASIC, (summary,), group)
-        intra, before = chunked.forward_local(f, scale)
-        carry = exchange.others(later=False)
-        state = None if carry is None else carry[-1]
-        out = chunked.forward_finish(f, intra, before, state, scale, q)
-        return out, torch.zeros_like(summary) if state is None else state
+        given, x = x, _tokens_only(x, sequence)
+        if not options.causal:
+            memory = _summed(whole.state(x.k, x.v), group)
+            return whole.apply(x.q, memory, options.scale), memory, memory
+        f = Forward(x, options)
+        f.start()
+        exchange = None
+        if group is not None:
+            assert sequence is not None
+            known, start = _known_decay(given.log_decay, x, sequence), f.wide(x.initial_state)
+            exchange = _Exchange(algebra_of(x), f.total(), group, start, known=known, later=options.reverse)
+        f.local()
+        carry = x.initial_state if exchange is None else exchange.carry()
+        out, final = f.finish(carry)
+        return out, final if exchange is None else exchange.final(), carry
 
     def linear_backward(
         self,
         grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        grad_final: Tensor | None,
+        x: Operands,
+        options: Options,
         carry: Tensor | None,
-        *,
-        causal: bool,
-        scale: float,
         sequence: Sequence | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor | None, ...]:
         """See :class:`~spcompile.strategies.protocol.LinearStrategy`."""
-        grad, q, k, v = masked(sequence, 2, grad, q, k, v)
         group = _group(sequence)
-        if not causal:
-            memory = _summed(whole.state(k, v), group) if carry is None else carry
-            return whole.apply_backward(grad, q, k, v, memory, _summed(whole.state(q, grad), group), scale)
-        b, summary = chunked.backward_start(grad, q, k, v)
-        exchange = _Exchange(BASIC, (summary,), group)
-        if carry is None and group is not None:
-            again = _Exchange(BASIC, (whole.state(k, v),), group).others(later=False)
-            assert again is not None
-            carry = again[-1]
-        dq, dk, dv, after = chunked.backward_local(b, carry if group is not None else None, scale)
-        later = exchange.others(later=True)
-        dk, dv = chunked.backward_finish(b, dk, dv, after, None if later is None else later[-1], scale)
-        return chunked.unchunked(dq, q), chunked.unchunked(dk, k), chunked.unchunked(dv, v)
+        given, x = x, _tokens_only(x, sequence)
+        (grad,) = masked(sequence, 2, grad)
+        if not options.causal:
+            assert carry is not None
+            grad_memory = _summed(whole.state(x.q, grad), group) * options.scale
+            grad_memory = grad_memory if grad_final is None else grad_memory + grad_final
+            grads = whole.apply_backward(grad, x.q, x.k, x.v, carry, grad_memory, options.scale)
+            return *grads, None, None, None
+        b = Backward(x, options)
+        b.start(grad, carry)
+        exchange = None
+        if group is not None:
+            assert sequence is not None
+            known, start = _known_decay(given.log_decay, x, sequence), b.wide(grad_final)
+            later = not options.reverse
+            exchange = _Exchange(algebra_of(x), b.total(), group, start, known=known, later=later)
+            b.local()
+        grads = b.finish(grad_final if exchange is None else exchange.carry())
+        dq, dk, dv, decay, beta, initial = grads
+        if decay is not None:
+            assert given.log_decay is not None
+            decay = decay.sum_to_size(given.log_decay.shape).to(given.log_decay.dtype)
+        if initial is not None and exchange is not None:
+            initial = exchange.final().to(initial.dtype)
+        return dq, dk, dv, decay, beta, initial
+
+    def scan(
+        self,
+        a: Tensor | None,
+        b: Tensor,
+        initial: Tensor | None,
+        *,
+        matrix: bool,
+        reverse: bool,
+        sequence: Sequence | None,
+    ) -> tuple[Tensor, Tensor]:
+        """See :class:`~spcompile.strategies.protocol.LinearStrategy`."""
+        run = torch.ops.spcompile.affine_scan
+        group = _group(sequence)
+        if group is None:
+            return run(a, b, initial, matrix, reverse)
+        assert sequence is not None
+        a, b = _steps_only(a, b, matrix, sequence)
+        size, width = b.shape[-2:]
+        if a is None:
+            algebra, summary = BASIC, (b.sum(-3),)
+        elif matrix:
+            eye = torch.eye(size, dtype=b.dtype, device=b.device).expand(*b.shape[:-3], size, size)
+            start = torch.cat([torch.zeros_like(b[..., 0, :, :]), eye], -1)
+            total = run(a, F.pad(b, (0, size)), start, True, reverse)[1]
+            algebra, summary = MATRIX, (total[..., width:], total[..., :width])
+        else:
+            algebra, summary = AFFINE, (a.prod(-3), run(a, b, None, False, reverse)[1])
+        exchange = _Exchange(algebra, summary, group, initial, later=reverse)
+        before, _ = run(a, b, exchange.carry(), matrix, reverse)
+        return before, exchange.final()
+
+
+def _steps_only(
+    a: Tensor | None, b: Tensor, matrix: bool, sequence: Sequence
+) -> tuple[Tensor | None, Tensor]:
+    """The operands of a scan with padding that leaves the state as it is; a with its own step each."""
+    if a is not None and a.shape[-3] == 1:
+        a = a.expand(*a.shape[:-3], b.shape[-3], *a.shape[-2:])
+    (b,) = masked(sequence, b.dim() - 3, b)
+    if a is not None and sequence.padded:
+        valid = local_valid(sequence, a.device).reshape(-1, 1, 1)
+        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device) if matrix else a.new_ones(())
+        a = torch.where(valid, a, eye)
+    return a, b
 
 
 def _summed(state: Tensor, group: Group | None) -> Tensor:

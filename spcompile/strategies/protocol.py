@@ -13,39 +13,54 @@ import torch
 from torch import Tensor
 
 from spcompile.collectives import Sequence, local_valid
+from spcompile.kernels.linear.chunked import Operands, Options
 
 __all__ = ["LinearStrategy", "SoftmaxStrategy", "masked"]
 
 
 class LinearStrategy(Protocol):
-    """Sharded ``spcompile::linear_attention``."""
+    """Sharded ``spcompile::linear_attention`` and ``spcompile::affine_scan``."""
 
     def linear_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, sequence: Sequence | None
-    ) -> tuple[Tensor, Tensor]:
-        """This rank's rows of the output, and ``carry`` for the backward.
+        self, x: Operands, options: Options, sequence: Sequence | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """This rank's rows of the output, the state after the last token, and ``carry`` for the backward.
 
         Args:
-            q, k: ``[B, H, block, K]``; v: ``[B, H, block, V]``.
+            x: operands of this rank's ``block`` tokens; the initial state is the whole sequence's.
         Returns:
-            out ``[B, H, block, V]`` in q's dtype, and carry ``[B, H, K, V]`` in float32 (float64): the
-            memory state before this rank's first token, or of the whole sequence if not causal.
+            out ``[B, H, block, V]`` in q's dtype; final ``[B, H, K, V]`` in float32 (float64), alike on all
+            ranks; carry, the state before this rank's first token, or of the whole sequence if not causal.
+            None is zero.
         """
         ...
 
     def linear_backward(
         self,
         grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        grad_final: Tensor | None,
+        x: Operands,
+        options: Options,
         carry: Tensor | None,
-        *,
-        causal: bool,
-        scale: float,
         sequence: Sequence | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv of this rank's tokens. ``carry`` None: computed again, with the forward's collective."""
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the operands, None for those that are None.
+
+        Those of this rank's tokens; of a constant decay this rank's *term*; of the initial state the whole.
+        """
+        ...
+
+    def scan(
+        self,
+        a: Tensor | None,
+        b: Tensor,
+        initial: Tensor | None,
+        *,
+        matrix: bool,
+        reverse: bool,
+        sequence: Sequence | None,
+    ) -> tuple[Tensor, Tensor]:
+        """``affine_scan`` of this rank's steps, with one exchange of summaries; final is alike on all ranks."""
         ...
 
 

@@ -1,21 +1,22 @@
-"""Causal linear attention in chunks, as batched ATen matmuls that Inductor fuses around.
+"""Causal linear attention of every variant in chunks, as batched ATen matmuls that Inductor fuses around.
 
-With chunks of C tokens, S_c = sum of k_j^T v_j over chunk c, and P_c = S_0 + ... + S_{c-1} (before chunk c):
+``intra.py`` says what a chunk does: S_after = A S_before + B and out = intra + queries S_before. Here the
+chunks are chained, forward and backward, cut where a rank needs other ranks:
 
-    out_c = scale * ( tril(q_c k_c^T) v_c  +  q_c (P_c + carry) )                        (LASP-2, eqs. 5-8)
+    start    what each chunk does to the state, and what all of them together do: the summary that ranks
+             exchange
+    local    the intra-chunk work, which needs no communication and is what the exchange hides behind
+    finish   the states before each chunk, from the state ``carry`` before the first one
 
-where ``carry`` is the memory state before the first token, nonzero on a rank that has ranks before it. With
-R_c the sum of q_i^T do_i over the chunks *after* c (its ``carry`` is what later ranks add), the gradients are
+With R_c the gradient of the state after chunk c, R_{c-1} = A_c^T R_c + queries_c^T do_c, the gradients of what
+a chunk does are
 
-    dq_c = scale * ( tril(do_c v_c^T) k_c    +  do_c (P_c + carry)^T )
-    dk_c = scale * ( tril(do_c v_c^T)^T q_c  +  v_c (R_c + carry)^T )
-    dv_c = scale * ( tril(q_c k_c^T)^T do_c  +  k_c (R_c + carry) )
+    d intra = do      d queries_c = do_c S_{c-1}^T      dB_c = R_c      dA_c = R_c S_{c-1}^T
 
-Each direction is cut where a rank needs other ranks: ``*_start`` gives the sums that a strategy exchanges,
-``*_local`` needs no communication and is what the exchange hides behind, ``*_finish`` takes what came back.
+and those of the tokens follow by differentiating ``chunk_map``, for every variant alike.
 
-Shapes: N = B*H, n chunks per rank, C tokens per chunk; memory and work are linear in T, and no Python loop
-runs over chunks, so the graph has the same size for any T.
+Shapes: N = B*H, n chunks, C tokens per chunk; memory and work are linear in T, and the graph has the same size
+for any T: the only loop, over chunks, is inside ``spcompile::affine_scan``.
 """
 
 from __future__ import annotations
@@ -26,18 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = [
-    "CHUNK",
-    "Backward",
-    "Forward",
-    "backward_finish",
-    "backward_start",
-    "exclusive_sum",
-    "forward_finish",
-    "forward_local",
-    "forward_start",
-    "state_dtype",
-]
+from spcompile.kernels.linear.intra import Tokens, chunk_map, intra
+from spcompile.kernels.scan import state_dtype
+
+__all__ = ["CHUNK", "Backward", "Forward", "Operands", "Options"]
 
 # Tokens per chunk. Scores take T*C elements and states T*K*V/C. CPU milliseconds of forward and backward by
 # Inductor on one core, T = 4096 and H*K = 512, for C = 32, 64, 128, 256:
@@ -47,174 +40,193 @@ CHUNK = 64
 # From this head size on, a chunk of 128 is as fast and halves the memory of the states.
 _WIDE = 256
 
-# Chunk states per group of the two-level sum (see exclusive_sum): 16 adds a quarter to the states' work.
-_GROUP = 16
+
+class Operands(NamedTuple):
+    """The tensors of ``spcompile::linear_attention``."""
+
+    q: Tensor  # [B, H, T, K]
+    k: Tensor  # [B, H, T, K]
+    v: Tensor  # [B, H, T, V]
+    log_decay: Tensor | None = None  # broadcastable to [B, H, T, K]
+    beta: Tensor | None = None  # [B, H, T, 1]
+    initial_state: Tensor | None = None  # [B, H, K, V]
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of memory states and of sums over tokens: float32, or float64 for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+class Options(NamedTuple):
+    """The other arguments of ``spcompile::linear_attention``."""
+
+    causal: bool
+    scale: float
+    exclusive: bool = False
+    reverse: bool = False
 
 
-def _chunk_length(k: Tensor, v: Tensor) -> int:
-    """Tokens per chunk for these keys and values, no more than there are."""
-    chunk = 2 * CHUNK if k.shape[3] * v.shape[3] >= _WIDE**2 else CHUNK
-    return max(1, min(chunk, k.shape[2]))
+def _chunk_length(x: Operands) -> int:
+    """Tokens per chunk, a power of two, hardly more than there are."""
+    wide = x.beta is None and x.k.shape[3] * x.v.shape[3] >= _WIDE**2
+    tokens = max(1, x.k.shape[2])
+    return min(2 * CHUNK if wide else CHUNK, 1 << (tokens - 1).bit_length())
 
 
-def chunked(x: Tensor, chunk: int) -> Tensor:
+def _cut(x: Tensor, chunk: int, reverse: bool) -> Tensor:
     """Cut ``[B, H, T, D]`` into chunks ``[B*H, ceil(T/chunk), chunk, D]`` in the state dtype.
 
-    A last chunk that is not full is filled with zeros, which add nothing to any sum.
+    A last chunk that is not full is filled with zeros, which do nothing to the state: no key, no decay.
     """
     b, h, t, d = x.shape
     x = x.to(state_dtype(x.dtype))
+    x = x.flip(2) if reverse else x
     if t % chunk:
         x = F.pad(x, (0, 0, 0, -t % chunk))
     return x.reshape(b * h, -(-t // chunk), chunk, d)
 
 
-def unchunked(x: Tensor, like: Tensor) -> Tensor:
-    """Chunks ``[B*H, n, C, D]`` back to the batch, heads, length and dtype of ``like``, contiguous."""
+def _uncut(x: Tensor, like: Tensor, reverse: bool) -> Tensor:
+    """Chunks ``[B*H, n, C, D]`` back to tokens ``[B, H, T, D]`` of the B, H and T of ``like``."""
     b, h, t, _ = like.shape
-    return x.reshape(b, h, -1, x.shape[-1])[:, :, :t].to(like.dtype).contiguous()
+    x = x.reshape(b, h, -1, x.shape[-1])[:, :, :t]
+    return x.flip(2) if reverse else x
 
 
-def _matmul(x: Tensor, y: Tensor) -> Tensor:
-    """Matmul of the last two dims, as one bmm over batch, heads and chunks."""
-    out = torch.bmm(x.reshape(-1, *x.shape[2:]), y.reshape(-1, *y.shape[2:]))
-    return out.reshape(*x.shape[:2], *out.shape[1:])
+class _Run:
+    """The tokens of a call, in chunks."""
+
+    def __init__(self, x: Operands, options: Options) -> None:
+        self.x, self.options = x, options
+        self.chunk = _chunk_length(x)
+        self.matrix = x.beta is not None
+        g = x.log_decay
+        if g is not None:
+            g = self.cut(g.expand(*x.k.shape[:3], g.shape[3]))
+        beta = None if x.beta is None else self.cut(x.beta)
+        self.tokens = Tokens(self.cut(x.q) * options.scale, self.cut(x.k), self.cut(x.v), g, beta)
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """``[B, H, T, D]`` in chunks, in the order of time."""
+        return _cut(tensor, self.chunk, self.options.reverse)
+
+    def heads(self, state: Tensor) -> Tensor:
+        """A state ``[N, ...]`` as ``[B, H, ...]``."""
+        return state.reshape(*self.x.q.shape[:2], *state.shape[1:])
+
+    def wide(self, state: Tensor | None) -> Tensor | None:
+        """A state in the state dtype."""
+        return None if state is None else state.to(self.tokens.k.dtype)
+
+    def flat(self, state: Tensor | None) -> Tensor | None:
+        """A state ``[B, H, ...]`` as ``[N, ...]`` in the state dtype."""
+        return None if state is None else state.flatten(0, 1).to(self.tokens.k.dtype)
+
+    def scan(
+        self, a: Tensor | None, b: Tensor, initial: Tensor | None, reverse: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """States ``[N, n, K, V]`` before each chunk, and the one ``[N, K, V]`` after the last."""
+        return torch.ops.spcompile.affine_scan(a, b, initial, a is not None and self.matrix, reverse)
+
+    def summary(self, a: Tensor | None, b: Tensor, reverse: bool = False) -> tuple[Tensor, ...]:
+        """What all chunks together do to the state, ``[B, H, ...]``: (B), (sum of log decays, B) or (A, B).
+
+        ``reverse``: from the last chunk to the first.
+        """
+        if a is None:
+            return (self.heads(b.sum(1)),)
+        if self.matrix:
+            k, v = b.shape[-2:]
+            eye = torch.eye(k, dtype=b.dtype, device=b.device).expand(b.shape[0], k, k)
+            start = torch.cat([torch.zeros_like(b[:, 0]), eye], -1)
+            after = self.scan(a, F.pad(b, (0, k)), start, reverse)[1]
+            return self.heads(after[..., v:]), self.heads(after[..., :v])
+        assert self.tokens.g is not None
+        logs = self.tokens.g.sum(-2).unsqueeze(-1)  # [N, n, 1 or K, 1]
+        order = logs if reverse else logs.flip(1)
+        beyond = F.pad(order.cumsum(1)[:, :-1], (0, 0, 0, 0, 1, 0))
+        beyond = (beyond if reverse else beyond.flip(1)).exp()
+        return self.heads(logs.sum(1)), self.heads((beyond * b).sum(1))
 
 
-def exclusive_sum(states: Tensor, reverse: bool = False) -> Tensor:
-    """Sum of the chunk states before each chunk (after it, if ``reverse``), ``[N, n, K, V]`` to the same.
+class Forward(_Run):
+    """The forward between its steps."""
 
-    Two levels: inside groups of 16 chunks a matmul with a strictly triangular matrix of ones, and the
-    groups' totals by the same function. A ``cumsum`` along a dim that is not the last costs three times as
-    much on CPU and is not fused: with it the layer takes 1.8 times as long.
-    """
-    batch, n, k, v = states.shape
-    if n <= 1:
-        return torch.zeros_like(states)
-    group = min(_GROUP, n)
-    groups = -(-n // group)
-    flat = states.reshape(batch, n, k * v)
-    if n % group:
-        flat = F.pad(flat, (0, 0, 0, groups * group - n))
-    flat = flat.reshape(batch * groups, group, k * v)
-    ones = torch.ones(group, group, dtype=states.dtype, device=states.device)
-    before = ones.triu(1) if reverse else ones.tril(-1)
-    sums = torch.bmm(before.expand(batch * groups, group, group), flat).reshape(batch, groups, group, k, v)
-    if groups > 1:
-        totals = flat.sum(1).reshape(batch, groups, k, v)
-        sums = sums + exclusive_sum(totals, reverse).unsqueeze(2)
-    return sums.reshape(batch, groups * group, k, v)[:, :n]
+    def start(self) -> None:
+        """What each chunk does to the state."""
+        self.a, self.b, self._outputs = intra(self.tokens, self.options.exclusive)
 
+    def total(self) -> tuple[Tensor, ...]:
+        """What this run of tokens does to the state: the summary that ranks exchange."""
+        return self.summary(self.a, self.b)
 
-class Forward(NamedTuple):
-    """What the forward holds between its steps: chunked operands, per-chunk states and the local results."""
+    def local(self) -> None:
+        """The part that needs no other rank."""
+        self.intra, self.queries = self._outputs()
 
-    q: Tensor  # [N, n, C, K]
-    k: Tensor  # [N, n, C, K]
-    v: Tensor  # [N, n, C, V]
-    states: Tensor  # [N, n, K, V], S_c
+    def finish(self, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Outputs ``[B, H, T, V]`` in q's dtype and the state ``[B, H, K, V]`` after the last token, from the
+        state ``carry`` before the first (None: zero)."""
+        before, after = self.scan(self.a, self.b, self.flat(carry))
+        out = self.intra + self.queries @ before
+        out = _uncut(out, self.x.q, self.options.reverse)
+        return out.to(self.x.q.dtype).contiguous(), self.heads(after)
 
 
-def forward_start(q: Tensor, k: Tensor, v: Tensor) -> tuple[Forward, Tensor]:
-    """Chunk the operands and sum their states.
+class Backward(_Run):
+    """The backward between its steps; ``local`` is left out where there is no exchange to hide."""
 
-    Args:
-        q, k: ``[B, H, T, K]``; v: ``[B, H, T, V]``, any float dtype.
-    Returns:
-        the forward's intermediates, and the summary ``[B, H, K, V]`` = sum of k_j^T v_j over all T tokens.
-    """
-    chunk = _chunk_length(k, v)
-    q_c, k_c, v_c = chunked(q, chunk), chunked(k, chunk), chunked(v, chunk)
-    states = _matmul(k_c.transpose(2, 3), v_c)
-    summary = states.sum(1).reshape(*q.shape[:2], k.shape[3], v.shape[3])
-    return Forward(q_c, k_c, v_c, states), summary
+    def start(self, grad: Tensor, carry: Tensor | None) -> None:
+        """What each chunk does to the gradient of the state, from ``grad`` of the outputs and the forward's
+        ``carry``."""
 
+        def function(*tokens: Tensor) -> tuple[Tensor, ...]:
+            fresh = iter(tokens)
+            return chunk_map(Tokens(*(x if x is None else next(fresh) for x in self.tokens)), exclusive)
 
-def forward_local(f: Forward, scale: float) -> tuple[Tensor, Tensor]:
-    """The part that needs no other rank: intra-chunk outputs [N, n, C, V] and states before each chunk."""
-    scores = (_matmul(f.q, f.k.transpose(2, 3)) * scale).tril()
-    return _matmul(scores, f.v), exclusive_sum(f.states)
+        exclusive = self.options.exclusive
+        made, self._vjp = torch.func.vjp(function, *(x for x in self.tokens if x is not None))
+        *a, b, _, self.queries = made
+        self.a = a[0] if a else None
+        self.grad = self.cut(grad)
+        self.before, _ = self.scan(self.a, b, self.flat(carry))
+        self.back = self.a if self.a is None or not self.matrix else self.a.mT
+        self.states = self.queries.mT @ self.grad
+        self._done: tuple[Tensor, ...] | None = None
 
+    def total(self) -> tuple[Tensor, ...]:
+        """What this run of tokens does to the gradient of the state, from its last token to its first."""
+        return self.summary(self.back, self.states, reverse=True)
 
-def forward_finish(
-    f: Forward, intra: Tensor, before: Tensor, carry: Tensor | None, scale: float, like: Tensor
-) -> Tensor:
-    """Apply the states before each chunk, with the ``carry`` [B, H, K, V] of earlier ranks, to the queries.
+    def local(self) -> None:
+        """The gradients that need no later rank."""
+        zero = [] if self.a is None else [torch.zeros_like(self.a)]
+        self._done = self._vjp((*zero, torch.zeros_like(self.before), *self._of_outputs()))
 
-    Returns ``[B, H, T, V]`` in the dtype of ``like`` (the queries as they were given).
-    """
-    out = intra + _matmul(f.q, _with_carry(before, carry) * scale)
-    return unchunked(out, like)
+    def _of_outputs(self) -> tuple[Tensor, Tensor]:
+        return self.grad, self.grad @ self.before.mT
 
+    def finish(self, carry: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of the operands, None for those that are None, from the gradient ``carry`` of the state
+        after the last token (None: zero)."""
+        after, initial = self.scan(self.back, self.states, self.flat(carry), reverse=True)
+        of_a = []
+        if self.a is not None and self.matrix:
+            of_a = [after @ self.before.mT]
+        elif self.a is not None:
+            of_a = [(after * self.before).sum_to_size(self.a.shape)]
+        if self._done is None:
+            tokens = self._vjp((*of_a, after, *self._of_outputs()))
+        else:
+            zeros = torch.zeros_like(self.grad), torch.zeros_like(self.queries)
+            rest = self._vjp((*of_a, after, *zeros))
+            tokens = tuple(x + y for x, y in zip(self._done, rest, strict=True))
+        return self._gradients(list(tokens), initial)
 
-def _with_carry(states: Tensor, carry: Tensor | None) -> Tensor:
-    if carry is None:
-        return states
-    return states + carry.reshape(states.shape[0], 1, *states.shape[2:])
-
-
-class Backward(NamedTuple):
-    """What the backward holds between its steps."""
-
-    grad: Tensor  # [N, n, C, V]
-    q: Tensor  # [N, n, C, K]
-    k: Tensor  # [N, n, C, K]
-    v: Tensor  # [N, n, C, V]
-    states: Tensor  # [N, n, K, V], sum of q_i^T do_i of each chunk
-
-
-def backward_start(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Backward, Tensor]:
-    """Chunk the operands and sum the states of the backward recurrence.
-
-    Returns:
-        the backward's intermediates, and the summary ``[B, H, K, V]`` = sum of q_i^T do_i over all T tokens.
-    """
-    chunk = _chunk_length(k, v)
-    grad_c, q_c, k_c, v_c = (chunked(x, chunk) for x in (grad, q, k, v))
-    states = _matmul(q_c.transpose(2, 3), grad_c)
-    summary = states.sum(1).reshape(*q.shape[:2], q.shape[3], grad.shape[3])
-    return Backward(grad_c, q_c, k_c, v_c, states), summary
-
-
-def backward_local(b: Backward, carry: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The part that needs no later rank: dq whole, intra-chunk dk and dv, and the states after each chunk.
-
-    ``carry`` is the forward's: the memory state before this rank's first token.
-    """
-    grad_scores = (_matmul(b.grad, b.v.transpose(2, 3)) * scale).tril()
-    scores = (_matmul(b.q, b.k.transpose(2, 3)) * scale).tril()
-    before = _with_carry(exclusive_sum(_matmul(b.k.transpose(2, 3), b.v)), carry) * scale
-    dq = _matmul(grad_scores, b.k) + _matmul(b.grad, before.transpose(2, 3))
-    dk = _matmul(grad_scores.transpose(2, 3), b.q)
-    dv = _matmul(scores.transpose(2, 3), b.grad)
-    return dq, dk, dv, exclusive_sum(b.states, reverse=True)
-
-
-def backward_finish(
-    b: Backward, dk: Tensor, dv: Tensor, after: Tensor, carry: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Add to dk and dv what the chunks after each chunk, and the later ranks (``carry``), contribute."""
-    after = _with_carry(after, carry) * scale
-    return dk + _matmul(b.v, after.transpose(2, 3)), dv + _matmul(b.k, after)
-
-
-def causal_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal linear attention of whole tensors on one device (the steps above with nothing carried in)."""
-    f, _ = forward_start(q, k, v)
-    intra, before = forward_local(f, scale)
-    return forward_finish(f, intra, before, None, scale, q)
-
-
-def causal_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`causal_forward`."""
-    b, _ = backward_start(grad, q, k, v)
-    dq, dk, dv, after = backward_local(b, None, scale)
-    dk, dv = backward_finish(b, dk, dv, after, None, scale)
-    return unchunked(dq, q), unchunked(dk, k), unchunked(dv, v)
+    def _gradients(self, tokens: list[Tensor], initial: Tensor) -> tuple[Tensor | None, ...]:
+        x, reverse = self.x, self.options.reverse
+        tokens[0] = tokens[0] * self.options.scale
+        grads: list[Tensor | None] = []
+        for operand in x[:-1]:
+            if operand is None:
+                grads.append(None)
+                continue
+            grad = _uncut(tokens.pop(0), x.k, reverse).sum_to_size(operand.shape)
+            grads.append(grad.to(operand.dtype).contiguous())
+        state = x.initial_state
+        return *grads, None if state is None else self.heads(initial).to(state.dtype).contiguous()

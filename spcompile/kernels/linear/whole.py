@@ -1,16 +1,16 @@
 """Linear attention without a causal mask: every query sees the one memory state of the whole sequence.
 
-With S = sum_j k_j^T v_j and R = sum_i q_i^T do_i,
+With S = sum_j k_j^T v_j, and dS = scale * sum_i q_i^T do_i plus the gradient of S as a result of its own,
 
     out_i = scale * q_i S                                                               (LASP-2, eq. 4)
-    dq_i = scale * do_i S^T      dk_j = scale * v_j R^T      dv_j = scale * k_j R
+    dq_i = scale * do_i S^T      dk_j = v_j dS^T      dv_j = k_j dS
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from spcompile.kernels.linear.chunked import state_dtype
+from spcompile.kernels.scan import state_dtype
 
 __all__ = ["apply", "apply_backward", "state"]
 
@@ -29,9 +29,9 @@ def apply(q: Tensor, memory: Tensor, scale: float) -> Tensor:
 def apply_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, grad_memory: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients from the two states S (``memory``) and R (``grad_memory``), each in its input's dtype."""
+    """Gradients from the state S (``memory``) and its gradient (``grad_memory``), each in its input's dtype."""
     wide = memory.dtype
     dq = grad.to(wide) @ (memory * scale).transpose(2, 3)
-    dk = v.to(wide) @ (grad_memory * scale).transpose(2, 3)
-    dv = k.to(wide) @ (grad_memory * scale)
+    dk = v.to(wide) @ grad_memory.transpose(2, 3)
+    dv = k.to(wide) @ grad_memory
     return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()

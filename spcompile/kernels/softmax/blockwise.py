@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from spcompile.kernels.linear.chunked import state_dtype
+from spcompile.kernels.scan import state_dtype
 
 __all__ = ["backward", "forward"]
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spcompile._torch import flash_attention_cpu, flash_attention_cpu_backward
-from spcompile.kernels.linear.chunked import state_dtype
+from spcompile.kernels.scan import state_dtype
 
 __all__ = ["backward", "forward", "imprecise", "supports"]
 

@@ -348,7 +348,8 @@ def _emit(form: Form, mates: list[Form], editor: Editor) -> fx.Node:
     q4 = w.to(w.arrange(q, (groups[0], groups[1], (form.t,), form.features)), dtype)
     k4 = w.to(w.arrange(k, (groups[0], groups[1], (form.s,), form.features)), dtype)
     op = torch.ops.spcompile.linear_attention.default
-    call = w.call(op, q4, k4, w.to(values, dtype), form.causal, float(form.scale))
+    node_of_call = w.call(op, q4, k4, w.to(values, dtype), None, None, None, form.causal, float(form.scale))
+    call = w.call(operator.getitem, node_of_call, 0)
     out = w.call(torch.narrow, call, -1, 0, width) if mates else call
     finished = [(form, node, out, 1.0)]
     for m, n in others:

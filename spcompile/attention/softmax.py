@@ -1,4 +1,4 @@
-"""The attention operators of the ``spcompile`` namespace: schema, kernel, fake and autograd of each.
+"""The softmax attention operators of the ``spcompile`` namespace: schema, kernel, fake and autograd of each.
 
 They mean the whole sequence and are right wherever they run (eager, any backend). Inside the spcompile
 backend the strategies replace each call, forward and backward, by its sharded lowering.
@@ -16,12 +16,11 @@ from torch import Tensor
 
 from spcompile.collectives import current_rank
 from spcompile.errors import SpcompileError
-from spcompile.kernels.linear import chunked, whole
+from spcompile.kernels.scan import state_dtype
 from spcompile.kernels.softmax import rows
 
 __all__ = [
-    "linear_attention",
-    "linear_attention_backward",
+    "check_shapes",
     "local_softmax_attention",
     "local_softmax_attention_backward",
     "softmax_attention",
@@ -29,7 +28,7 @@ __all__ = [
 ]
 
 
-def _check(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_shapes(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Refuse shapes that no attention has, by the operator's name and the shapes."""
     shapes = f"{name}: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not (q.dim() == k.dim() == v.dim() == 4):
@@ -67,12 +66,12 @@ def softmax_attention(
         ValueError: shapes or dtypes that disagree.
         SpcompileError: the mask requires a gradient.
     """
-    _check("softmax_attention", q, k, v)
+    check_shapes("softmax_attention", q, k, v)
     return rows.forward(q, k, v, mask, causal, scale, 0)
 
 
 def _fake_softmax(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    wide = chunked.state_dtype(q.dtype)
+    wide = state_dtype(q.dtype)
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=wide)
 
 
@@ -84,7 +83,7 @@ def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    _check("softmax_attention", q, k, v)
+    check_shapes("softmax_attention", q, k, v)
     return _fake_softmax(q, v)
 
 
@@ -201,63 +200,3 @@ def _(
     block: int,
 ) -> tuple[Tensor, ...]:
     return _empty_like(q, k, v)
-
-
-# ---- linear ----
-
-
-@torch.library.custom_op("spcompile::linear_attention", mutates_args=())
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    """Linear attention, ``out_i = scale * sum_j (q_i . k_j) v_j``, over ``j <= i`` if causal and all j if
-    not.
-
-    Args:
-        q, k: ``[B, H, T, K]``, any float dtype; v: ``[B, H, T, V]``.
-        causal: key j is visible to query i only if ``j <= i``.
-        scale: factor of the scores.
-    Returns:
-        ``[B, H, T, V]`` in q's dtype, contiguous. Memory states and all sums are float32 (float64 for
-        float64).
-    Raises:
-        ValueError: shapes or dtypes that disagree; the heads of q, k and v must be as many.
-    """
-    _check("linear_attention", q, k, v)
-    if q.shape[1] != k.shape[1] or (causal and q.shape[2] != k.shape[2]):
-        raise ValueError(f"linear_attention: q {list(q.shape)}, k {list(k.shape)}: heads or tokens differ")
-    if causal:
-        return chunked.causal_forward(q, k, v, scale)
-    return whole.apply(q, whole.state(k, v), scale)
-
-
-@linear_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    _check("linear_attention", q, k, v)
-    return q.new_empty(*q.shape[:3], v.shape[3])
-
-
-@torch.library.custom_op("spcompile::linear_attention_backward", mutates_args=())
-def linear_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv) of ``linear_attention`` from its inputs and ``grad`` [B, H, T, V]."""
-    if causal:
-        return chunked.causal_backward(grad, q, k, v, scale)
-    return whole.apply_backward(grad, q, k, v, whole.state(k, v), whole.state(q, grad), scale)
-
-
-@linear_attention_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, ...]:
-    return _empty_like(q, k, v)
-
-
-def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v)
-
-
-def _linear_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    backward = torch.ops.spcompile.linear_attention_backward
-    return *backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None
-
-
-linear_attention.register_autograd(_linear_gradients, setup_context=_save_linear)
