@@ -38,7 +38,8 @@ class Purpose(NamedTuple):
     whole: bool = False
     """The consumer cannot be sharded and is computed whole."""
     shapes: tuple[tuple[int, ...], ...] = ()
-    """Global shapes: of the operator's operands, or of the one tensor that moves."""
+    """Global shapes: of the operator's operands (of an attention operator () for one that is None), or of
+    the one tensor that moves."""
     have: Placement | None = None
     want: Placement | None = None
     mark: Shard | None = None
@@ -159,10 +160,11 @@ def _row(t: Transfer) -> Collective:
 
 # (attention operator, collective) -> (what is sent, its formula); w bytes an element, G key heads.
 _ATTENTION = {
-    ("linear_attention", "all_gather"): ("memory states", "(P-1) B H K V w"),
+    ("linear_attention", "all_gather"): ("memory states", "(P-1) B H (K V+A) w"),
     ("linear_attention", "all_reduce"): ("memory state", "2 (P-1)/P B H K V w"),
-    ("linear_attention_backward", "all_gather"): ("gradients of memory states", "(P-1) B H K V w"),
+    ("linear_attention_backward", "all_gather"): ("gradients of memory states", "(P-1) B H (K V+A) w"),
     ("linear_attention_backward", "all_reduce"): ("gradient of memory state", "2 (P-1)/P B H K V w"),
+    ("affine_scan", "all_gather"): ("states of a scan", "(P-1) N w"),
     ("softmax_attention", "all_gather"): ("keys and values", "(P-1) b B G (K+V) w"),
     ("softmax_attention_backward", "all_gather"): ("keys and values again", "(P-1) b B G (K+V) w"),
     ("softmax_attention_backward", "reduce_scatter"): ("gradients of keys and values", "(P-1) b B G (K+V) w"),
@@ -229,16 +231,30 @@ def _attention_formula(t: Transfer, p: Purpose, values: dict[str, int]) -> tuple
     known = _ATTENTION.get((_base(p.op), t.op))
     if known is None or p.mark is None:
         return "", {}
-    q, k, v = p.shapes[1:4] if "backward" in p.op else p.shapes[:3]
+    op, text = _base(p.op), known[1]
+    if op == "affine_scan":
+        return text, values | {"N": t.elements}
+    first = (2 if op.startswith("linear") else 1) if op.endswith("_backward") else 0
+    q, k, v = p.shapes[first : first + 3]
     sizes = {"B": q[0], "H": q[1], "G": k[1], "K": q[3], "V": v[3], "b": p.mark.block}
-    return known[1], values | {n: s for n, s in sizes.items() if n in known[1]}
+    if op.startswith("linear"):
+        text = text.replace("(K V+A)", _summary(*p.shapes[first + 3 : first + 5]))
+        sizes["D"] = (p.shapes[first + 3] or (0,))[-1]
+    return text, values | {n: s for n, s in sizes.items() if n in text}
+
+
+def _summary(log_decay: tuple[int, ...], beta: tuple[int, ...]) -> str:
+    """What a rank sends per head: the state, and what its tokens multiply it by where others cannot know."""
+    if beta:
+        return "(K V+K K)"
+    return "K V" if not log_decay or log_decay[2] == 1 else "(K V+D)"
 
 
 @cache
 def _parsed(text: str) -> Any:
     import sympy
 
-    symbols = {name: sympy.Symbol(name) for name in "PTbBHGKVNw"}
+    symbols = {name: sympy.Symbol(name) for name in "PTbBDHGKVNw"}
     return sympy.sympify(text.replace(" ", "*"), locals=symbols)
 
 

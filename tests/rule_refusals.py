@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 
 from spcompile._torch import flash_attention_cpu_backward
+from spcompile.attention.variants import Variant
+from tests.variants import KINDS
 
 aten, ops = torch.ops.aten, torch.ops.spcompile
 
@@ -17,6 +19,7 @@ CHANNELS = "channels are never the sequence"
 HEAD_SIZE = "a head's size is never the sequence"
 KEYS = "keys and values are gathered: the sequence of queries is what is cut"
 MASKED = "a mask may or may not have the batch: one rule for both"
+BROADCAST = "a decay that is broadcast over the batch: its gradient would be a sum over it"
 BOUNDARIES = "a table of boundaries is never the sequence"
 
 
@@ -50,3 +53,28 @@ CONSERVATIVE |= {
     **_refused(ops.softmax_attention_backward.default, _name, KEYS, (2, 2), (3, 2), (4, 1)),
     **_refused(ops.softmax_attention_backward.default, _name, MASKED, *((i, 0) for i in range(7))),
 }
+
+
+def _of_variant(variant: Variant, initial: bool) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Operand -> dims of a head's size, and dims of the batch that a decay is broadcast over."""
+    sizes = {"grad": [3], "grad_final": [3], "v": [3], "initial_state": [3]}
+    if not variant.delta:  # its keys meet each other
+        more = {"q": [3], "k": [3], "grad_final": [2], "initial_state": [2]}
+        more |= {"log_decay": [3]} if variant.decay == "diagonal" else {}
+        sizes = {n: sizes.get(n, []) + more.get(n, []) for n in {**sizes, **more}}
+    names = ["grad", "grad_final", "q", "k", "v"] + (["initial_state"] if initial else [])
+    batch = {n: [0] for n in names} if variant.decay == "constant" else {}
+    return sizes, batch
+
+
+for _n, (_kind, _variant) in enumerate(KINDS.items()):
+    _given = ["q", "k", "v"] + ["log_decay"] * (_variant.decay != "none") + ["beta"] * _variant.delta
+    _given += ["initial_state"] * (_n % 2 == 0)
+    for _op, _names in (
+        (ops.linear_attention.default, _given),
+        (ops.linear_attention_backward.default, ["grad", "grad_final", *_given]),
+    ):
+        for _dims, _reason in zip(_of_variant(_variant, _n % 2 == 0), (HEAD_SIZE, BROADCAST), strict=True):
+            _pairs = [(i, d) for i, name in enumerate(_names) for d in _dims.get(name, [])]
+            for _label in (_kind, f"{_kind}, reverse") if _kind == "gla" else (_kind,):
+                CONSERVATIVE |= _refused(_op, _label, _reason, *_pairs)

@@ -11,6 +11,7 @@ from rule_checker import Sample as S
 from torch import Tensor
 
 from spcompile._torch import flash_attention_cpu, flash_attention_cpu_backward
+from tests.variants import KINDS, cotangents, draw, options_of
 
 aten, prims, ops = torch.ops.aten, torch.ops.prims, torch.ops.spcompile
 
@@ -242,6 +243,39 @@ KERNELS = [
 ]
 
 
+def _linear_family() -> list[S]:
+    """Every kind of operands of linear attention, in both orders, and of a scan."""
+    found = []
+    for n, (name, variant) in enumerate(KINDS.items()):
+        of = draw(variant, 2, 3, 7, 4, 5, initial=n % 2 == 0)
+        grad, final = cotangents(of)
+        for reverse in (False, True) if name == "gla" else (False,):
+            label, options = f"{name}, reverse" if reverse else name, options_of(variant, reverse)
+            found += [
+                S(ops.linear_attention.default, (*of, *options), name=label),
+                S(ops.linear_attention_backward.default, (grad, final, *of, *options), name=label),
+            ]
+    for name, (shape, of_b, matrix) in SCANS.items():
+        a = None if shape is None else x(*shape) / 2
+        for reverse in (False, True) if matrix else (False,):
+            label = f"{name}, reverse" if reverse else name
+            b, initial = x(*of_b), x(*of_b[:-3], *of_b[-2:])
+            found.append(S(ops.affine_scan.default, (a, b, initial, matrix, reverse), name=label))
+    for sample in found:
+        sample.exchanges, sample.trusting, sample.tolerance = True, True, 1e-10
+    return found
+
+
+# a, b and whether a is a matrix
+SCANS = {
+    "sum": (None, (2, 7, 3, 4), False),
+    "elementwise": ((2, 7, 3, 4), (2, 7, 3, 4), False),
+    "broadcast": ((2, 7, 3, 1), (2, 7, 3, 4), False),
+    "constant": ((1, 1, 3, 1), (2, 7, 3, 4), False),
+    "matrix": ((2, 7, 3, 3), (2, 7, 3, 4), True),
+}
+
+
 def _attention() -> list[S]:
     found = []
     for causal in (True, False):
@@ -249,8 +283,8 @@ def _attention() -> list[S]:
         name = "causal" if causal else "all"
         out, lse = ops.softmax_attention(q, k, v, None, causal, 0.7)
         found += [
-            S(ops.linear_attention.default, (q, k, v, causal, 0.7), name=name),
-            S(ops.linear_attention_backward.default, (grad, q, k, v, causal, 0.7), name=name),
+            S(ops.linear_attention.default, (q, k, v, *[None] * 3, causal, 0.7), name=name),
+            S(ops.linear_attention_backward.default, (grad, None, q, k, v, *[None] * 3, causal, 0.7), name=name),
             S(ops.softmax_attention.default, (q, k, v, None, causal, 0.7), name=name),
             S(
                 ops.softmax_attention_backward.default,
@@ -273,7 +307,7 @@ def _attention() -> list[S]:
     return found
 
 
-SAMPLES = [*CONTRACTIONS, *VIEWS, *REDUCTIONS, *INDEXING, *CREATION, *KERNELS, *_attention()]
+SAMPLES = [*CONTRACTIONS, *VIEWS, *REDUCTIONS, *INDEXING, *CREATION, *KERNELS, *_attention(), *_linear_family()]
 
 _a, _b, _row, _column = x(4, 6), x(4, 6, seed=1), x(6), x(4, 1)
 _i, _j = n(9, 4, 6), n(9, 6) + 1

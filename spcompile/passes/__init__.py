@@ -91,9 +91,8 @@ def find_sequences(graph: fx.Graph, ranks: int, hints: Mapping[str, int]) -> dic
         if node.op == "placeholder" and node.name in hints
     }
     by_attention: dict[Value, Shard] = {}
-    for target in attention.FORWARD:
-        for position in (0, 1):
-            by_attention |= found(target, position, 2 - 4)
+    for (target, position), dim in attention.FORWARD.items():
+        by_attention |= found(target, position, dim)
     return hinted or by_attention or found(aten.embedding.default, 1, -1)
 
 

@@ -19,7 +19,7 @@ from spcompile.passes.communicate import redistribute
 from spcompile.passes.context import GraphContext
 from spcompile.passes.propagate import Plan, Step, Value, value_of
 from spcompile.placement import Partial, Placement, Replicate, Shard
-from spcompile.rules import Split
+from spcompile.rules import Split, attention
 from spcompile.traffic import Purpose
 
 __all__ = ["GatherNote", "Localizer", "same_strides", "source_line"]
@@ -236,8 +236,10 @@ class Localizer:
         if function is redistribute:
             return Purpose(str(node.target), asked, whole, (args[4],), args[2], args[3], mark)
         step = self.plan.steps.get(node)
-        operands = step.operands if step is not None else ()
-        shapes = tuple(tuple(map(int, self._global(v).shape)) for v in operands)
+        shapes = tuple(tuple(map(int, self._global(v).shape)) for v in step.operands) if step else ()
+        if node.target in attention.RULES:  # by position: an operand that is not there has no dims
+            given = iter(shapes)
+            shapes = tuple(() if x is None else next(given) for x in node.args if attention.is_operand(x))
         return Purpose(str(node.target), asked, whole, shapes, mark=mark)
 
     def _note_gathers(self, node: fx.Node, step: Step) -> None:

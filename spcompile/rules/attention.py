@@ -6,24 +6,35 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 import spcompile.attention  # noqa: F401  (registers the operators)
 from spcompile.collectives import Sequence
 from spcompile.kernels.linear.chunked import Operands, Options
 from spcompile.placement import Partial, Placement, Replicate, Shard
-from spcompile.rules.base import Call, Context, Emit, Side, Split
+from spcompile.rules.base import Call, Context, Emit, Factors, Side, Split
 
-__all__ = ["FORWARD", "RULES"]
+__all__ = ["FORWARD", "RULES", "is_operand"]
 
 ops = torch.ops.spcompile
 
-FORWARD = (ops.softmax_attention.default, ops.linear_attention.default)
-"""The forward operators; operands 0 and 1 are queries and keys, [B, H, T, K]."""
+FORWARD = {
+    (ops.softmax_attention.default, 0): -2,
+    (ops.softmax_attention.default, 1): -2,
+    (ops.linear_attention.default, 0): -2,
+    (ops.linear_attention.default, 1): -2,
+    (ops.affine_scan.default, 1): -3,
+}
+"""(operator, argument) -> which dim of it is a sequence: tokens of queries and keys, steps of a scan."""
 
 
-def _is_sequence(shard: Shard, dim: int = 2) -> bool:
-    return shard.dim == dim and shard.start == 0 and shard.outer * shard.inner == 1
+def is_operand(argument: Any) -> bool:
+    """Whether an argument of an attention operator's node is a tensor, or stands where one could."""
+    return argument is None or isinstance(argument, fx.Node)
+
+
+def _is_sequence(shard: Shard) -> bool:
+    return shard.dim == 2 and shard.start == 0 and shard.outer * shard.inner == 1
 
 
 _OPERANDS = ("q", "k", "v", "log_decay", "beta", "initial_state")
@@ -48,15 +59,15 @@ class LinearAttention:
         """See :class:`spcompile.rules.base.Rule`. Batch and heads pass; the strategy does the sequence."""
         roles, results = self._roles(), self._results()
         sizes = [x.shape for x in self.call.operands]
-        if shard.dim == 3 or (side == "in" and sizes[index][shard.dim] == 1):
+        role = (roles if side == "in" else results)[index]
+        if not role or shard.dim == 3 or (side == "in" and sizes[index][shard.dim] == 1):
             return None
         if shard.dim < 2:
             if any(s[shard.dim] == 1 for s in sizes):
                 return None  # a decay that is broadcast
             alike = [shard if x.dim() == 4 else Replicate() for x in self.call.outputs]
             return Split((shard,) * len(sizes), tuple(alike), (None,) * len(sizes), self._emit(None))
-        role = (roles if side == "in" else results)[index]
-        if not _is_sequence(shard) or not role or role in ("state", "constant"):
+        if not _is_sequence(shard) or role in ("state", "constant"):
             return None
         place: dict[str, Placement] = {"tokens": shard, "state": Replicate(), "": Replicate()}
         inputs = tuple(place.get(r, Replicate()) for r in roles)
@@ -102,16 +113,15 @@ class LinearAttention:
             given = dict(zip(names, operands, strict=True))
             x = Operands(*(given.get(name) for name in _OPERANDS))  # type: ignore[arg-type]
             key = ("carry", *map(id, x[1:]), options, sequence)
-            if key not in context.stash:
+            if not self.backward or key not in context.stash:
                 out, final, carry = context.linear.linear_forward(x, options, sequence)
-                context.stash[key] = carry if carry is x.initial_state else context.keep(carry)
+                ours = carry is not None and carry is not x.initial_state
+                context.stash[key] = context.keep(carry) if ours else carry
                 if not self.backward:
                     return out, final
-            elif not self.backward:
-                return context.linear.linear_forward(x, options, sequence)[:2]
-            carry, grad = context.stash[key], given["grad"]
-            final = given.get("grad_final")
-            grads = context.linear.linear_backward(grad, final, x, options, carry, sequence)
+            gradients = (given["grad"], given.get("grad_final"))
+            carry = context.stash[key]
+            grads = context.linear.linear_backward(*gradients, x, options, carry, sequence)
             return tuple(x.q.new_zeros(0) if g is None else g for g in grads)
 
         return emit
@@ -205,45 +215,36 @@ class AffineScan:
 
     def split(self, side: Side, index: int, shard: Shard) -> Split | None:
         """See :class:`spcompile.rules.base.Rule`."""
-        matrix, a, b = self.call.args[3], self.call.args[0], self.call.args[1]
-        rank = b.dim()
-        of_states = index == 1 if side == "out" else self.call.operands[index].dim() == rank - 1
-        from_end = shard.dim - (
-            rank - 1 if of_states else rank
-        )  # -1 is V, -2 K, -3 the steps or the last of L
-        dim = from_end - 1 if of_states and from_end < -2 else from_end  # as in b
-        if (side == "in" and self.call.operands[index].shape[shard.dim] != b.shape[dim]) or b.shape[dim] == 1:
+        a, b, initial, matrix = self.call.args[:4]
+        names = tuple(f"d{i}" for i in range(b.dim()))
+        state = (*names[:-3], *names[-2:])
+        of_a = () if a is None else tuple(n if s != 1 else None for n, s in zip(names, a.shape, strict=True))
+        if matrix:
+            of_a = (*names[:-1], "whole")
+        dims = [d for x, d in ((a, of_a), (b, names), (initial, state)) if x is not None]
+        whole = frozenset({"whole", names[-2]} if matrix else ())
+        steps = names[-3]
+
+        def emit(split: Split) -> Emit:
+            placed = split.outputs[0]
+            return self._emit(placed if isinstance(placed, Shard) and placed.dim == b.dim() - 3 else None)
+
+        if (dims if side == "in" else [names, state])[index][shard.dim] == steps and not _is_steps(shard):
             return None
-        if matrix and (dim == -2 or (dim == -1 and side == "in" and self._is_a(index))):
-            return None
-        if dim == -3 and not _is_sequence(shard, shard.dim):
-            return None
-        whole_state: Placement = (
-            Replicate() if dim == -3 else shard.at(rank - 1 + (dim if dim > -3 else dim + 1))
-        )
-        inputs: list[Placement] = []
-        for x in self.call.operands:
-            if x.dim() == rank - 1:
-                inputs.append(whole_state)
-            elif x is a and (a.shape[dim] == 1 != b.shape[dim] or (matrix and dim == -1)):
-                inputs.append(Replicate())
-            else:
-                inputs.append(shard.at(rank + dim))
-        outputs = (shard.at(rank + dim), whole_state)
-        emit = self._emit(shard if dim == -3 else None)
-        return Split(tuple(inputs), outputs, (None,) * len(inputs), emit)
+        # The final state has no steps and is whole on every rank, so it is no sum.
+        factors = Factors(self.call, tuple(dims), (names, state), whole, mixed=True, emit=emit)
+        split = factors.split(side, index, shard)
+        if split is None or isinstance(split.outputs[1], Shard):
+            return split
+        return Split(split.inputs, (split.outputs[0], Replicate()), (None,) * len(dims), split.emit)
 
     def whole_emit(self) -> Emit:
         """The lowering for one rank: no collective."""
         return self._emit(None)
 
-    def _is_a(self, index: int) -> bool:
-        return self.call.args[0] is not None and index == 0
-
     def _emit(self, shard: Shard | None) -> Emit:
         given = [x is not None for x in self.call.args[:3]]
-        matrix = self.call.args[3]
-        reverse = self.call.argument(4, "reverse", False)
+        matrix, reverse = self.call.args[3], self.call.argument(4, "reverse", False)
 
         def emit(context: Context, operands: list[Tensor]) -> Any:
             sequence = None if shard is None else Sequence(context.group, shard.block, shard.length)
@@ -253,6 +254,10 @@ class AffineScan:
             return context.linear.scan(a, b, initial, matrix=matrix, reverse=reverse, sequence=sequence)
 
         return emit
+
+
+def _is_steps(shard: Shard) -> bool:
+    return shard.start == 0 and shard.outer * shard.inner == 1
 
 
 RULES: dict[Any, type[LinearAttention] | type[SoftmaxAttention] | type[AffineScan]] = {

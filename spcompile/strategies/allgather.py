@@ -92,8 +92,8 @@ class _Exchange:
 
 def _known_decay(log_decay: Tensor | None, x: Operands, sequence: Sequence) -> Tensor | None:
     """Sums of a constant log decay over each rank's tokens, ``[P, B, H, 1 or K, 1]``; None if it is none."""
-    if log_decay is None or log_decay.shape[2] != 1 or x.beta is not None:
-        return None
+    if log_decay is None or log_decay.shape[2] != 1 or sequence.block == 1 or x.beta is not None:
+        return None  # (with one token per rank, a decay per token has the shape of a constant one)
     block, ranks = sequence.block, torch.arange(sequence.group.size, device=log_decay.device)
     tokens = (sequence.length - ranks * block).clamp(0, block).reshape(-1, 1, 1, 1, 1)
     log_decay = log_decay.expand(*x.k.shape[:2], 1, -1).mT.to(state_dtype(x.k.dtype))
@@ -166,6 +166,7 @@ class LinearAllGather:
         dq, dk, dv, decay, beta, initial = grads
         if decay is not None:
             assert given.log_decay is not None
+            (decay,) = masked(sequence, 2, decay)  # a gate that padding does not have gets no gradient
             decay = decay.sum_to_size(given.log_decay.shape).to(given.log_decay.dtype)
         if initial is not None and exchange is not None:
             initial = exchange.final().to(initial.dtype)
