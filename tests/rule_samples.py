@@ -280,11 +280,11 @@ def _attention() -> list[S]:
     found = []
     for causal in (True, False):
         q, k, v, grad = (x(2, 3, 7, size, seed=i) for i, size in enumerate((4, 4, 5, 5)))
-        name = "causal" if causal else "all"
+        qkv, name = (q, k, v), "causal" if causal else "all"
         out, lse = ops.softmax_attention(q, k, v, None, causal, 0.7)
         found += [
-            S(ops.linear_attention.default, (q, k, v, *[None] * 3, causal, 0.7), name=name),
-            S(ops.linear_attention_backward.default, (grad, None, q, k, v, *[None] * 3, causal, 0.7), name=name),
+            S(ops.linear_attention.default, (*qkv, *[None] * 3, causal, 0.7), name=name),
+            S(ops.linear_attention_backward.default, (grad, None, *qkv, *[None] * 3, causal, 0.7), name=name),
             S(ops.softmax_attention.default, (q, k, v, None, causal, 0.7), name=name),
             S(
                 ops.softmax_attention_backward.default,
@@ -307,7 +307,8 @@ def _attention() -> list[S]:
     return found
 
 
-SAMPLES = [*CONTRACTIONS, *VIEWS, *REDUCTIONS, *INDEXING, *CREATION, *KERNELS, *_attention(), *_linear_family()]
+SAMPLES = [*CONTRACTIONS, *VIEWS, *REDUCTIONS, *INDEXING, *CREATION, *KERNELS]
+SAMPLES += [*_attention(), *_linear_family()]
 
 _a, _b, _row, _column = x(4, 6), x(4, 6, seed=1), x(6), x(4, 1)
 _i, _j = n(9, 4, 6), n(9, 6) + 1

@@ -21,8 +21,8 @@ def linear_attention(
     exclusive: bool = False,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence S_t = (I - beta_t k_t^T k_t) D_t S_{t-1} + beta_t k_t^T v_t (without beta: S_t = D_t S_{t-1}
-    + k_t^T v_t), D_t = Diag(exp(log_decay_t)), and o_t = scale * q_t S_t (exclusive: S_{t-1}; not causal: S_T).
+    """S_t = (I - beta_t k_t^T k_t) D_t S_{t-1} + beta_t k_t^T v_t (without beta S_t = D_t S_{t-1} + k_t^T v_t),
+    D_t = Diag(exp(log_decay_t)), and o_t = scale * q_t S_t (exclusive: S_{t-1}; not causal: S_T).
 
     Args:
         q, k: ``[B, H, T, K]``; v: ``[B, H, T, V]``; the others as in ``spcompile::linear_attention``.

@@ -61,7 +61,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    a, b, initial_state, ctx.matrix, ctx.reverse = inputs
+    a, _, initial_state, ctx.matrix, ctx.reverse = inputs
     ctx.set_materialize_grads(False)
     ctx.with_initial = initial_state is not None
     ctx.save_for_backward(a, output[0])

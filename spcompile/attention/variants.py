@@ -92,4 +92,3 @@ def table() -> str:
         for v in _ROWS
     ]
     return tabulate(rows, headers="keys", tablefmt="github")
-

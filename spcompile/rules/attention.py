@@ -111,7 +111,7 @@ class LinearAttention:
         def emit(context: Context, operands: list[Tensor]) -> Any:
             sequence = None if shard is None else Sequence(context.group, shard.block, shard.length)
             given = dict(zip(names, operands, strict=True))
-            x = Operands(*(given.get(name) for name in _OPERANDS))  # type: ignore[arg-type]
+            x = Operands(*(given.get(name) for name in _OPERANDS))
             key = ("carry", *map(id, x[1:]), options, sequence)
             if not self.backward or key not in context.stash:
                 out, final, carry = context.linear.linear_forward(x, options, sequence)

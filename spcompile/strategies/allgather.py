@@ -47,8 +47,8 @@ def _group(sequence: Sequence | None) -> Group | None:
 class _Exchange:
     """Summaries of all ranks on their way: started when made, combined by :meth:`carry`.
 
-    ``known`` is the stack ``[P, ...]`` of the ranks' transitions A where each rank can compute it by itself: a
-    constant decay over as many tokens as a rank has. Then only states travel.
+    ``known`` is the stack ``[P, ...]`` of the ranks' transitions A where each rank can compute it by itself:
+    a constant decay over as many tokens as a rank has. Then only states travel.
     """
 
     def __init__(
@@ -107,7 +107,8 @@ def _tokens_only(x: Operands, sequence: Sequence | None) -> Operands:
         x = x._replace(log_decay=decay.expand(*x.k.shape[:3], decay.shape[3]))
     given = [y for y in x[:5] if y is not None]
     fresh = iter(masked(sequence, 2, *given))
-    return Operands(*(None if y is None else next(fresh) for y in x[:5]), x.initial_state)
+    fields = ("q", "k", "v", "log_decay", "beta")
+    return x._replace(**{name: next(fresh) for name, y in zip(fields, x, strict=False) if y is not None})
 
 
 class LinearAllGather:
@@ -151,8 +152,7 @@ class LinearAllGather:
             assert carry is not None
             grad_memory = _summed(whole.state(x.q, grad), group) * options.scale
             grad_memory = grad_memory if grad_final is None else grad_memory + grad_final
-            grads = whole.apply_backward(grad, x.q, x.k, x.v, carry, grad_memory, options.scale)
-            return *grads, None, None, None
+            return *whole.apply_backward(grad, *x[:3], carry, grad_memory, options.scale), None, None, None
         b = Backward(x, options)
         b.start(grad, carry)
         exchange = None
@@ -189,19 +189,24 @@ class LinearAllGather:
             return run(a, b, initial, matrix, reverse)
         assert sequence is not None
         a, b = _steps_only(a, b, matrix, sequence)
-        size, width = b.shape[-2:]
-        if a is None:
-            algebra, summary = BASIC, (b.sum(-3),)
-        elif matrix:
-            eye = torch.eye(size, dtype=b.dtype, device=b.device).expand(*b.shape[:-3], size, size)
-            start = torch.cat([torch.zeros_like(b[..., 0, :, :]), eye], -1)
-            total = run(a, F.pad(b, (0, size)), start, True, reverse)[1]
-            algebra, summary = MATRIX, (total[..., width:], total[..., :width])
-        else:
-            algebra, summary = AFFINE, (a.prod(-3), run(a, b, None, False, reverse)[1])
+        algebra, summary = _scanned(a, b, matrix, reverse)
         exchange = _Exchange(algebra, summary, group, initial, later=reverse)
         before, _ = run(a, b, exchange.carry(), matrix, reverse)
         return before, exchange.final()
+
+
+def _scanned(a: Tensor | None, b: Tensor, matrix: bool, reverse: bool) -> tuple[StateAlgebra, Summary]:
+    """What all steps together do to the state."""
+    run = torch.ops.spcompile.affine_scan
+    if a is None:
+        return BASIC, (b.sum(-3),)
+    if not matrix:
+        return AFFINE, (a.prod(-3), run(a, b, None, False, reverse)[1])
+    size, width = b.shape[-2:]
+    eye = torch.eye(size, dtype=b.dtype, device=b.device).expand(*b.shape[:-3], size, size)
+    start = torch.cat([torch.zeros_like(b[..., 0, :, :]), eye], -1)
+    total = run(a, F.pad(b, (0, size)), start, True, reverse)[1]
+    return MATRIX, (total[..., width:], total[..., :width])
 
 
 def _steps_only(

@@ -60,7 +60,7 @@ class LinearStrategy(Protocol):
         reverse: bool,
         sequence: Sequence | None,
     ) -> tuple[Tensor, Tensor]:
-        """``affine_scan`` of this rank's steps, with one exchange of summaries; final is alike on all ranks."""
+        """``affine_scan`` of this rank's steps, with one exchange; the final state is alike on all ranks."""
         ...
 
 

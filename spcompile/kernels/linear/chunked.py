@@ -8,15 +8,15 @@ chunks are chained, forward and backward, cut where a rank needs other ranks:
     local    the intra-chunk work, which needs no communication and is what the exchange hides behind
     finish   the states before each chunk, from the state ``carry`` before the first one
 
-With R_c the gradient of the state after chunk c, R_{c-1} = A_c^T R_c + queries_c^T do_c, the gradients of what
-a chunk does are
+With R_c the gradient of the state after chunk c, R_{c-1} = A_c^T R_c + queries_c^T do_c, the gradients of
+what a chunk does are
 
     d intra = do      d queries_c = do_c S_{c-1}^T      dB_c = R_c      dA_c = R_c S_{c-1}^T
 
 and those of the tokens follow by differentiating ``chunk_map``, for every variant alike.
 
-Shapes: N = B*H, n chunks, C tokens per chunk; memory and work are linear in T, and the graph has the same size
-for any T: the only loop, over chunks, is inside ``spcompile::affine_scan``.
+Shapes: N = B*H, n chunks, C tokens per chunk; memory and work are linear in T, and the graph has the same
+size for any T: the only loop, over chunks, is inside ``spcompile::affine_scan``.
 """
 
 from __future__ import annotations

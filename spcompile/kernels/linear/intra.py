@@ -11,8 +11,8 @@ and the variants differ only in the four. With decays D (``decay.py``), tril tak
                        A = D - (k D_to_end)^T w   B = (k D_to_end)^T u
                        intra = (q k^T . D) u      queries = q D - (q k^T . D) w
 
-The delta rule S_t = (I - beta k^T k) D S_{t-1} + beta k^T v writes beta (v - k D S_{t-1}), the values that the
-tokens before it in the chunk have not stored yet: a triangular system, the UT transform.
+The delta rule S_t = (I - beta k^T k) D S_{t-1} + beta k^T v writes beta (v - k D S_{t-1}), the values that
+the tokens before it in the chunk have not stored yet: a triangular system, the UT transform.
 
 Sources: GLA (arXiv 2312.06635, section 4), DeltaNet (2406.06484, section 3), Gated DeltaNet (2412.06464).
 """
@@ -44,9 +44,12 @@ Outputs = Callable[[], tuple[Tensor, Tensor]]
 
 
 def intra(x: Tokens, exclusive: bool) -> tuple[Tensor | None, Tensor, Outputs]:
-    """``A`` (None is 1; ``[..., 1 or K, 1]``; a matrix ``[..., K, K]``), ``B`` ``[..., K, V]``, and a function
-    that computes (intra ``[..., C, V]``, queries ``[..., C, K]``) when it is called: a rank sends its state
-    before it does that."""
+    """What a chunk does to the state, and a function that computes its outputs: a rank sends its state first.
+
+    Returns:
+        A (None is 1; ``[..., 1 or K, 1]``; a matrix ``[..., K, K]``), B ``[..., K, V]``, and a function
+        without arguments that returns (intra ``[..., C, V]``, queries ``[..., C, K]``).
+    """
     kept = x.k if x.g is None else x.k * to_end(x.g)
     decay = None if x.g is None else x.g.sum(-2, keepdim=True).mT.exp()
 

@@ -29,7 +29,7 @@ def apply(q: Tensor, memory: Tensor, scale: float) -> Tensor:
 def apply_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, memory: Tensor, grad_memory: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients from the state S (``memory``) and its gradient (``grad_memory``), each in its input's dtype."""
+    """Gradients from S (``memory``) and its gradient dS (``grad_memory``), each in its input's dtype."""
     wide = memory.dtype
     dq = grad.to(wide) @ (memory * scale).transpose(2, 3)
     dk = v.to(wide) @ grad_memory.transpose(2, 3)
