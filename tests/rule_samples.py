@@ -218,27 +218,53 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, n
     ]
 
 
+def _convolution(name: str, bias: bool = False, kernel: int = 3, groups: int = 6, **options: int) -> list[S]:
+    """A convolution of [4, 6, 9] and its backward, with the gradients that the forward has operands for."""
+    stride, padding, dilation = (
+        options.get(o, d) for o, d in (("stride", 1), ("padding", 0), ("dilation", 1))
+    )
+    rest = ([stride], [padding], [dilation], False, [0], groups)
+    signal, weight = x(4, 6, 9), x(6, 6 // groups, kernel)
+    forward = S(
+        aten.convolution.default, (signal, weight, x(6) if bias else None, *rest), name=name, tolerance=1e-10
+    )
+    gradient = x(*forward.call().outputs[0].shape, seed=4)
+    args = (gradient, signal, weight, [6] if bias else None, *rest, [True, True, bias])
+    backward = S(aten.convolution_backward.default, args, name=name, tolerance=1e-10)
+    forward.exchanges = backward.exchanges = stride == 1
+    return [forward, backward]
+
+
+_CONVOLUTIONS = [
+    *_convolution("causal", True, padding=2),
+    *_convolution("causal, wide", kernel=5, padding=4),
+    *_convolution("padded before", kernel=4),
+    *_convolution("centred", True, padding=1),
+    *_convolution("dilated", padding=4, dilation=2),
+    *_convolution("a wide margin", padding=3),
+    *_convolution("of one token", kernel=1),
+    *_convolution("mixing channels", True, groups=1, padding=2),
+    *_convolution("in steps", True, groups=1, stride=2, padding=1),
+    S(
+        aten.convolution.default,
+        (x(4, 6, 3, 9), x(6, 1, 2, 3), None, [1, 1], [0, 2], [1, 1], False, [0, 0], 6),
+        name="of an image",
+        tolerance=1e-10,
+    ),
+    S(
+        aten.convolution.default,
+        (x(4, 6, 9), x(6, 1, 3), None, [1], [2], [1], True, [0], 6),
+        name="transposed",
+        tolerance=1e-10,
+    ),
+]
+
 KERNELS = [
     *_flash(_q, _k, _v, False, None, "cross"),
     *_flash(_long_k, _q, _long_v, True, None, "causal"),
     *_flash(_q, _k, _v, False, x(7, 5), "mask"),
     *_flash(_q, _k, _v, False, x(2, 1, 1, 5), "padding mask"),
-    S(
-        aten.convolution.default,
-        (x(4, 6, 9), x(5, 6, 3), x(5), [1], [2], [1], False, [0], 1),
-        tolerance=1e-10,
-    ),
-    S(
-        aten.convolution.default,
-        (x(4, 6, 9), x(6, 1, 3), None, [2], [2], [1], False, [0], 6),
-        name="depthwise",
-        tolerance=1e-10,
-    ),
-    S(
-        aten.convolution_backward.default,
-        (x(4, 5, 11), x(4, 6, 9), x(5, 6, 3), [5], [1], [2], [1], False, [0], 1, [True] * 3),
-        tolerance=1e-10,
-    ),
+    *_CONVOLUTIONS,
 ]
 
 

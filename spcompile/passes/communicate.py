@@ -12,8 +12,9 @@ from torch import Tensor
 from spcompile import collectives
 from spcompile.placement import Partial, Placement, Replicate, Shard, local_shape
 from spcompile.rules.base import Context
+from spcompile.rules.halo import halo
 
-__all__ = ["redistribute"]
+__all__ = ["redistribute", "same_blocks"]
 
 
 def redistribute(
@@ -23,7 +24,7 @@ def redistribute(
     if have == want:
         return x
     if isinstance(have, Shard):
-        if isinstance(want, Shard) and _same_dim(have, want):
+        if isinstance(want, Shard) and same_blocks(have, want):
             return _shift(context, x, have, want)
         return redistribute(context, _gather(context, x, have), Replicate(), want, shape)
     if isinstance(have, Partial):
@@ -39,7 +40,8 @@ def redistribute(
     return _slice(context, x, want, shape)
 
 
-def _same_dim(have: Shard, want: Shard) -> bool:
+def same_blocks(have: Shard, want: Shard) -> bool:
+    """Whether two placements of a tensor differ by a shift at most."""
     return (have.dim, have.block, have.outer, have.inner) == (want.dim, want.block, want.outer, want.inner)
 
 
@@ -83,24 +85,7 @@ def _reduce_scatter(context: Context, x: Tensor, want: Shard) -> Tensor:
 
 
 def _shift(context: Context, x: Tensor, have: Shard, want: Shard) -> Tensor:
-    """The halo: entry i moves from position have.start + i to want.start + i, across rank boundaries.
-
-    Every rank gathers the edges of all (|shift| tokens each, at most a block) and picks its neighbour's by
-    its own rank at run time, so that the code of all ranks is one.
-    """
-    shift = have.start - want.start
-    if shift == 0:
-        return x
-    block, at = have.block, have.dim + 1
-    parts = _split(x, have, block)
-    width = min(abs(shift), block)
-    first = 0 if shift > 0 else block - width
-    edges = collectives.all_gather(parts.narrow(at, first, width), context.group)
-    edges = edges.movedim(0, at).flatten(at, at + 1)
-    source = context.positions(block, x.device) + shift
-    owner = torch.div(source, block, rounding_mode="floor")
-    inside = source - owner * block
-    elsewhere = (block + owner * width + inside - first).clamp(block, block + context.group.size * width - 1)
-    index = torch.where(owner == context.rank(x.device), inside, elsewhere)
-    picked = torch.cat([parts, edges], at)[(slice(None),) * at + (index,)]
-    return _merge(picked, have)
+    """Entry i moves from position have.start + i to want.start + i, across rank boundaries: a halo."""
+    shift, at = have.start - want.start, have.dim + 1
+    around = halo(context, _split(x, have, have.block), at, max(-shift, 0), max(shift, 0))
+    return _merge(around.narrow(at, max(shift, 0), have.block), have)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from spcompile import collectives
 from spcompile.errors import SpcompileError
-from spcompile.passes.communicate import redistribute
+from spcompile.passes.communicate import redistribute, same_blocks
 from spcompile.passes.context import GraphContext
 from spcompile.passes.propagate import Plan, Step, Value, value_of
 from spcompile.placement import Partial, Placement, Replicate, Shard
@@ -91,7 +91,7 @@ class Localizer:
     def _compute(self, value: Value, want: Placement) -> Tensor:
         node = value[0]
         step = self.plan.steps.get(node)
-        if step is not None and step.kind != "computed":
+        if step is not None and step.kind != "computed" and not self._cuts_off(step, want):
             found = self._pull(value, step, want)
             if found is not None:
                 return found
@@ -102,10 +102,29 @@ class Localizer:
     def _at_hand(self, value: Value, step: Step | None, want: Placement) -> Placement:
         """The placement from which ``want`` is made: the native one, or whole."""
         native = self.plan.natural(value)
+        if step is not None and self._cuts_off(step, want):
+            return step.native[0]
         if step is None or native is None or step.kind == "pulled":
             assert want != Replicate(), f"{value} has no version to start from"
             return Replicate()
         return native
+
+    def _cuts_off(self, step: Step, want: Placement) -> bool:
+        """Whether ``step`` views the part that the ranks hold of a tensor that sticks out of them.
+
+        Then it can't be had whole by a gather at the root, where that tensor has lost entries.
+        """
+        native = step.native[0] if step.kind == "pulled" else None
+        if not isinstance(native, Shard) or (isinstance(want, Shard) and same_blocks(native, want)):
+            return False
+        return native.holds_all(self.context.group.size) and any(map(self._sticks_out, step.operands))
+
+    def _sticks_out(self, value: Value) -> bool:
+        """Whether a tensor has lost entries: it, or what it views, is computed and not all on the ranks."""
+        step, natural = self.plan.steps.get(value[0]), self.plan.natural(value)
+        if step is None or not isinstance(natural, Shard) or natural.holds_all(self.context.group.size):
+            return False
+        return step.kind == "computed" or any(map(self._sticks_out, step.operands))
 
     def _pull(self, value: Value, step: Step, want: Placement) -> Tensor | None:
         """A free or pulled value under ``want``, through its rule; None if the rule can't."""

@@ -108,7 +108,8 @@ def call_of(node: fx.Node) -> Call:
 def _returns_tensors(node: fx.Node) -> bool:
     value = node.meta.get("val")
     outputs = value if isinstance(value, (tuple, list)) else (value,)
-    return bool(outputs) and all(isinstance(x, Tensor) for x in outputs)
+    some = any(isinstance(x, Tensor) for x in outputs)  # a gradient that is not asked for is None
+    return some and all(x is None or isinstance(x, Tensor) for x in outputs)
 
 
 # ----------------------------------------------------------------------------------------------- mark
@@ -208,7 +209,7 @@ def _choose_split(plan: Plan, node: fx.Node, step: Step, naturals: list[Placemen
     candidates = []
     for index, placement in enumerate(naturals):
         if isinstance(placement, Shard):
-            candidates.append(step.rule.split("in", index, placement.unshifted()))
+            candidates += [step.rule.split("in", index, p) for p in {placement.unshifted(): 0, placement: 0}]
     for index in range(len(step.call.outputs)):
         for mark in plan.marks.get((node, index), ()):
             candidates.append(step.rule.split("out", index, mark))
@@ -216,7 +217,7 @@ def _choose_split(plan: Plan, node: fx.Node, step: Step, naturals: list[Placemen
         for index, (value, placement) in enumerate(zip(step.operands, naturals, strict=True)):
             if placement is None:
                 candidates += [step.rule.split("in", index, mark) for mark in plan.marks.get(value, ())]
-    usable = [c for c in candidates if c is not None and _holds_all(plan, c)]
+    usable = [c for c in candidates if c is not None and _loses_nothing(plan, node, step, c)]
     if not usable:
         return
     step.split = min(usable, key=lambda c: _moved_bytes(step, naturals, c))
@@ -224,9 +225,62 @@ def _choose_split(plan: Plan, node: fx.Node, step: Step, naturals: list[Placemen
     step.native = tuple(_scattered(plan, (node, i), p) if isinstance(p, Partial) else p for i, p in outputs)
 
 
-def _holds_all(plan: Plan, split: Split) -> bool:
-    """What is computed must be on the ranks entirely: a tensor that sticks out of them would lose entries."""
-    return all(p.holds_all(plan.ranks) for p in (*split.inputs, *split.outputs) if isinstance(p, Shard))
+def _loses_nothing(plan: Plan, node: fx.Node, step: Step, split: Split) -> bool:
+    """Whether the ranks hold all that counts of what the split reads and computes.
+
+    A tensor that sticks out of the ranks loses entries. Those of an operand may go that are what its padding
+    is filled with anyway; those of an output that nobody uses. An output that does not begin at position 0 is
+    used by windows only, lest the shift travels on.
+    """
+    for value, placement, fill in zip(step.operands, split.inputs, split.fills, strict=True):
+        if isinstance(placement, Shard) and not placement.holds_all(plan.ranks):
+            if fill is None or not _is_beyond(plan, value, placement, fill):
+                return False
+    return all(
+        _is_settled(plan, p) or _only_windows_use(plan, (node, index), p)
+        for index, p in enumerate(split.outputs)
+        if isinstance(p, Shard)
+    )
+
+
+def _is_settled(plan: Plan, shard: Shard) -> bool:
+    return shard.start == 0 and shard.holds_all(plan.ranks)
+
+
+def _is_beyond(plan: Plan, value: Value, shard: Shard, number: float) -> bool:
+    """Whether ``value`` is ``number`` wherever ``shard`` sticks out of the ranks: padding by a view."""
+    node, index = value
+    step = plan.steps.get(node)
+    beyond = getattr(step.rule, "beyond", None) if step is not None else None
+    if step is None or step.rule is None or (node.target not in PULLED and beyond is None):
+        return False
+    split = step.rule.split("out", index, shard)
+    if split is None or (beyond is not None and beyond != number):
+        return False
+    # An entry comes from the operands' entries at the same position, or is what the rule writes beyond them.
+    return all(
+        isinstance(p, Shard) and (p.holds_all(plan.ranks) or _is_beyond(plan, v, p, number))
+        for v, p in zip(step.operands, split.inputs, strict=True)
+    )
+
+
+def _only_windows_use(plan: Plan, value: Value, shard: Shard) -> bool:
+    """Whether all that is used of ``value``, placed as ``shard``, are views that the ranks hold entirely."""
+    node, index = value
+    users = list(node.users)
+    if len(plan.steps[node].call.outputs) > 1:  # type: ignore[union-attr]
+        users = [u for g in users if g.target is getitem and g.args[1] == index for u in g.users]
+    for user in users:
+        step = plan.steps.get(user)
+        if step is None or step.rule is None or user.target not in PULLED or len(step.operands) != 1:
+            return False
+        split = step.rule.split("in", 0, shard)
+        after = None if split is None else split.outputs[0]
+        if not isinstance(after, Shard):
+            return False
+        if not _is_settled(plan, after) and not _only_windows_use(plan, (user, 0), after):
+            return False
+    return True
 
 
 def _scattered(plan: Plan, value: Value, partial: Partial) -> Placement:

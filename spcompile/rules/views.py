@@ -162,9 +162,14 @@ class Pad:
     call: Call
 
     @property
+    def beyond(self) -> float:
+        """What is written where nothing was."""
+        return self.call.argument(2, "value", 0)
+
+    @property
     def linear(self) -> tuple[frozenset[int], ...]:
         """A sum of padded terms is the padded sum only if the value is zero."""
-        return (frozenset({0}),) if self.call.argument(2, "value", 0) == 0 else ()
+        return (frozenset({0}),) if self.beyond == 0 else ()
 
     def split(self, side: Side, index: int, shard: Shard) -> Split | None:
         """See :class:`spcompile.rules.base.Rule`."""
@@ -180,7 +185,7 @@ class Pad:
         return Split((before,), (after,), (None,), self._emit(before, left or right))
 
     def _emit(self, before: Shard, moves: bool) -> Emit:
-        value = self.call.argument(2, "value", 0)
+        value = self.beyond
         (x,) = self.call.operands
         pads = list(self.call.args[1])
         at = 2 * (x.dim() - 1 - before.dim)
