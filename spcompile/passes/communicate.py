@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spcompile import collectives
-from spcompile.placement import Partial, Placement, Replicate, Shard, local_shape
+from spcompile.placement import Partial, Placement, Replicate, Shard, local_shape, same_blocks
 from spcompile.rules.base import Context
 from spcompile.rules.halo import halo
 
-__all__ = ["redistribute", "same_blocks"]
+__all__ = ["redistribute", "shifted", "surrounded"]
 
 
 def redistribute(
@@ -25,7 +25,9 @@ def redistribute(
         return x
     if isinstance(have, Shard):
         if isinstance(want, Shard) and same_blocks(have, want):
-            return _shift(context, x, have, want)
+            reach = max(want.start - have.start, 0), max(have.start - want.start, 0)
+            around = surrounded(context, x, have, want, shape, reach)
+            return shifted(around, have, want, reach[0])
         return redistribute(context, _gather(context, x, have), Replicate(), want, shape)
     if isinstance(have, Partial):
         if isinstance(want, Shard) and have.op == "sum" and want.holds_all(context.group.size):
@@ -38,11 +40,6 @@ def redistribute(
         return torch.where(context.rank(x.device) == 0, x, x.new_zeros(()))
     assert isinstance(want, Shard)
     return _slice(context, x, want, shape)
-
-
-def same_blocks(have: Shard, want: Shard) -> bool:
-    """Whether two placements of a tensor differ by a shift at most."""
-    return (have.dim, have.block, have.outer, have.inner) == (want.dim, want.block, want.outer, want.inner)
 
 
 def _split(x: Tensor, shard: Shard, sequence: int) -> Tensor:
@@ -84,8 +81,15 @@ def _reduce_scatter(context: Context, x: Tensor, want: Shard) -> Tensor:
     return _merge(collectives.reduce_scatter(parts, context.group), want)
 
 
-def _shift(context: Context, x: Tensor, have: Shard, want: Shard) -> Tensor:
-    """Entry i moves from position have.start + i to want.start + i, across rank boundaries: a halo."""
-    shift, at = have.start - want.start, have.dim + 1
-    around = halo(context, _split(x, have, have.block), at, max(-shift, 0), max(shift, 0))
-    return _merge(around.narrow(at, max(shift, 0), have.block), have)
+def surrounded(
+    context: Context, x: Tensor, have: Shard, want: Shard, shape: tuple[int, ...], reach: tuple[int, int]
+) -> Tensor:
+    """``x`` and, along its sharded dim, the ``reach`` positions of the ranks before and behind; for
+    :func:`shifted`. The other arguments are those of :func:`redistribute`."""
+    return halo(context, _split(x, have, have.block), have.dim + 1, *reach)
+
+
+def shifted(around: Tensor, have: Shard, want: Shard, left: int) -> Tensor:
+    """Entry i moves from position have.start + i to want.start + i; ``left`` positions were put before."""
+    start = left + have.start - want.start
+    return _merge(around.narrow(have.dim + 1, start, have.block), have)

@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from spcompile import collectives
 from spcompile.errors import SpcompileError
-from spcompile.passes.communicate import redistribute, same_blocks
+from spcompile.passes.communicate import redistribute, shifted, surrounded
 from spcompile.passes.context import GraphContext
 from spcompile.passes.propagate import Plan, Step, Value, value_of
-from spcompile.placement import Partial, Placement, Replicate, Shard
+from spcompile.passes.reach import reaches
+from spcompile.placement import Partial, Placement, Replicate, Shard, same_blocks
 from spcompile.rules import Split
 from spcompile.traffic import Purpose
 
@@ -52,6 +53,8 @@ class Localizer:
         self.gathers: list[GatherNote] = []
         self.originals = list(graph.nodes)
         self._pending: list[tuple[Value, Tensor]] = []
+        self._reach = reaches(plan)
+        self._around: dict[Value, Tensor] = {}
 
     def run(self) -> None:
         """Rewrite the graph."""
@@ -97,7 +100,15 @@ class Localizer:
                 return found
         have = self._at_hand(value, step, want)
         shape = tuple(int(s) for s in self._global(value).shape)
-        return self._run(node, redistribute, self.context, self.version(value, have), have, want, shape)
+        local = self.version(value, have)
+        if isinstance(have, Shard) and isinstance(want, Shard) and same_blocks(have, want):
+            left, right = reach = self._reach.get(value, (0, 0))
+            if -left <= have.start - want.start <= right:
+                if value not in self._around:
+                    args = (self.context, local, have, want, shape, reach)
+                    self._around[value] = self._run(node, surrounded, *args)
+                return self._run(node, shifted, self._around[value], have, want, left)
+        return self._run(node, redistribute, self.context, local, have, want, shape)
 
     def _at_hand(self, value: Value, step: Step | None, want: Placement) -> Placement:
         """The placement from which ``want`` is made: the native one, or whole."""
@@ -252,7 +263,7 @@ class Localizer:
             mark = next((m for v, _ in self._pending for m in self.plan.marks.get(v, ())), None)
             return Purpose("gradients", asked, False, tuple(tuple(x.shape) for x in args[0]), mark=mark)
         mark = next(iter(self.plan.marks.get((node, 0), ())), None)
-        if function is redistribute:
+        if function in (redistribute, surrounded):
             return Purpose(str(node.target), asked, whole, (args[4],), args[2], args[3], mark)
         step = self.plan.steps.get(node)
         operands = step.operands if step is not None else ()

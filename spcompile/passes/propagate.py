@@ -20,6 +20,9 @@ from spcompile.rules import PULLED, Call, Rule, Split, commits, rule_for
 
 __all__ = ["Plan", "Step", "call_of", "propagate", "value_of"]
 
+# Up to so many single entries of a sequence are summed one by one; more are gathered with all the others.
+FEW = 2
+
 Value = tuple[fx.Node, int]
 """One tensor: a node, and which of its outputs (0 unless it returns several)."""
 
@@ -162,12 +165,10 @@ def _choose(plan: Plan, node: fx.Node, step: Step) -> None:
         if not commits(node.target) and all(p is None for p in naturals):
             step.kind = "free"
             return
-        if node.target in PULLED:
-            _pull(step, naturals)
+        if node.target in PULLED and _pull(plan, node, step, naturals):
             return
     if step.rule is not None:
-        terms = frozenset(i for i, p in enumerate(naturals) if isinstance(p, Partial))
-        if _stays_partial(step.rule, naturals, terms):
+        if _stays_partial(plan, step, naturals):
             assert step.call is not None
             step.native = tuple(Partial("sum") for _ in step.call.outputs)
             return
@@ -176,31 +177,50 @@ def _choose(plan: Plan, node: fx.Node, step: Step) -> None:
         step.gathers = "no rule" if step.rule is None else "no dim of it can be sharded so"
 
 
-def _stays_partial(rule: Rule, naturals: list[Placement | None], terms: frozenset[int]) -> bool:
-    others = [p for i, p in enumerate(naturals) if i not in terms]
-    return (
-        bool(terms)
-        and terms in rule.linear
-        and all(naturals[i] == Partial("sum") for i in terms)
-        and not any(isinstance(p, Shard) for p in others)
-    )
-
-
-def _pull(step: Step, naturals: list[Placement | None]) -> None:
-    """A view: it lies where what it views lies, as its rule says; nothing is computed for it."""
+def _stays_partial(plan: Plan, step: Step, naturals: list[Placement | None]) -> bool:
+    """Whether a call on terms of a sum gives terms of a sum: it is linear in them, or in them and zeros."""
     assert step.rule is not None
-    step.kind = "pulled"
-    step.native = (Replicate(),)
-    terms = frozenset(i for i, p in enumerate(naturals) if isinstance(p, Partial))
-    if _stays_partial(step.rule, naturals, terms):
-        step.native = (Partial("sum"),)
-        return
+    terms = {i for i, p in enumerate(naturals) if isinstance(p, Partial)}
+    if not terms or any(p not in (None, Replicate(), Partial("sum")) for p in naturals):
+        return False
+    zeros = {i for i, v in enumerate(step.operands) if _is_zero(plan, v)}
+    return any(terms <= linear <= terms | zeros for linear in step.rule.linear)
+
+
+def _is_zero(plan: Plan, value: Value) -> bool:
+    """Whether a tensor is made of nothing but zeros, so that every rank may take it for its term."""
+    step = plan.steps.get(value[0])
+    return step is not None and not step.operands and getattr(step.rule, "beyond", None) == 0
+
+
+def _pull(plan: Plan, node: fx.Node, step: Step, naturals: list[Placement | None]) -> bool:
+    """A view: it lies where what it views lies, as its rule says; nothing is computed for it.
+
+    False for a single entry of the sequence, which is rather computed, as a sum; but where many entries are
+    taken, one gather of them all is less.
+    """
+    assert step.rule is not None
+    native: Placement = Partial("sum") if _stays_partial(plan, step, naturals) else Replicate()
     for index, placement in enumerate(naturals):
         if isinstance(placement, Shard):
             split = step.rule.split("in", index, placement)
-            if split is not None:
-                step.native = split.outputs
-                return
+            if split is None:
+                continue
+            if isinstance(split.outputs[0], Shard):
+                native = split.outputs[0]
+                break
+            entries = _entries_taken(plan, step.operands[index], placement)
+            if entries <= FEW and _loses_nothing(plan, node, step, split):
+                return False
+    step.kind, step.native = "pulled", (native,)
+    return True
+
+
+def _entries_taken(plan: Plan, value: Value, shard: Shard) -> int:
+    """How many views of a tensor placed as ``shard`` are one rank's term of a sum."""
+    steps = (plan.steps.get(user) for user in value[0].users if user.target in PULLED)
+    splits = (s.rule.split("in", 0, shard) for s in steps if s is not None and s.rule is not None)
+    return sum(split is not None and isinstance(split.outputs[0], Partial) for split in splits)
 
 
 def _choose_split(plan: Plan, node: fx.Node, step: Step, naturals: list[Placement | None]) -> None:
