@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
-__all__ = ["Partial", "Placement", "Replicate", "Shard", "local_shape", "reshape_shard"]
+__all__ = ["Partial", "Placement", "Replicate", "Shard", "local_shape", "reshape_shard", "same_blocks"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,11 @@ class Shard:
 
 
 Placement = Replicate | Shard | Partial
+
+
+def same_blocks(a: Shard, b: Shard) -> bool:
+    """Whether two placements of a tensor differ by a shift at most."""
+    return (a.dim, a.block, a.outer, a.inner) == (b.dim, b.block, b.outer, b.inner)
 
 
 def local_shape(shape: tuple[int, ...], placement: Placement) -> tuple[int, ...]:

@@ -212,7 +212,7 @@ def check_allowed(
     rule = make(call)
     assert rule is not None, f"{sample} has no rule"
     tensors = [("in", i, x) for i, x in enumerate(call.operands)] + [
-        ("out", i, x) for i, x in enumerate(call.outputs)
+        ("out", i, x) for i, x in enumerate(call.outputs) if x is not None
     ]
     for side, index, x in tensors:
         for dim, ranks in itertools.product(range(x.dim()), (2, 3)):
@@ -230,11 +230,33 @@ def check_allowed(
     return allowed
 
 
+def _without_lost(call: Call, split: Split, ranks: int) -> Call:
+    """The call with the entries that the ranks lose replaced by what the rule puts there."""
+    operands = []
+    for x, placement, fill in zip(call.operands, split.inputs, split.fills, strict=True):
+        if isinstance(placement, Shard) and fill is not None:
+            x, at = x.clone(), placement.dim + 1
+            parts = _three(x, placement.dim, placement.outer, placement.inner)
+            for i in range(placement.length):
+                if not 0 <= placement.start + i < ranks * placement.block:
+                    parts.select(at, i).fill_(fill)
+        operands.append(x)
+    args, kwargs = call.replaced(operands)
+    return Call(call.op, args, kwargs, call.op(*args, **kwargs))
+
+
 def _check_split(sample: Sample, call: Call, split: Split, ranks: int) -> None:
-    placed = [p for p in (*split.inputs, *split.outputs) if isinstance(p, Shard)]
-    # Entries that stick out of the window are lost: only where each output entry has its own may that be.
-    if any(isinstance(p, Partial) for p in split.outputs) and not all(p.holds_all(ranks) for p in placed):
+    # Entries of an operand that stick out of the ranks are lost. The rule says what stands there instead;
+    # where it doesn't, they may be lost only if each output entry needs but those at its own position.
+    lost = {
+        i: f
+        for i, (p, f) in enumerate(zip(split.inputs, split.fills))
+        if isinstance(p, Shard) and not p.holds_all(ranks)
+    }
+    if any(isinstance(p, Partial) for p in split.outputs) and None in lost.values():
         return
+    if any(f is not None for f in lost.values()):
+        call = _without_lost(call, split, ranks)
     operands = [
         _locals(x, p, ranks, f) for x, p, f in zip(call.operands, split.inputs, split.fills, strict=True)
     ]
@@ -248,6 +270,8 @@ def _check_split(sample: Sample, call: Call, split: Split, ranks: int) -> None:
         if not all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(xs, ys)):
             raise WrongRule(f"{sample}: an operand was written")
     for i, (locals_, placement, whole) in enumerate(zip(outs, split.outputs, call.outputs)):
+        if whole is None:
+            continue
         wrong = _compare(locals_, placement, whole, sample.tolerance)
         if wrong:
             raise WrongRule(
@@ -273,7 +297,10 @@ def check_linear(sample: Sample, make: Callable[[Call], Rule | None] = rule_for)
                 _outs(call.run([terms[i][n] if i in linear else x for i, x in enumerate(call.operands)]))
                 for n in range(count)
             ]
-            for got, whole in zip((reduce(torch.add, xs) for xs in zip(*runs)), call.outputs):
+            for xs, whole in zip(zip(*runs), call.outputs):
+                if whole is None:
+                    continue
+                got = reduce(torch.add, xs)
                 if not _same(got, whole, max(sample.tolerance, 1e-10)):
                     raise WrongRule(f"{sample}: not linear in operands {sorted(linear)}: {got}, not {whole}")
 
@@ -318,7 +345,8 @@ def _can_be_cut(sample: Sample, call: Call, operand: int, dim: int) -> str:
             except Exception:
                 break
         if len(runs) == 2:
-            ways = [_reassembled(a, b, whole, sample.tolerance) for a, b, whole in zip(*runs, call.outputs)]
+            outs = [xs for xs in zip(*runs, call.outputs) if xs[2] is not None]
+            ways = [_reassembled(a, b, whole, sample.tolerance) for a, b, whole in outs]
             if all(ways):
                 return f"cutting dims {dims}, outputs by {ways}"
     return ""

@@ -32,12 +32,15 @@ CONSERVATIVE: dict[tuple[str, int, int], str] = {
     **_refused(aten.bucketize.Tensor, "", BOUNDARIES, (1, 0)),
     **_refused(aten.searchsorted.Tensor, "", BOUNDARIES, (0, 0)),
     **_refused(aten.searchsorted.Tensor, "rows", BOUNDARIES, (0, 1)),
-    **_refused(aten.convolution.default, "", CHANNELS, (1, 0), (2, 0)),
-    **_refused(aten.convolution_backward.default, "", CHANNELS, (0, 1), (1, 1), (2, 0), (2, 1)),
     **_refused(flash_attention_cpu_backward, "cross", KEYS, (2, 2), (3, 2)),
     **_refused(flash_attention_cpu_backward, "mask", KEYS, (2, 2), (3, 2), (6, 1)),
     **_refused(flash_attention_cpu_backward, "padding mask", KEYS, (2, 2), (3, 2), (6, 3)),
 }
+for _name in ("mixing channels", "in steps"):
+    CONSERVATIVE |= {
+        **_refused(aten.convolution.default, _name, CHANNELS, (1, 0), (2, 0)),
+        **_refused(aten.convolution_backward.default, _name, CHANNELS, (0, 1), (1, 1), (2, 0), (2, 1)),
+    }
 for _name in ("causal", "all"):
     CONSERVATIVE |= {
         **_refused(ops.linear_attention.default, _name, HEAD_SIZE, (0, 3), (1, 3), (2, 3)),

@@ -74,6 +74,7 @@ VIEWS = [
     S(aten.repeat.default, (x(4, 6), [1, 3, 1]), name="middle"),
     S(aten.repeat.default, (x(4, 6), [2, 1]), name="first"),
     S(aten.select.int, (x(6, 5, 4), 1, -2)),
+    S(aten.select.int, (x(6, 5), 0, 0), name="the first"),
     S(aten.unbind.int, (x(6, 3, 4), 1)),
     S(aten.select_scatter.default, (x(6, 5, 4), x(6, 4), 1, 3)),
     S(aten.slice.Tensor, (x(4, 8, 5), 1, 2, 7)),
@@ -81,6 +82,7 @@ VIEWS = [
     S(aten.slice.Tensor, (x(4, 8), 1, -5, END), name="the last five"),
     S(aten.slice.Tensor, (x(4, 8), 1, 0, END), name="all"),
     S(aten.slice.Tensor, (x(4, 8), 1, 1, 8, 3), name="steps"),
+    S(aten.slice.Tensor, (x(4, 8), 1, -1, END), name="the last"),
     S(aten.slice_scatter.default, (x(4, 8, 5), x(4, 3, 5), 1, 2, 5)),
     S(aten.slice_scatter.default, (x(8, 4), x(7, 4), 0, 1, END), name="but the first"),
     S(aten.slice_scatter.default, (x(6, 4), x(6, 4, seed=1), 0, 0, END), name="all"),
@@ -91,6 +93,7 @@ VIEWS = [
     S(aten.constant_pad_nd.default, (x(4, 6), [-1, 1]), name="shift left"),
     S(aten.constant_pad_nd.default, (n(9, 4, 6), [0, 1], -100), name="labels"),
     S(aten.cat.default, ([x(4, 6), x(4, 5)], 1)),
+    S(aten.cat.default, ([x(2, 4), n(9, 1, 4), x(5, 4)],), name="three, one of integers"),
     S(aten.cat.default, ([torch.zeros(0, dtype=torch.float64), x(4, 6), x(3, 6)],), name="with an empty one"),
     S(aten.split.Tensor, (x(4, 7), 3, 1)),
     S(aten.split_with_sizes.default, (x(4, 7), [2, 5], -1)),
@@ -134,6 +137,7 @@ REDUCTIONS = [
     S(aten.argmin.default, (x(4, 6), 0, True), name="kept"),
     S(aten.cumsum.default, (x(4, 6, 5), 1), exchanges=True),
     S(aten.cumsum.default, (n(9, 7), -1), exchanges=True, name="positions"),
+    S(ops.reverse_cumsum.default, (x(4, 6, 5), 1), exchanges=True),
     S(aten.cumprod.default, (x(4, 6), 1)),
     S(aten.logcumsumexp.default, (x(4, 6), 1)),
     S(aten.cummax.default, (x(4, 6), 1)),
@@ -219,27 +223,53 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, n
     ]
 
 
+def _convolution(name: str, bias: bool = False, kernel: int = 3, groups: int = 6, **options: int) -> list[S]:
+    """A convolution of [4, 6, 9] and its backward, with the gradients that the forward has operands for."""
+    stride, padding, dilation = (
+        options.get(o, d) for o, d in (("stride", 1), ("padding", 0), ("dilation", 1))
+    )
+    rest = ([stride], [padding], [dilation], False, [0], groups)
+    signal, weight = x(4, 6, 9), x(6, 6 // groups, kernel)
+    forward = S(
+        aten.convolution.default, (signal, weight, x(6) if bias else None, *rest), name=name, tolerance=1e-10
+    )
+    gradient = x(*forward.call().outputs[0].shape, seed=4)
+    args = (gradient, signal, weight, [6] if bias else None, *rest, [True, True, bias])
+    backward = S(aten.convolution_backward.default, args, name=name, tolerance=1e-10)
+    forward.exchanges = backward.exchanges = stride == 1
+    return [forward, backward]
+
+
+_CONVOLUTIONS = [
+    *_convolution("causal", True, padding=2),
+    *_convolution("causal, wide", kernel=5, padding=4),
+    *_convolution("padded before", kernel=4),
+    *_convolution("centred", True, padding=1),
+    *_convolution("dilated", padding=4, dilation=2),
+    *_convolution("a wide margin", padding=3),
+    *_convolution("of one token", kernel=1),
+    *_convolution("mixing channels", True, groups=1, padding=2),
+    *_convolution("in steps", True, groups=1, stride=2, padding=1),
+    S(
+        aten.convolution.default,
+        (x(4, 6, 3, 9), x(6, 1, 2, 3), None, [1, 1], [0, 2], [1, 1], False, [0, 0], 6),
+        name="of an image",
+        tolerance=1e-10,
+    ),
+    S(
+        aten.convolution.default,
+        (x(4, 6, 9), x(6, 1, 3), None, [1], [2], [1], True, [0], 6),
+        name="transposed",
+        tolerance=1e-10,
+    ),
+]
+
 KERNELS = [
     *_flash(_q, _k, _v, False, None, "cross"),
     *_flash(_long_k, _q, _long_v, True, None, "causal"),
     *_flash(_q, _k, _v, False, x(7, 5), "mask"),
     *_flash(_q, _k, _v, False, x(2, 1, 1, 5), "padding mask"),
-    S(
-        aten.convolution.default,
-        (x(4, 6, 9), x(5, 6, 3), x(5), [1], [2], [1], False, [0], 1),
-        tolerance=1e-10,
-    ),
-    S(
-        aten.convolution.default,
-        (x(4, 6, 9), x(6, 1, 3), None, [2], [2], [1], False, [0], 6),
-        name="depthwise",
-        tolerance=1e-10,
-    ),
-    S(
-        aten.convolution_backward.default,
-        (x(4, 5, 11), x(4, 6, 9), x(5, 6, 3), [5], [1], [2], [1], False, [0], 1, [True] * 3),
-        tolerance=1e-10,
-    ),
+    *_CONVOLUTIONS,
 ]
 
 

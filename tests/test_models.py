@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import models
-from models import linear_llama3
+from models import based, lightning, linear_llama3, mamba2, rebased, retention, simple_gla
+from models.frame import Model, SoftmaxAttention, rotary_table
 from models.linear_llama3 import Config, LinearLlama3
 
 PATTERNS = {"L": "LLLLLLLL", "LLLLLLLN": "LLLLLLLN", "LLLN": "LLLNLLLN", "LN": "LNLNLNLN", "N": "NNNNNNNN"}
@@ -34,7 +35,8 @@ def build(seed: int = 0, **overrides) -> LinearLlama3:
 def test_pattern_is_repeated_over_the_layers(pattern):
     model = build(pattern=pattern)
     assert model.config.kinds == PATTERNS[pattern]
-    assert "".join(block.attention.kind for block in model.blocks) == PATTERNS[pattern]
+    kinds = {SoftmaxAttention: "N", linear_llama3.LinearAttention: "L"}
+    assert "".join(kinds[type(block.attention)] for block in model.blocks) == PATTERNS[pattern]
 
 
 @every_pattern
@@ -117,7 +119,7 @@ def test_grouped_heads_equal_written_out_heads(pattern):
 def test_float64_is_float64_throughout():
     """A float32 step anywhere would leave 1e-7: rotary angles are the usual suspect."""
     model = build(pattern="LN")
-    cos, sin = linear_llama3.rotary_table(500, 4, 500_000.0, torch.float64, torch.device("cpu"))
+    cos, sin = rotary_table(500, 4, 500_000.0, torch.float64, torch.device("cpu"))
     expected = math.cos(499 / math.sqrt(500_000))
     assert (cos**2 + sin**2 - 1).abs().max() < 1e-15
     assert cos[499, 1].item() == pytest.approx(expected, abs=1e-14)
@@ -185,3 +187,121 @@ def test_bad_configurations_are_refused(field, value):
 def test_a_normaliser_needs_a_positive_feature_map():
     with pytest.raises(ValueError, match="normaliser"):
         Config(**SMALL, normaliser=True, feature_map="silu")
+
+
+# ------------------------------------------------------------------------------------ the linear family
+
+VARIANTS = [
+    *("retention", "lightning", "simple_gla", "mamba2", "gla", "hgrn2"),
+    *("rwkv6", "deltanet", "gated_deltanet", "kda", "based", "rebased"),
+]
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+
+
+def variant(name: str, **overrides) -> Model:
+    torch.manual_seed(0)
+    shape = dict(vocab=16, layers=2, hidden=16, heads=2, kv_heads=1, mlp=24, pattern="L")
+    return models.get(f"{name}:tiny", **{**shape, **overrides})()
+
+
+@every_variant
+@pytest.mark.parametrize("pattern", ["L", "LN"])
+def test_a_variant_learns(name, pattern):
+    """Tokens that repeat with period three: the loss falls from ln 16 to almost nothing."""
+    model = variant(name, pattern=pattern)
+    ids = torch.tensor([3, 11, 6]).repeat(5)[None]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = model(ids, labels=ids)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(p.grad is not None for p in model.parameters())
+    assert losses[0] == pytest.approx(math.log(16), abs=0.3) and losses[-1] < 0.3
+
+
+@every_variant
+def test_a_variant_is_causal_and_float64(name):
+    model = variant(name).double()
+    ids = model.example_inputs(seq=9)["ids"]
+    changed = ids.clone()
+    changed[:, 6:] = (changed[:, 6:] + 1) % 16
+    difference = (model(ids) - model(changed)).abs().amax(-1)[0]
+    assert difference[:6].max() < 1e-14 and difference[6:].min() > 1e-9
+    assert model(ids).dtype == torch.float64
+
+
+@every_variant
+def test_a_variant_has_no_bidirectional_form(name):
+    with pytest.raises(ValueError, match="causal"):
+        variant(name, causal=False)
+
+
+def recurrence(q, k, v, decay):
+    """S_t = decay_t S_{t-1} + k_t^T v_t and q_t S_t, token by token; decay broadcasts to [B, H, T, K]."""
+    decay = decay.expand(k.shape)
+    state, rows = torch.zeros(*k.shape[:2], k.shape[-1], v.shape[-1], dtype=q.dtype), []
+    for t in range(q.shape[2]):
+        state = decay[:, :, t, :, None] * state + k[:, :, t, :, None] * v[:, :, t, None, :]
+        rows.append((q[:, :, t, None] @ state)[:, :, 0])
+    return torch.stack(rows, 2)
+
+
+def _based_features(x):
+    squares = (x[..., :, None] * x[..., None, :]).flatten(-2) / math.sqrt(2)
+    return torch.cat([torch.ones_like(x[..., :1]), x, squares], -1)
+
+
+def _normalised(q, k, v):
+    one = torch.ones((), dtype=q.dtype)
+    out = recurrence(q, k, torch.cat([v, torch.ones_like(v[..., :1])], -1), one)
+    return out[..., :-1], out[..., -1:]
+
+
+def test_retention_is_its_recurrence():
+    q, k, v, _ = _qkvg()
+    gamma = torch.tensor([0.9, 0.5, 0.99], dtype=q.dtype)
+    expected = recurrence(q, k, v, gamma[:, None, None]) / 2
+    torch.testing.assert_close(retention.retention(q, k, v, gamma), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_lightning_is_its_recurrence():
+    q, k, v, _ = _qkvg()
+    slopes = torch.tensor([0.9, 0.5, 0.01], dtype=q.dtype)
+    expected = recurrence(q, k, v, (-slopes).exp()[:, None, None])
+    torch.testing.assert_close(lightning.lightning(q, k, v, slopes), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_simple_gla_is_its_recurrence():
+    q, k, v, g = _qkvg()
+    expected = recurrence(q, k, v, g.exp()[..., None]) / 2
+    torch.testing.assert_close(simple_gla.simple_gla(q, k, v, g), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_mamba2_is_its_recurrence():
+    q, k, v, g = _qkvg()
+    k, q = k[:, :1].expand(k.shape), q[:, :1].expand(q.shape)
+    expected = recurrence(q, k, v, g.exp()[..., None])
+    torch.testing.assert_close(mamba2.ssd(v, g, k[:, 0], q[:, 0]), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_based_is_its_recurrence():
+    q, k, v, _ = _qkvg()
+    out, total = _normalised(_based_features(q / math.sqrt(2)), _based_features(k / math.sqrt(2)), v)
+    torch.testing.assert_close(based.based(q, k, v), out / total, rtol=1e-12, atol=1e-12)
+
+
+def test_rebased_is_its_recurrence():
+    q, k, v, _ = _qkvg()
+    features = [(x[..., :, None] * x[..., None, :]).flatten(-2) / 2 for x in (q, k)]
+    out, total = _normalised(*features, v)
+    torch.testing.assert_close(rebased.rebased(q, k, v), out / (total + 1e-6), rtol=1e-12, atol=1e-12)
+
+
+def _qkvg():
+    """q, k [2, 3, 11, 4], v [2, 3, 11, 5], and the log decay of each token [2, 3, 11]."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 11, size, dtype=torch.float64) for size in (4, 4, 5))
+    return q, k, v, -torch.rand(2, 3, 11, dtype=torch.float64)

@@ -21,7 +21,7 @@ def linear_attention(
     exclusive: bool = False,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """S_t = (I - beta_t k_t^T k_t) D_t S_{t-1} + beta_t k_t^T v_t (without beta S_t = D_t S_{t-1} + k_t^T v_t),
+    """S_t = (I - beta_t k_t^T k_t) D_t S_{t-1} + beta_t k_t^T v_t (else D_t S_{t-1} + k_t^T v_t),
     D_t = Diag(exp(log_decay_t)), and o_t = scale * q_t S_t (exclusive: S_{t-1}; not causal: S_T).
 
     Args:

@@ -20,6 +20,7 @@ from spcompile.passes.lower import lower_attention
 from spcompile.passes.propagate import Plan, Value, propagate
 from spcompile.passes.specialise import specialise
 from spcompile.passes.verify import check_outputs, verify
+from spcompile.passes.windows import move_windows
 from spcompile.placement import Shard
 from spcompile.rules import attention
 
@@ -49,6 +50,7 @@ def shard_joint_graph(
         lower_attention(graph, emitter, context)
         _erase_dead(graph, emitter.emitted)
     else:
+        move_windows(graph, emitter.fake_mode)
         sharded.plan = propagate(graph, group.size, find_sequences(graph, group.size, hints or {}))
         localizer = Localizer(graph, sharded.plan, context, config.nan_padding)
         localizer.run()

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spcompile import collectives
-from spcompile.placement import Partial, Placement, Replicate, Shard, local_shape
+from spcompile.placement import Partial, Placement, Replicate, Shard, local_shape, same_blocks
 from spcompile.rules.base import Context
+from spcompile.rules.halo import halo
 
-__all__ = ["redistribute"]
+__all__ = ["redistribute", "shifted", "surrounded"]
 
 
 def redistribute(
@@ -23,8 +24,10 @@ def redistribute(
     if have == want:
         return x
     if isinstance(have, Shard):
-        if isinstance(want, Shard) and _same_dim(have, want):
-            return _shift(context, x, have, want)
+        if isinstance(want, Shard) and same_blocks(have, want):
+            reach = max(want.start - have.start, 0), max(have.start - want.start, 0)
+            around = surrounded(context, x, have, want, shape, reach)
+            return shifted(around, have, want, reach[0])
         return redistribute(context, _gather(context, x, have), Replicate(), want, shape)
     if isinstance(have, Partial):
         if isinstance(want, Shard) and have.op == "sum" and want.holds_all(context.group.size):
@@ -37,10 +40,6 @@ def redistribute(
         return torch.where(context.rank(x.device) == 0, x, x.new_zeros(()))
     assert isinstance(want, Shard)
     return _slice(context, x, want, shape)
-
-
-def _same_dim(have: Shard, want: Shard) -> bool:
-    return (have.dim, have.block, have.outer, have.inner) == (want.dim, want.block, want.outer, want.inner)
 
 
 def _split(x: Tensor, shard: Shard, sequence: int) -> Tensor:
@@ -82,25 +81,15 @@ def _reduce_scatter(context: Context, x: Tensor, want: Shard) -> Tensor:
     return _merge(collectives.reduce_scatter(parts, context.group), want)
 
 
-def _shift(context: Context, x: Tensor, have: Shard, want: Shard) -> Tensor:
-    """The halo: entry i moves from position have.start + i to want.start + i, across rank boundaries.
+def surrounded(
+    context: Context, x: Tensor, have: Shard, want: Shard, shape: tuple[int, ...], reach: tuple[int, int]
+) -> Tensor:
+    """``x`` and, along its sharded dim, the ``reach`` positions of the ranks before and behind; for
+    :func:`shifted`. The other arguments are those of :func:`redistribute`."""
+    return halo(context, _split(x, have, have.block), have.dim + 1, *reach)
 
-    Every rank gathers the edges of all (|shift| tokens each, at most a block) and picks its neighbour's by
-    its own rank at run time, so that the code of all ranks is one.
-    """
-    shift = have.start - want.start
-    if shift == 0:
-        return x
-    block, at = have.block, have.dim + 1
-    parts = _split(x, have, block)
-    width = min(abs(shift), block)
-    first = 0 if shift > 0 else block - width
-    edges = collectives.all_gather(parts.narrow(at, first, width), context.group)
-    edges = edges.movedim(0, at).flatten(at, at + 1)
-    source = context.positions(block, x.device) + shift
-    owner = torch.div(source, block, rounding_mode="floor")
-    inside = source - owner * block
-    elsewhere = (block + owner * width + inside - first).clamp(block, block + context.group.size * width - 1)
-    index = torch.where(owner == context.rank(x.device), inside, elsewhere)
-    picked = torch.cat([parts, edges], at)[(slice(None),) * at + (index,)]
-    return _merge(picked, have)
+
+def shifted(around: Tensor, have: Shard, want: Shard, left: int) -> Tensor:
+    """Entry i moves from position have.start + i to want.start + i; ``left`` positions were put before."""
+    start = left + have.start - want.start
+    return _merge(around.narrow(have.dim + 1, start, have.block), have)

@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from spcompile import collectives
 from spcompile.errors import SpcompileError
-from spcompile.passes.communicate import redistribute
+from spcompile.passes.communicate import redistribute, shifted, surrounded
 from spcompile.passes.context import GraphContext
 from spcompile.passes.propagate import Plan, Step, Value, value_of
-from spcompile.placement import Partial, Placement, Replicate, Shard
+from spcompile.passes.reach import reaches
+from spcompile.placement import Partial, Placement, Replicate, Shard, same_blocks
 from spcompile.rules import Split, attention
 from spcompile.traffic import Purpose
 
@@ -52,6 +53,8 @@ class Localizer:
         self.gathers: list[GatherNote] = []
         self.originals = list(graph.nodes)
         self._pending: list[tuple[Value, Tensor]] = []
+        self._reach = reaches(plan)
+        self._around: dict[Value, Tensor] = {}
 
     def run(self) -> None:
         """Rewrite the graph."""
@@ -91,21 +94,48 @@ class Localizer:
     def _compute(self, value: Value, want: Placement) -> Tensor:
         node = value[0]
         step = self.plan.steps.get(node)
-        if step is not None and step.kind != "computed":
+        if step is not None and step.kind != "computed" and not self._cuts_off(step, want):
             found = self._pull(value, step, want)
             if found is not None:
                 return found
         have = self._at_hand(value, step, want)
         shape = tuple(int(s) for s in self._global(value).shape)
-        return self._run(node, redistribute, self.context, self.version(value, have), have, want, shape)
+        local = self.version(value, have)
+        if isinstance(have, Shard) and isinstance(want, Shard) and same_blocks(have, want):
+            left, right = reach = self._reach.get(value, (0, 0))
+            if -left <= have.start - want.start <= right:
+                if value not in self._around:
+                    args = (self.context, local, have, want, shape, reach)
+                    self._around[value] = self._run(node, surrounded, *args)
+                return self._run(node, shifted, self._around[value], have, want, left)
+        return self._run(node, redistribute, self.context, local, have, want, shape)
 
     def _at_hand(self, value: Value, step: Step | None, want: Placement) -> Placement:
         """The placement from which ``want`` is made: the native one, or whole."""
         native = self.plan.natural(value)
+        if step is not None and self._cuts_off(step, want):
+            return step.native[0]
         if step is None or native is None or step.kind == "pulled":
             assert want != Replicate(), f"{value} has no version to start from"
             return Replicate()
         return native
+
+    def _cuts_off(self, step: Step, want: Placement) -> bool:
+        """Whether ``step`` views the part that the ranks hold of a tensor that sticks out of them.
+
+        Then it can't be had whole by a gather at the root, where that tensor has lost entries.
+        """
+        native = step.native[0] if step.kind == "pulled" else None
+        if not isinstance(native, Shard) or (isinstance(want, Shard) and same_blocks(native, want)):
+            return False
+        return native.holds_all(self.context.group.size) and any(map(self._sticks_out, step.operands))
+
+    def _sticks_out(self, value: Value) -> bool:
+        """Whether a tensor has lost entries: it, or what it views, is computed and not all on the ranks."""
+        step, natural = self.plan.steps.get(value[0]), self.plan.natural(value)
+        if step is None or not isinstance(natural, Shard) or natural.holds_all(self.context.group.size):
+            return False
+        return step.kind == "computed" or any(map(self._sticks_out, step.operands))
 
     def _pull(self, value: Value, step: Step, want: Placement) -> Tensor | None:
         """A free or pulled value under ``want``, through its rule; None if the rule can't."""
@@ -233,7 +263,7 @@ class Localizer:
             mark = next((m for v, _ in self._pending for m in self.plan.marks.get(v, ())), None)
             return Purpose("gradients", asked, False, tuple(tuple(x.shape) for x in args[0]), mark=mark)
         mark = next(iter(self.plan.marks.get((node, 0), ())), None)
-        if function is redistribute:
+        if function in (redistribute, surrounded):
             return Purpose(str(node.target), asked, whole, (args[4],), args[2], args[3], mark)
         step = self.plan.steps.get(node)
         shapes = tuple(tuple(map(int, self._global(v).shape)) for v in step.operands) if step else ()

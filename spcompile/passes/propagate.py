@@ -20,6 +20,9 @@ from spcompile.rules import PULLED, Call, Rule, Split, commits, rule_for
 
 __all__ = ["Plan", "Step", "call_of", "propagate", "value_of"]
 
+# Up to so many single entries of a sequence are summed one by one; more are gathered with all the others.
+FEW = 2
+
 Value = tuple[fx.Node, int]
 """One tensor: a node, and which of its outputs (0 unless it returns several)."""
 
@@ -108,7 +111,8 @@ def call_of(node: fx.Node) -> Call:
 def _returns_tensors(node: fx.Node) -> bool:
     value = node.meta.get("val")
     outputs = value if isinstance(value, (tuple, list)) else (value,)
-    return bool(outputs) and all(isinstance(x, Tensor) for x in outputs)
+    some = any(isinstance(x, Tensor) for x in outputs)  # a gradient that is not asked for is None
+    return some and all(x is None or isinstance(x, Tensor) for x in outputs)
 
 
 # ----------------------------------------------------------------------------------------------- mark
@@ -161,12 +165,10 @@ def _choose(plan: Plan, node: fx.Node, step: Step) -> None:
         if not commits(node.target) and all(p is None for p in naturals):
             step.kind = "free"
             return
-        if node.target in PULLED:
-            _pull(step, naturals)
+        if node.target in PULLED and _pull(plan, node, step, naturals):
             return
     if step.rule is not None:
-        terms = frozenset(i for i, p in enumerate(naturals) if isinstance(p, Partial))
-        if _stays_partial(step.rule, naturals, terms):
+        if _stays_partial(plan, step, naturals):
             assert step.call is not None
             step.native = tuple(Partial("sum") for _ in step.call.outputs)
             return
@@ -175,31 +177,50 @@ def _choose(plan: Plan, node: fx.Node, step: Step) -> None:
         step.gathers = "no rule" if step.rule is None else "no dim of it can be sharded so"
 
 
-def _stays_partial(rule: Rule, naturals: list[Placement | None], terms: frozenset[int]) -> bool:
-    others = [p for i, p in enumerate(naturals) if i not in terms]
-    return (
-        bool(terms)
-        and terms in rule.linear
-        and all(naturals[i] == Partial("sum") for i in terms)
-        and not any(isinstance(p, Shard) for p in others)
-    )
-
-
-def _pull(step: Step, naturals: list[Placement | None]) -> None:
-    """A view: it lies where what it views lies, as its rule says; nothing is computed for it."""
+def _stays_partial(plan: Plan, step: Step, naturals: list[Placement | None]) -> bool:
+    """Whether a call on terms of a sum gives terms of a sum: it is linear in them, or in them and zeros."""
     assert step.rule is not None
-    step.kind = "pulled"
-    step.native = (Replicate(),)
-    terms = frozenset(i for i, p in enumerate(naturals) if isinstance(p, Partial))
-    if _stays_partial(step.rule, naturals, terms):
-        step.native = (Partial("sum"),)
-        return
+    terms = {i for i, p in enumerate(naturals) if isinstance(p, Partial)}
+    if not terms or any(p not in (None, Replicate(), Partial("sum")) for p in naturals):
+        return False
+    zeros = {i for i, v in enumerate(step.operands) if _is_zero(plan, v)}
+    return any(terms <= linear <= terms | zeros for linear in step.rule.linear)
+
+
+def _is_zero(plan: Plan, value: Value) -> bool:
+    """Whether a tensor is made of nothing but zeros, so that every rank may take it for its term."""
+    step = plan.steps.get(value[0])
+    return step is not None and not step.operands and getattr(step.rule, "beyond", None) == 0
+
+
+def _pull(plan: Plan, node: fx.Node, step: Step, naturals: list[Placement | None]) -> bool:
+    """A view: it lies where what it views lies, as its rule says; nothing is computed for it.
+
+    False for a single entry of the sequence, which is rather computed, as a sum; but where many entries are
+    taken, one gather of them all is less.
+    """
+    assert step.rule is not None
+    native: Placement = Partial("sum") if _stays_partial(plan, step, naturals) else Replicate()
     for index, placement in enumerate(naturals):
         if isinstance(placement, Shard):
             split = step.rule.split("in", index, placement)
-            if split is not None:
-                step.native = split.outputs
-                return
+            if split is None:
+                continue
+            if isinstance(split.outputs[0], Shard):
+                native = split.outputs[0]
+                break
+            entries = _entries_taken(plan, step.operands[index], placement)
+            if entries <= FEW and _loses_nothing(plan, node, step, split):
+                return False
+    step.kind, step.native = "pulled", (native,)
+    return True
+
+
+def _entries_taken(plan: Plan, value: Value, shard: Shard) -> int:
+    """How many views of a tensor placed as ``shard`` are one rank's term of a sum."""
+    steps = (plan.steps.get(user) for user in value[0].users if user.target in PULLED)
+    splits = (s.rule.split("in", 0, shard) for s in steps if s is not None and s.rule is not None)
+    return sum(split is not None and isinstance(split.outputs[0], Partial) for split in splits)
 
 
 def _choose_split(plan: Plan, node: fx.Node, step: Step, naturals: list[Placement | None]) -> None:
@@ -208,7 +229,7 @@ def _choose_split(plan: Plan, node: fx.Node, step: Step, naturals: list[Placemen
     candidates = []
     for index, placement in enumerate(naturals):
         if isinstance(placement, Shard):
-            candidates.append(step.rule.split("in", index, placement.unshifted()))
+            candidates += [step.rule.split("in", index, p) for p in {placement.unshifted(): 0, placement: 0}]
     for index in range(len(step.call.outputs)):
         for mark in plan.marks.get((node, index), ()):
             candidates.append(step.rule.split("out", index, mark))
@@ -216,7 +237,7 @@ def _choose_split(plan: Plan, node: fx.Node, step: Step, naturals: list[Placemen
         for index, (value, placement) in enumerate(zip(step.operands, naturals, strict=True)):
             if placement is None:
                 candidates += [step.rule.split("in", index, mark) for mark in plan.marks.get(value, ())]
-    usable = [c for c in candidates if c is not None and _holds_all(plan, c)]
+    usable = [c for c in candidates if c is not None and _loses_nothing(plan, node, step, c)]
     if not usable:
         return
     step.split = min(usable, key=lambda c: _moved_bytes(step, naturals, c))
@@ -224,9 +245,62 @@ def _choose_split(plan: Plan, node: fx.Node, step: Step, naturals: list[Placemen
     step.native = tuple(_scattered(plan, (node, i), p) if isinstance(p, Partial) else p for i, p in outputs)
 
 
-def _holds_all(plan: Plan, split: Split) -> bool:
-    """What is computed must be on the ranks entirely: a tensor that sticks out of them would lose entries."""
-    return all(p.holds_all(plan.ranks) for p in (*split.inputs, *split.outputs) if isinstance(p, Shard))
+def _loses_nothing(plan: Plan, node: fx.Node, step: Step, split: Split) -> bool:
+    """Whether the ranks hold all that counts of what the split reads and computes.
+
+    A tensor that sticks out of the ranks loses entries. Those of an operand may go that are what its padding
+    is filled with anyway; those of an output that nobody uses. An output that does not begin at position 0 is
+    used by windows only, lest the shift travels on.
+    """
+    for value, placement, fill in zip(step.operands, split.inputs, split.fills, strict=True):
+        if isinstance(placement, Shard) and not placement.holds_all(plan.ranks):
+            if fill is None or not _is_beyond(plan, value, placement, fill):
+                return False
+    return all(
+        _is_settled(plan, p) or _only_windows_use(plan, (node, index), p)
+        for index, p in enumerate(split.outputs)
+        if isinstance(p, Shard)
+    )
+
+
+def _is_settled(plan: Plan, shard: Shard) -> bool:
+    return shard.start == 0 and shard.holds_all(plan.ranks)
+
+
+def _is_beyond(plan: Plan, value: Value, shard: Shard, number: float) -> bool:
+    """Whether ``value`` is ``number`` wherever ``shard`` sticks out of the ranks: padding by a view."""
+    node, index = value
+    step = plan.steps.get(node)
+    beyond = getattr(step.rule, "beyond", None) if step is not None else None
+    if step is None or step.rule is None or (node.target not in PULLED and beyond is None):
+        return False
+    split = step.rule.split("out", index, shard)
+    if split is None or (beyond is not None and beyond != number):
+        return False
+    # An entry comes from the operands' entries at the same position, or is what the rule writes beyond them.
+    return all(
+        isinstance(p, Shard) and (p.holds_all(plan.ranks) or _is_beyond(plan, v, p, number))
+        for v, p in zip(step.operands, split.inputs, strict=True)
+    )
+
+
+def _only_windows_use(plan: Plan, value: Value, shard: Shard) -> bool:
+    """Whether all that is used of ``value``, placed as ``shard``, are views that the ranks hold entirely."""
+    node, index = value
+    users = list(node.users)
+    if len(plan.steps[node].call.outputs) > 1:  # type: ignore[union-attr]
+        users = [u for g in users if g.target is getitem and g.args[1] == index for u in g.users]
+    for user in users:
+        step = plan.steps.get(user)
+        if step is None or step.rule is None or user.target not in PULLED or len(step.operands) != 1:
+            return False
+        split = step.rule.split("in", 0, shard)
+        after = None if split is None else split.outputs[0]
+        if not isinstance(after, Shard):
+            return False
+        if not _is_settled(plan, after) and not _only_windows_use(plan, (user, 0), after):
+            return False
+    return True
 
 
 def _scattered(plan: Plan, value: Value, partial: Partial) -> Placement:

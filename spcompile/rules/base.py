@@ -159,7 +159,10 @@ class Split:
 
 
 class Rule(Protocol):
-    """A rule's interface; one whose whole form is not the plain call has ``whole_emit() -> Emit`` too."""
+    """A rule's interface; one whose whole form is not the plain call has ``whole_emit() -> Emit`` too.
+
+    One that writes a number where no operand has an entry (a pad) has it as ``beyond``.
+    """
 
     @property
     def linear(self) -> tuple[frozenset[int], ...]:
@@ -180,6 +183,7 @@ class Factors:
     and is whole where that is None; one that some outputs have and others not is whole unless the rule is
     ``mixed``: then it is reduced in the others. ``emit`` replaces the plain call: it is given the split.
     ``fill`` is what padding of a reduced factor must hold, by default the neutral element of ``reduce``.
+    ``beyond`` is the number that every entry is which comes from no operand, if that is known.
     """
 
     call: Call
@@ -191,6 +195,7 @@ class Factors:
     emit: Callable[[Split], Emit] | None = None
     fill: float | None = None
     mixed: bool = False
+    beyond: float | None = None
 
     def __post_init__(self) -> None:
         if self.fill is None and self.reduce is not None:

@@ -30,7 +30,7 @@ def full(call: Call) -> Factors:
         shape = list(local_shape(tuple(call.outputs[0].shape), split.outputs[0]))
         return lambda context, operands: call.op(shape, *call.args[1:], **call.kwargs)
 
-    return Factors(call, (), (_own_factors(call),), emit=emit)
+    return Factors(call, (), (_own_factors(call),), emit=emit, beyond=call.argument(1, "fill_value"))
 
 
 def like(call: Call) -> Factors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,33 +11,13 @@ from torch import Tensor
 
 from spcompile._torch import flash_attention_cpu, flash_attention_cpu_backward
 from spcompile.placement import Shard
-from spcompile.rules.base import Call, Context, Dims, Emit, Factors, Split
+from spcompile.rules.base import Call, Context, Dims, Emit, Factors, Rule, Split
+from spcompile.rules.convolutions import Convolution, ConvolutionBackward
 from spcompile.rules.pointwise import broadcast_dims
 
 __all__ = ["KERNELS"]
 
 aten = torch.ops.aten
-
-
-def convolution(call: Call) -> Factors:
-    """A batch entry is convolved by itself; for now channels and positions are needed whole."""
-    x = call.operands[0]
-    outer = ("n", *(f"y{i}" for i in range(1, x.dim())))
-    rest = [tuple(f"w{i}{d}" for d in range(t.dim())) for i, t in enumerate(call.operands[1:])]
-    inner = ("n", *(f"x{i}" for i in range(1, x.dim())))
-    whole = {n for dims in (outer, inner, *rest) for n in dims} - {"n"}
-    return Factors(call, (inner, *rest), (outer,), frozenset(whole))
-
-
-def convolution_backward(call: Call) -> Factors:
-    """As forward; the gradients of weight and bias sum over the batch."""
-    names: list[Dims] = [
-        tuple(f"{t}{i}" for i in range(v.dim())) for t, v in zip("gxw", call.operands, strict=True)
-    ]
-    dims = [("n", *names[0][1:]), ("n", *names[1][1:]), names[2]]
-    outputs = [dims[1], dims[2], ("b",)][: len(call.outputs)]
-    whole = {n for group in (*dims, *outputs) for n in group if n is not None} - {"n"}
-    return Factors(call, tuple(dims), tuple(outputs), frozenset(whole), mixed=True)
 
 
 def flash_attention(call: Call) -> Factors | None:
@@ -84,9 +65,9 @@ def _causal_rows(call: Call, split: Split, backward: bool) -> Emit:
 
 
 # attn_mask is a keyword, so of the operands it is the last.
-KERNELS = {
-    aten.convolution.default: convolution,
-    aten.convolution_backward.default: convolution_backward,
+KERNELS: dict[Any, Callable[[Call], Rule | None]] = {
+    aten.convolution.default: Convolution,
+    aten.convolution_backward.default: ConvolutionBackward,
     flash_attention_cpu: flash_attention,
     flash_attention_cpu_backward: flash_attention,
 }

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
-from spcompile.placement import Shard, local_shape, reshape_shard
+from spcompile.placement import Partial, Replicate, Shard, local_shape, reshape_shard
 from spcompile.rules.base import Call, Context, Emit, Factors, Side, Split, along
 
 __all__ = [
+    "Concatenation",
+    "Select",
+    "SelectScatter",
     "along_dim",
     "expand",
     "pad",
     "permute",
     "repeat",
     "reshape",
-    "select",
-    "select_scatter",
     "slice_scatter",
+    "unbind",
     "window",
 ]
 
@@ -84,16 +88,64 @@ def _without(call: Call, dim: int) -> tuple[tuple[str, ...], tuple[str, ...], fr
     return dims, tuple(d for i, d in enumerate(dims) if i != dim % rank), frozenset({dims[dim % rank]})
 
 
-def select(call: Call) -> Factors:
-    """select, unbind: entries of a dim, which is needed whole; the others pass."""
+def unbind(call: Call) -> Factors:
+    """Entries of a dim, which is needed whole; the others pass."""
     dims, kept, whole = _without(call, call.argument(1, "dim", 0))
     return Factors(call, (dims,), tuple(kept for _ in call.outputs), whole, linear=(frozenset({0}),))
 
 
-def select_scatter(call: Call) -> Factors:
-    """One entry of a dim is replaced: that dim is needed whole, the others pass."""
-    dims, kept, whole = _without(call, call.argument(2, "dim"))
-    return Factors(call, (dims, kept), (dims,), whole, linear=(frozenset({0, 1}),))
+def _of_one_rank(shard: Shard, index: int, select: Callable[[torch.Tensor, int], torch.Tensor]) -> Split:
+    """One entry of the sequence: the rank that holds it has it, the others have a term of zeros."""
+    owner, inside = divmod(shard.start + index, shard.block)
+
+    def emit(context: Context, operands: list[torch.Tensor]) -> torch.Tensor:
+        entry = select(operands[0], inside)
+        return torch.where(context.rank(entry.device) == owner, entry, entry.new_zeros(()))
+
+    return Split((shard,), (Partial("sum"),), (None,), emit)
+
+
+@dataclass
+class Select:
+    """select: an entry of the sequence is a term of one rank; other dims pass."""
+
+    call: Call
+    linear: tuple[frozenset[int], ...] = (frozenset({0}),)
+
+    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+        """See :class:`spcompile.rules.base.Rule`."""
+        (x,) = self.call.operands
+        dim, entry = self.call.argument(1, "dim") % x.dim(), self.call.argument(2, "index")
+        if side == "out" or shard.dim != dim:
+            return unbind(self.call).split(side, index, shard)
+        if shard.outer * shard.inner != 1:
+            return None
+        return _of_one_rank(shard, entry % x.shape[dim], lambda local, at: local.select(dim, at))
+
+
+@dataclass
+class SelectScatter:
+    """select_scatter: one entry of ``base`` is replaced; along the sequence, chosen by position."""
+
+    call: Call
+    linear: tuple[frozenset[int], ...] = (frozenset({0, 1}),)
+
+    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+        """See :class:`spcompile.rules.base.Rule`."""
+        base = self.call.operands[0]
+        dim, entry = self.call.argument(2, "dim") % base.dim(), self.call.argument(3, "index")
+        if (side, index) == ("in", 1) or shard.dim != dim:
+            dims, kept, whole = _without(self.call, dim)
+            return Factors(self.call, (dims, kept), (dims,), whole).split(side, index, shard)
+        if shard.outer * shard.inner != 1:
+            return None
+        place = shard.window(shard.start + entry % base.shape[dim], 1)
+        return Split(
+            (shard, Replicate()),
+            (shard,),
+            (None, None),
+            lambda context, ops: context.where_valid(ops[1].unsqueeze(dim), place, ops[0]),
+        )
 
 
 def repeat(call: Call) -> Factors:
@@ -106,7 +158,7 @@ def repeat(call: Call) -> Factors:
 
 
 def along_dim(call: Call) -> Factors:
-    """cat, split, flip: the dim (or dims) named is needed whole, the others pass. All are linear."""
+    """split, flip: the dim (or dims) named is needed whole, the others pass. All are linear."""
     named = call.argument(1, "dims" if call.op in (aten.flip.default, prims.rev.default) else "dim", 0)
     if call.op in (aten.split.Tensor, aten.split_with_sizes.default):
         named = call.argument(2, "dim", 0)
@@ -117,7 +169,10 @@ def along_dim(call: Call) -> Factors:
 
 @dataclass
 class Window:
-    """slice: the same positions, of which fewer are valid (NOTE in placement.py); other dims pass."""
+    """slice: the same positions, of which fewer are valid (NOTE in placement.py); other dims pass.
+
+    A single entry is a term of the rank that holds it.
+    """
 
     call: Call
     linear: tuple[frozenset[int], ...] = (frozenset({0}),)
@@ -130,6 +185,8 @@ class Window:
             return Split((shard,), (shard,), (None,), self._on_other_dim(shard))
         if step != 1 or shard.outer * shard.inner != 1:
             return None
+        if side == "in" and out.shape[dim] == 1:
+            return _of_one_rank(shard, start, lambda local, at: local.narrow(dim, at, 1))
         # Element i of the output is element i + start of the operand, so they stand at the same position.
         origin = shard.start if side == "in" else shard.start - start
         before = shard.window(origin, x.shape[dim])
@@ -162,9 +219,14 @@ class Pad:
     call: Call
 
     @property
+    def beyond(self) -> float:
+        """What is written where nothing was."""
+        return self.call.argument(2, "value", 0)
+
+    @property
     def linear(self) -> tuple[frozenset[int], ...]:
         """A sum of padded terms is the padded sum only if the value is zero."""
-        return (frozenset({0}),) if self.call.argument(2, "value", 0) == 0 else ()
+        return (frozenset({0}),) if self.beyond == 0 else ()
 
     def split(self, side: Side, index: int, shard: Shard) -> Split | None:
         """See :class:`spcompile.rules.base.Rule`."""
@@ -180,7 +242,7 @@ class Pad:
         return Split((before,), (after,), (None,), self._emit(before, left or right))
 
     def _emit(self, before: Shard, moves: bool) -> Emit:
-        value = self.call.argument(2, "value", 0)
+        value = self.beyond
         (x,) = self.call.operands
         pads = list(self.call.args[1])
         at = 2 * (x.dim() - 1 - before.dim)
@@ -228,6 +290,39 @@ class SliceScatter:
         return Split(
             (whole, part), (whole,), (None, None), lambda c, ops: c.where_valid(ops[1], part, ops[0])
         )
+
+
+@dataclass
+class Concatenation:
+    """cat: along the sequence, each entry is taken from the tensor whose positions it lies among."""
+
+    call: Call
+
+    @property
+    def linear(self) -> tuple[frozenset[int], ...]:
+        """In all tensors together."""
+        return (frozenset(range(len(self.call.operands))),)
+
+    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+        """See :class:`spcompile.rules.base.Rule`."""
+        (out,), xs = self.call.outputs, self.call.operands
+        dim = self.call.argument(1, "dim", 0) % max(out.dim(), 1)
+        if shard.dim != dim:
+            return along_dim(self.call).split(side, index, shard)
+        if shard.outer * shard.inner != 1 or any(x.dim() != out.dim() for x in xs):
+            return None
+        starts = [0, *accumulate(x.shape[dim] for x in xs)]
+        origin = shard.start - starts[index] if side == "in" else shard.start
+        parts = [shard.window(origin + s, x.shape[dim]) for s, x in zip(starts, xs, strict=False)]
+
+        def emit(context: Context, operands: list[torch.Tensor]) -> torch.Tensor:
+            joined = operands[-1].to(out.dtype)
+            for x, part in zip(operands[-2::-1], parts[-2::-1], strict=True):
+                joined = context.where_valid(x.to(out.dtype), part, joined)
+            return joined
+
+        whole = shard.window(origin, out.shape[dim])
+        return Split(tuple(parts), (whole,), (None,) * len(xs), emit)
 
 
 def slice_scatter(call: Call) -> SliceScatter:

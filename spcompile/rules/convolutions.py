@@ -1,0 +1,149 @@
+"""Convolutions: along the sequence, an entry needs its neighbours, a halo of kernel - 1 tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from spcompile.placement import Partial, Replicate, Shard
+from spcompile.rules.base import Call, Context, Emit, Factors, Side, Split
+from spcompile.rules.halo import halo
+
+__all__ = ["Convolution", "ConvolutionBackward"]
+
+
+@dataclass(frozen=True)
+class _Window:
+    """y[t] = sum_j w_j x[t + j d - p]: what an entry of a one-dimensional convolution of stride one sees.
+
+    ``span`` is (k - 1) d, ``padding`` is p. If x starts at position a and y at b, then y at a position needs
+    x at the b - a + p positions before it, and up to ``span`` minus that behind it.
+    """
+
+    padding: int
+    span: int
+    x: int
+    y: int
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, weight: Tensor, options: tuple[Any, ...]) -> _Window | None:
+        """The window of a call; None if it strides, is transposed or has more dims than one."""
+        stride, padding, dilation, transposed = options[:4]
+        if x.dim() != 3 or transposed or stride[0] != 1:
+            return None
+        return cls(padding[0], (weight.shape[2] - 1) * dilation[0], x.shape[2], y.shape[2])
+
+    def output(self, x: Shard) -> Shard:
+        """Where the output lies: at position 0, as what is computed does, if the halo's sides allow it."""
+        start = min(max(0, x.start - self.padding), x.start - self.padding + self.span)
+        return x.window(start, self.y)
+
+    def input(self, y: Shard) -> Shard:
+        """Where the operand lies: its last token beside the output's, or the first if it is the shorter."""
+        start = y.start + min(0, self.y - self.x)
+        start = min(max(start, y.start + self.padding - self.span), y.start + self.padding)
+        return y.window(start, self.x)
+
+    def left(self, x: Shard, y: Shard) -> int:
+        """How many positions of x before its own an output needs; behind it, ``span`` minus that."""
+        return y.start - x.start + self.padding
+
+
+def _asked_for(call: Call, split: Split | None) -> Split | None:
+    """A gradient that was not asked for has no placement."""
+    if split is None:
+        return None
+    pairs = zip(call.outputs, split.outputs, strict=True)
+    return replace(split, outputs=tuple(Replicate() if x is None else p for x, p in pairs))
+
+
+@dataclass
+class Convolution:
+    """convolution: batch entries are independent, positions need a halo; channels are needed whole.
+
+    The operand's padding is zero, as the convolution's own is.
+    """
+
+    call: Call
+
+    @property
+    def linear(self) -> tuple[frozenset[int], ...]:
+        """In the operand and in the weight, but for a bias."""
+        return (frozenset({0}), frozenset({1})) if len(self.call.operands) == 2 else ()
+
+    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+        """See :class:`spcompile.rules.base.Rule`."""
+        x, weight, *bias = self.call.operands
+        if index == 0 and shard.dim == 0:
+            inputs = tuple(("n" if t is x else None, *(None,) * (t.dim() - 1)) for t in self.call.operands)
+            return Factors(self.call, inputs, (inputs[0],)).split(side, index, shard)
+        window = _Window.of(x, self.call.outputs[0], weight, self.call.args[3:])
+        if index != 0 or shard.dim != 2 or window is None or shard.outer * shard.inner != 1:
+            return None
+        before = shard if side == "in" else window.input(shard)
+        after = window.output(shard) if side == "in" else shard
+        left = window.left(before, after)
+        if not 0 <= left <= window.span:
+            return None
+        whole = [Replicate() for _ in (weight, *bias)]
+        emit = self._emit(left, window.span - left)
+        return Split((before, *whole), (after,), (0.0, *(None for _ in whole)), emit)
+
+    def _emit(self, left: int, right: int) -> Emit:
+        def emit(context: Context, operands: list[Tensor]) -> Tensor:
+            around = halo(context, operands[0], 2, left, right, 0.0)
+            args, kwargs = self.call.replaced([around, *operands[1:]])
+            return self.call.op(*args[:4], [0], *args[5:], **kwargs)
+
+        return emit
+
+
+@dataclass
+class ConvolutionBackward:
+    """convolution_backward: the gradient of an operand needs the mirrored halo of the output's gradient.
+
+    dx[i] = sum_j w_j dy[i + p - j d] and dw_j = sum_i x[i] dy[i + p - j d], summed over this rank's own
+    entries of x, so that one halo of dy serves both.
+    """
+
+    call: Call
+    linear: tuple[frozenset[int], ...] = (frozenset({0}),)
+
+    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+        """See :class:`spcompile.rules.base.Rule`."""
+        dy, x, weight = self.call.operands
+        given = index if side == "in" else {0: 1}.get(index, 2)
+        if given == 2:
+            return None
+        if shard.dim == 0:
+            names = [("n", *(None,) * (t.dim() - 1)) for t in (dy, x)]
+            whole = ((None,) * weight.dim(), (None,))
+            outputs = (names[1], *whole)
+            factors = Factors(self.call, (*names, whole[0]), outputs, mixed=True)
+            return _asked_for(self.call, factors.split(side, index, shard))
+        window = _Window.of(x, dy, weight, self.call.args[4:])
+        if shard.dim != 2 or window is None or shard.outer * shard.inner != 1:
+            return None
+        before = shard if given == 1 else window.input(shard)
+        after = window.output(shard) if given == 1 else shard
+        left = window.left(before, after)
+        if not 0 <= left <= window.span:
+            return None
+        emit = self._emit(left, window.span - left)
+        gradients = (before, Partial("sum"), Partial("sum"))
+        split = Split((after, before, Replicate()), gradients, (0.0, 0.0, None), emit)
+        return _asked_for(self.call, split)
+
+    def _emit(self, left: int, right: int) -> Emit:
+        def emit(context: Context, operands: list[Tensor]) -> tuple[Tensor | None, ...]:
+            dy, x, weight = operands
+            # Of a block of x and no more, every position that sees some of it is an output.
+            around = halo(context, dy, 2, right, left, 0.0)
+            args, _ = self.call.replaced([around, x, weight])
+            wanted = args[10]
+            dx, dw, _ = self.call.op(*args[:5], [left + right], *args[6:10], [*wanted[:2], False])
+            return dx, dw, dy.sum([0, 2]) if wanted[2] else None
+
+        return emit
