@@ -15,6 +15,9 @@ import torch
 # nothing, which is the default one.
 from torch._dynamo.backends.common import aot_autograd
 
+# Functions that Dynamo calls when it is about to trace: the table of library calls looks for new imports.
+from torch._dynamo.callback import callback_handler
+
 # The graph breaks that Dynamo has counted in this process, by reason: `explain` reports them.
 from torch._dynamo.utils import counters
 from torch._functorch.partitioners import (
@@ -69,6 +72,7 @@ __all__ = [
     "OpOverload",
     "ShapeEnv",
     "aot_autograd",
+    "callback_handler",
     "compile_fx",
     "counters",
     "default_partition",

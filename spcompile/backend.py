@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from spcompile import _torch
+from spcompile import _torch, library
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.errors import SpcompileError
@@ -23,6 +23,10 @@ from spcompile.passes.overlap import SCHEDULER, erase_dead_waits
 from spcompile.report import RECORDS, Record, strategy_names
 
 __all__ = ["ForcedGather", "spcompile"]
+
+
+# PyTorch imports this module when the backend is looked up, before it traces anything.
+library.watch()
 
 
 class ForcedGather(UserWarning):
@@ -44,6 +48,7 @@ def spcompile(
         SpcompileError: bad options, no process group, ranks that disagree; always before a collective of
             the model.
     """
+    library.watch()
     config = Config.of(options)
     if config.ranks is not None:
         raise SpcompileError(

@@ -18,7 +18,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor, fx
 
-from spcompile import _torch, frontend
+from spcompile import _torch, frontend, library
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.groups import sequence_group
@@ -48,6 +48,7 @@ def explain(model: Callable[..., Any], ranks: int | None = None, **options: Any)
     model = getattr(model, "_orig_mod", model)
 
     def run(*args: Any, **kwargs: Any) -> Report:
+        library.watch()
         session = _Session(group, config)
         start = time.perf_counter()
         broken: Counter[str] = Counter(_torch.counters["graph_break"])

@@ -15,7 +15,7 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
-from spcompile import _torch, collectives, frontend
+from spcompile import _torch, collectives, frontend, library
 from spcompile.config import Config
 from spcompile.passes import shard_joint_graph
 
@@ -129,6 +129,7 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
     The compiled module takes and gives what it would on each of ``ranks`` real ranks, and raises
     :class:`RanksDisagree` if they would not agree.
     """
+    library.watch()
     config = Config.of(options)
     group = collectives.Group(ranks, "simulated")
 

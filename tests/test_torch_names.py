@@ -212,6 +212,7 @@ def test_all_names_are_expected_here() -> None:
         "HigherOrderOperator",
         "OpOverload",
         "UNTAGGED_POINTWISE",
+        "callback_handler",
         "counters",
         "resolve_process_group",
         "tracing_metadata",
@@ -280,6 +281,17 @@ def test_state_of_a_compilation() -> None:
     assert _torch.tracing_metadata() is None, moved("TracingContext.try_get", "finds one outside of any")
     assert _torch.detect_fake_mode([]) is None, moved("detect_fake_mode", "finds one where there is none")
     assert _torch.get_proxy_mode() is None, moved("get_proxy_mode", "finds one where there is none")
+
+
+def test_dynamo_calls_back_before_it_traces() -> None:
+    seen: list[str] = []
+    callbacks = _torch.callback_handler.start_callbacks
+    callbacks.append(lambda _: seen.append("called"))
+    try:
+        torch.compile(lambda x: (seen.append("traced"), x + 1)[1], backend="eager")(torch.zeros(1))
+    finally:
+        callbacks.pop()
+    assert seen[0] == "called", moved("callback_handler.start_callbacks", f"are called late: {seen}")
 
 
 def test_group_of_a_name() -> None:

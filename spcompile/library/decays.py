@@ -1,0 +1,222 @@
+"""Adapters for functions with a decay, no delta rule: GLA, simple GLA, Retention, Lightning, RWKV-6, SSD."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spcompile.library.core import attend, heads_first, scale_of
+
+__all__ = ["gated", "lightning", "parallel", "parallel_retention", "retention", "rwkv6", "ssd"]
+
+
+def gated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    g_gamma: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    order: str = "bthd",
+    compute: torch.dtype | None = None,
+    restore: bool = True,
+    contiguous: bool = True,
+) -> Any:
+    """o_t = scale * q_t S_t, S_t = exp(g_t) S_{t-1} + k_t^T v_t.
+
+    Args:
+        q, k: [B, T, H, K] (``order="bhtd"``: heads first); v: [B, T, Hv, V].
+        g: log decay per token [B, T, Hv] or per channel [B, T, Hv, K]; g_gamma: per head [Hv].
+        compute: the dtype that the library computes in; None: that of q.
+        restore: out is in q's dtype again.
+        contiguous: out is laid out as the library does it, contiguous or (a view) heads first.
+    Returns:
+        out, [B, T, Hv, V] or heads first as v, and the final state or None.
+    """
+    if g is not None and g_gamma is not None:
+        return None
+    dtype, scale = q.dtype, scale_of(scale, k)
+    q, k, v = (heads_first(x, order).to(compute or dtype) for x in (q, k, v))
+    if g is not None:
+        g = heads_first(g, order)
+        g = g if compute is None else g.to(compute)
+        g = g[..., None] if g.dim() == 3 else g
+    elif g_gamma is not None:
+        g = g_gamma.reshape(1, -1, 1, 1)
+    found = attend(
+        q,
+        k,
+        v,
+        log_decay=g,
+        initial_state=initial_state,
+        scale=scale,
+        reverse=reverse,
+        state_v_first=state_v_first,
+    )
+    if found is None:
+        return None
+    out, final = heads_first(found[0], order), found[1]
+    out = out.contiguous() if contiguous else out
+    return out.to(dtype) if restore else out, final if output_final_state else None
+
+
+def retention_decay(heads: int, like: Tensor) -> Tensor:
+    """log(1 - 2^(-5 - h)) for each head."""
+    return (1 - 2.0 ** (-5.0 - torch.arange(heads, dtype=torch.float, device=like.device))).log()
+
+
+def retention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+    state_v_first: bool = False,
+    order: str = "bthd",
+    compute: torch.dtype | None = None,
+    alone: bool = False,
+) -> Any:
+    """``gated`` with RetNet's decays; ``alone``: the library returns the output without a state."""
+    found = gated(
+        q,
+        k,
+        v,
+        g_gamma=retention_decay(q.shape[2 if order == "bthd" else 1], q),
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        reverse=reverse,
+        state_v_first=state_v_first,
+        order=order,
+        compute=compute,
+    )
+    return found[0] if alone and found is not None else found
+
+
+def lightning(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer_idx: int,
+    num_layers: int,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    reverse: bool = False,
+) -> Any:
+    """``gated`` with Lightning attention's decays, which depend on the depth of the layer."""
+    heads = q.shape[2]
+    steps = torch.arange(heads, dtype=torch.float, device=q.device)
+    return gated(
+        q,
+        k,
+        v,
+        g_gamma=-(8 / heads * (1 - layer_idx / num_layers)) * steps,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        reverse=reverse,
+    )
+
+
+def parallel(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, scale: float | None = None) -> Any:
+    """``gated``; in the place of the state the library returns the T x T weights, if asked for."""
+    return gated(q, k, v, g=g, scale=scale)
+
+
+def parallel_retention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Any:
+    return retention(q, k, v, scale=scale)
+
+
+def rwkv6(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool | None = False,
+    reverse: bool = False,
+    order: str = "bthd",
+    compute: torch.dtype | None = None,
+    alone: bool = False,
+) -> Any:
+    """o_t = scale * q_t (S_{t-1} + u * k_t^T v_t), S_t = exp(w_t) S_{t-1} + k_t^T v_t.
+
+    Args:
+        q, k, w: [B, T, H, K] (``order="bhtd"``: heads first); v: [B, T, H, V]; u: [H, K], the bonus of the
+            current token.
+        compute, alone: as in ``gated`` and ``retention``.
+    """
+    dtype, scale = q.dtype, scale_of(scale, k)
+    q, k, v = (heads_first(x, order).to(compute or dtype) for x in (q, k, v))
+    w = heads_first(w, order)
+    w = w if compute is None else w.to(compute)
+    found = attend(
+        q, k, v, log_decay=w, initial_state=initial_state, scale=scale, exclusive=True, reverse=reverse
+    )
+    if found is None or k.shape[1] != v.shape[1]:
+        return None
+    bonus = (q * scale * u.to(q.dtype)[None, :, None, :] * k).sum(-1, keepdim=True)
+    out = heads_first(found[0] + bonus * v, order).contiguous().to(dtype)
+    return out if alone else (out, found[1] if output_final_state else None)
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+    restore: bool = False,
+) -> Any:
+    """Mamba-2: S_t = exp(dt_t A) S_{t-1} + B_t^T (dt_t x_t), y_t = C_t S_t + D x_t (times silu(z)).
+
+    Args:
+        x: [B, T, H, P]; dt: [B, T, H], through softplus and the limits here; A: [H]; B, C: [B, T, G, N] with
+            H / G heads per group; D: [H]; dt_bias: [H].
+        initial_states: [B, H, P, N].
+        restore: y is in x's dtype again (the library's kernel), not float32 (its fallback).
+    Returns:
+        y [B, T, H, P] and, if asked for, the final states [B, H, P, N].
+    """
+    if A.dim() != 1 or (D is not None and D.dim() != 1) or A.is_complex():
+        return None
+    dtype = x.dtype
+    dt = dt.float() if restore else dt
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dt.dtype)
+    if dt_softplus:
+        dt = F.softplus(dt)
+    dt = torch.clamp(dt, min=dt_limit[0], max=dt_limit[1]).float()
+    x = x.float()
+    k, q, v = (y.transpose(1, 2) for y in (B.float(), C.float(), x * dt[..., None]))
+    log_decay = (A.float() * dt).transpose(1, 2)[..., None]
+    found = attend(q, k, v, log_decay=log_decay, initial_state=initial_states, state_v_first=True)
+    if found is None:
+        return None
+    out = found[0].transpose(1, 2).contiguous()
+    if D is not None:
+        out = out + D[..., None] * x
+    if z is not None:
+        out = out * F.silu(z.float())
+    out = out.to(dtype) if restore else out
+    return (out, found[1]) if return_final_states else out

@@ -1,0 +1,176 @@
+"""Registers the table's functions with Dynamo, as far as their libraries are imported."""
+
+from __future__ import annotations
+
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spcompile import _torch
+from spcompile.library.row import Row, parameters
+
+__all__ = ["Status", "UnknownVersion", "known", "register", "substitute", "watch"]
+
+
+class UnknownVersion(UserWarning):
+    """A library's function has other parameters than the versions that spcompile knows: it is left alone."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What became of one function: ``problem`` is empty if it is registered."""
+
+    row: Row
+    module: str
+    problem: str
+
+
+_KNOWN: dict[int, Status] = {}
+# Dynamo finds a substitution by the id of the function: none of them may die.
+_ALIVE: list[Any] = []
+
+
+def known() -> list[Status]:
+    """The functions of imported libraries that were found so far, registered or not."""
+    return list(_KNOWN.values())
+
+
+def register() -> None:
+    """Tell Dynamo about the known functions of the modules imported so far; again and again if need be.
+
+    Warns:
+        UnknownVersion: a function has other parameters than we know. It is left alone.
+    """
+    for name, module, row in _imported():
+        function = vars(module).get(row.name)
+        if not isinstance(function, types.FunctionType) or id(function) in _KNOWN:
+            continue
+        problem = _register(row, function)
+        _KNOWN[id(function)] = Status(row, name, problem)
+        _ALIVE.append(function)
+        if problem:
+            warnings.warn(f"spcompile: {name}.{row.name} is left alone: {problem}", UnknownVersion, 2)
+
+
+def watch() -> None:
+    """``register`` now, and whenever Dynamo is about to trace: libraries may be imported later.
+
+    ``torch._dynamo.reset`` forgets the callback: the backend watches again whenever it is called.
+    """
+    register()
+    callbacks = _torch.callback_handler.start_callbacks
+    if _on_compile not in callbacks:
+        callbacks.append(_on_compile)
+
+
+def _on_compile(_: Any) -> None:
+    register()
+
+
+def _imported() -> Iterator[tuple[str, types.ModuleType, Row]]:
+    """The imported modules with a row. A library's file that was loaded by its path is its module, too: some
+    libraries can't be imported as a whole where a part of them can run."""
+    from spcompile.library.table import BY_FILE, BY_MODULE
+
+    modules: list[tuple[str, Any]] = list(sys.modules.items())
+    for name, module in modules:
+        if not isinstance(module, types.ModuleType):
+            continue
+        rows = BY_MODULE.get(name)
+        if rows is None:
+            file = vars(module).get("__file__")
+            if not isinstance(file, str) or (rows := BY_FILE.get(_end(file))) is None:
+                continue
+            root = file.replace("\\", "/").removesuffix(rows[0].file)
+            if not Path(root, rows[0].file.partition("/")[0], "__init__.py").is_file():
+                continue
+        for row in rows:
+            yield name, module, row
+
+
+def _end(file: str) -> str:
+    """The last two parts of a path, under which the table lists its rows."""
+    return "/".join(file.replace("\\", "/").rsplit("/", 2)[-2:])
+
+
+def _chain(function: Callable[..., Any]) -> list[Any]:
+    """A function and all that it wraps, the innermost last."""
+    found = [function]
+    while (inner := getattr(found[-1], "__wrapped__", None)) is not None and inner not in found:
+        found.append(inner)
+    return found
+
+
+def _register(row: Row, function: types.FunctionType) -> str:
+    """Register one function; what is the matter if it can't be."""
+    chain = _chain(function)
+    innermost = chain[-1]
+    if not isinstance(innermost, types.FunctionType):
+        return f"it wraps a {type(innermost).__name__}"
+    expected, found = parameters(row.signature), parameters(innermost)
+    if list(expected) != list(found) or any(not _same(found[n], expected[n]) for n in found):
+        return f"its parameters are ({', '.join(found)}), expected ({row.signature})"
+    # Dynamo stops at a disabled wrapper without a look at what it wraps, so the wrapper is registered, too.
+    disabled = [f for f in chain[:-1] if getattr(f, "_torchdynamo_disable", False)]
+    traceable = substitute(row, _fallback(disabled[0] if disabled else innermost))
+    for target in dict.fromkeys([*disabled, innermost]):
+        try:
+            torch.compiler.substitute_in_graph(target, skip_signature_check=True)(traceable)
+        except ValueError as why:
+            return f"Dynamo refuses: {why}"
+    return ""
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and bool(a == b))
+
+
+def _fallback(function: Any) -> Callable[..., Any]:
+    """The function as Dynamo would treat it without us; the function itself would be substituted again."""
+    if getattr(function, "_torchdynamo_disable", False):
+        return torch.compiler.disable(lambda *args, **kwargs: function(*args, **kwargs))
+    copy = types.FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def substitute(row: Row, fallback: Callable[..., Any]) -> Callable[..., Any]:
+    """What Dynamo traces in place of the row's function: its adapter where that knows all the arguments."""
+    defaults, taken, free, adapter = row.defaults, row.taken, row.free, row.adapter
+    order = tuple(parameters(row.signature))
+    start = dict(row.fixed)
+    start.update((a, defaults[n]) for n, a in taken.items() if defaults[n] is not _EMPTY)
+
+    def traceable(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(order, args))
+        given.update(kwargs)
+        mapped = dict(start)
+        for name, value in given.items():
+            if name in taken:
+                mapped[taken[name]] = value
+            elif name not in free and (name not in defaults or not _is_default(value, defaults[name])):
+                return fallback(*args, **kwargs)
+        result = adapter(**mapped)
+        return fallback(*args, **kwargs) if result is None else result
+
+    return traceable
+
+
+_EMPTY = parameters("x")["x"]
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    return value is default or (not isinstance(value, Tensor) and bool(value == default))

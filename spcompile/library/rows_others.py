@@ -1,0 +1,43 @@
+"""Rows of other libraries: mamba_ssm's kernels, performer_pytorch."""
+
+from __future__ import annotations
+
+from spcompile.library.decays import ssd
+from spcompile.library.features import performer, performer_whole
+from spcompile.library.row import Row
+from spcompile.library.scans import selective_scan
+
+__all__ = ["ROWS"]
+
+ROWS = [
+    Row(
+        "mamba_ssm.ops.triton.ssd_combined",
+        "mamba_chunk_scan_combined",
+        "x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, "
+        "cu_seqlens=None, dt_softplus=False, dt_limit=(0.0, inf), return_final_states=False, "
+        "return_varlen_states=False",
+        ssd,
+        fixed={"restore": True},
+        free=frozenset({"chunk_size"}),
+    ),
+    Row(
+        "mamba_ssm.ops.selective_scan_interface",
+        "selective_scan_fn",
+        "u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False",
+        selective_scan,
+        fixed={"kernel": True},
+    ),
+    Row(
+        "performer_pytorch.performer_pytorch",
+        "causal_linear_attention_noncuda",
+        "q, k, v, chunk_size=128, eps=1e-6",
+        performer,
+        free=frozenset({"chunk_size"}),
+    ),
+    Row(
+        "performer_pytorch.performer_pytorch",
+        "linear_attention",
+        "q, k, v",
+        performer_whole,
+    ),
+]
