@@ -25,8 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args, unknown = parser.parse_known_args(argv)
     try:
-        args.overrides = _overrides(args.overrides, unknown)
-        print(_explain(args))
+        print(args.run(args, unknown))
     except (_Usage, SpcompileError) as error:
         print(f"spcompile: {error}", file=sys.stderr)
         return 2
@@ -70,7 +69,18 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "--save", metavar="FOLDER", help="write the report and the graphs before and after there"
     )
+    explain.set_defaults(run=_explain)
+    variants = commands.add_parser("variants", help="the variants of linear attention and what ranks exchange")
+    variants.set_defaults(run=_variants)
     return parser
+
+
+def _variants(args: argparse.Namespace, unknown: list[str]) -> str:
+    from spcompile.attention.variants import table
+
+    if unknown:
+        raise _Usage(f"{' '.join(unknown)}: variants takes no arguments")
+    return table()
 
 
 def _positive(text: str) -> int:
@@ -108,12 +118,13 @@ def _pair(word: str) -> tuple[str, Any]:
     return key.replace("-", "_"), value
 
 
-def _explain(args: argparse.Namespace) -> str:
+def _explain(args: argparse.Namespace, unknown: list[str]) -> str:
     import torch
 
     from spcompile import _torch
     from spcompile.explainer import explain
 
+    args.overrides = _overrides(args.overrides, unknown)
     options = dict(_pair(word) for word in args.option)
     if "ranks" in options:
         raise _Usage("--option ranks=...: say it as --ranks")

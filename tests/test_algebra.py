@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import models
 from spcompile.attention import ALGEBRAS, StateAlgebra, reference
 from spcompile.attention.algebra import Summary, algebra_of, fold, identity, pack, summary_shapes, unpack
+from spcompile.attention.variants import VARIANTS, table
 from spcompile.kernels.linear.chunked import Forward, Operands
 from tests.variants import KINDS, draw, options_of
 
@@ -117,3 +120,14 @@ def test_a_run_maps_states_as_the_recurrence_does(kind: str, seed: int) -> None:
     _, want = reference.linear_attention(*x, *options_of(KINDS[kind]))
     assert x.initial_state is not None
     same((algebra_of(x).apply(summary_of(x, kind), x.initial_state),), (want,))
+
+
+def test_the_readme_has_the_table_of_variants() -> None:
+    """README's table is the code's: ``spcompile variants`` prints what belongs between its two marks."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    between = text.partition("<!-- variants -->\n")[2].partition("\n<!-- /variants -->")[0]
+    assert between == table()
+
+
+def test_every_variant_has_its_model() -> None:
+    assert set(VARIANTS) == {name.partition(":")[0] for name in models.names()}
