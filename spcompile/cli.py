@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         "--save", metavar="FOLDER", help="write the report and the graphs before and after there"
     )
     explain.set_defaults(run=_explain)
-    variants = commands.add_parser("variants", help="the variants of linear attention and what ranks exchange")
+    variants = commands.add_parser("variants", help="the variants of linear attention, and what ranks send")
     variants.set_defaults(run=_variants)
     return parser
 
