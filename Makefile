@@ -22,11 +22,13 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt tests/requirements.txt
 	@echo "== setting up $(VENV) (once; a few minutes on a slow network)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
 		-c constraints.txt -e ".[demo,bench,test,dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
+		--no-deps -r tests/requirements.txt
 	@touch $@
 
 demo: $(STAMP)

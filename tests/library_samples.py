@@ -170,6 +170,11 @@ def _() -> list[Sample]:
     return [Sample(x), Sample(x | {"initial_state": _state()}, {"output_final_state": False})]
 
 
+@_sample("fla.ops.simple_gla.naive.naive_parallel_simple_gla")
+def _() -> list[Sample]:
+    return [Sample(_qkv() | {"g": _gate(B, T, H)}), Sample(_qkv() | {"g": _gate(B, T, H)}, {"scale": 0.5})]
+
+
 @_sample("fla.ops.retention.naive.naive_retention")
 def _() -> list[Sample]:
     return [Sample(_qkv("bhtd"))]
@@ -207,9 +212,7 @@ def _() -> list[Sample]:
 
 @_sample("fla.ops.delta_rule.naive.delta_rule_chunkwise")
 def _() -> list[Sample]:
-    """Its own backward raises (it writes in place), so the loop is the reference."""
-    x = _qkv("bhtd") | {"beta": _beta(B, H, T)}
-    return [Sample(x, reference=fla_naive("delta_rule/naive", "delta_rule_recurrence"))]
+    return [Sample(_qkv("bhtd") | {"beta": _beta(B, H, T)}, {"chunk_size": 16})]
 
 
 @_sample(*_rows("naive_recurrent_gated_delta_rule"), *_rows("naive_chunk_gated_delta_rule"))

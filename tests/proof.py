@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor, fx, nn
 
-from spcompile import _torch, frontend
+from spcompile import _torch, frontend, library
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.passes import Sharded, shard_joint_graph
@@ -69,6 +71,8 @@ class Joint:
     names: list[str | None]
     outputs: int
     sites: list[Any]
+    operators: Counter[str]  # spcompile's own, in Dynamo's graph after recognition
+    nodes: int  # of that graph
 
     def shard(self, ranks: int, **options: Any) -> tuple[fx.GraphModule, Sharded]:
         """The graph that each of ``ranks`` ranks runs."""
@@ -120,11 +124,17 @@ def capture(model: nn.Module, inputs: Mapping[str, Any], recognize: bool = True)
 
     def backend(gm: fx.GraphModule, example: Any) -> Any:
         found["sites"] = frontend.prepare(gm, Config(recognize=recognize)).sites
+        nodes = [n for m in gm.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes]
+        found["operators"] = Counter(
+            re.findall(r"^spcompile\.(\w+)", "\n".join(str(n.target) for n in nodes), re.M)
+        )
+        found["nodes"] = len(nodes)
         compile_joint = _torch.aot_autograd(
             fw_compiler=forward, partition_fn=partition, decompositions=_torch.select_decomp_table()
         )
         return compile_joint(gm, example)
 
+    library.watch()
     try:
         torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(**inputs)
     except _Captured:
@@ -133,4 +143,5 @@ def capture(model: nn.Module, inputs: Mapping[str, Any], recognize: bool = True)
         torch._dynamo.reset()
     parameters = {id(p): n for n, p in model.named_parameters()}
     names = [parameters.get(id(x)) for x in found["primals"]]
-    return Joint(found["module"], found["primals"], names, found["outputs"], found["sites"])
+    kept = [found[n] for n in ("outputs", "sites", "operators", "nodes")]
+    return Joint(found["module"], found["primals"], names, *kept)

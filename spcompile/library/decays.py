@@ -11,7 +11,16 @@ from torch import Tensor
 
 from spcompile.library.core import attend, heads_first, scale_of
 
-__all__ = ["gated", "lightning", "parallel", "parallel_retention", "retention", "rwkv6", "ssd"]
+__all__ = [
+    "gated",
+    "lightning",
+    "parallel",
+    "parallel_loop",
+    "parallel_retention",
+    "retention",
+    "rwkv6",
+    "ssd",
+]
 
 
 def gated(
@@ -132,6 +141,16 @@ def lightning(
 def parallel(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, scale: float | None = None) -> Any:
     """``gated``; in the place of the state the library returns the T x T weights, if asked for."""
     return gated(q, k, v, g=g, scale=scale)
+
+
+def parallel_loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float | None = None) -> Any:
+    """``gated`` in float32 with the T x T weights, which nobody computes who does not use them."""
+    found = gated(q, k, v, g=g, scale=scale, compute=torch.float32, restore=False, contiguous=False)
+    if found is None:
+        return None
+    q, k, sums = q.transpose(1, 2).float(), k.transpose(1, 2).float(), g.transpose(1, 2).float().cumsum(-1)
+    decay = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).tril().exp().tril()
+    return found[0], q @ k.mT * scale_of(scale, k) * decay
 
 
 def parallel_retention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Any:

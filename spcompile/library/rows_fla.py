@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 
-from spcompile.library.decays import gated, lightning, parallel, parallel_retention, retention, rwkv6
+from spcompile.library.decays import (
+    gated,
+    lightning,
+    parallel,
+    parallel_loop,
+    parallel_retention,
+    retention,
+    rwkv6,
+)
 from spcompile.library.delta import delta_rule
 from spcompile.library.features import based, linear, rebased
 from spcompile.library.row import Row
@@ -206,6 +214,11 @@ _NAIVE = [
         gated,
         contiguous=False,
         **_FLOAT,
+    ),
+    _row(
+        "simple_gla.naive.naive_parallel_simple_gla",
+        "q, k, v, g, scale=None",
+        parallel_loop,
     ),
     _row("retention.naive.naive_retention", "q, k, v", retention, order="bhtd", alone=True, **_FLOAT),
     _row("gla.naive.naive_recurrent_gla", f"q, k, v, gk, {_STATE}", gated, _SUMMED, **_FLOAT),
