@@ -170,6 +170,14 @@ _ATTENTION = {
     ("softmax_attention_backward", "reduce_scatter"): ("gradients of keys and values", "(P-1) b B G (K+V) w"),
 }
 
+# What rules send themselves: a number of tokens (or totals) that does not depend on the sequence's length.
+_EDGES = {
+    "convolution": "halo of",
+    "convolution_backward": "halo of",
+    "cumsum": "totals of",
+    "reverse_cumsum": "totals of",
+}
+
 
 def _base(op: str) -> str:
     """aten.mm.default -> mm."""
@@ -195,7 +203,7 @@ def _what(t: Transfer) -> str:
         if p.whole:
             return f"forced by {consumer}, computed whole"
         return "output" if consumer == "output" else f"operand of {consumer}"
-    return f"inside {op}"
+    return f"{_EDGES.get(op, 'inside')} {op}"
 
 
 def _formula(t: Transfer) -> tuple[str, dict[str, int]]:
@@ -208,6 +216,8 @@ def _formula(t: Transfer) -> tuple[str, dict[str, int]]:
             if p is not None and p.mark is not None
             else (f"{factor} N w", values | {"N": t.elements})
         )
+    if p.have is None and _base(p.op) in _EDGES:
+        return f"{factor} N w", values | {"N": t.elements}
     if p.have is None:
         return _attention_formula(t, p, values)
     shape, mark = p.shapes[0], next((x for x in (p.have, p.want, p.mark) if isinstance(x, Shard)), None)
@@ -215,13 +225,8 @@ def _formula(t: Transfer) -> tuple[str, dict[str, int]]:
         return f"{factor} N w", values | {"N": t.elements}
     rest = prod(shape[: mark.dim] + shape[mark.dim + 1 :]) * mark.outer * mark.inner
     values |= {"N": rest, "b": mark.block}
-    if isinstance(p.have, Shard) and isinstance(p.want, Shard):
-        width = abs(p.have.start - p.want.start)
-        return (
-            (f"{factor} N w", values | {"N": rest * width})
-            if width <= mark.block
-            else (f"{factor} b N w", values)
-        )
+    if isinstance(p.have, Shard) and isinstance(p.want, Shard) and t.elements < rest * mark.block:
+        return f"{factor} N w", values | {"N": t.elements}
     if t.op == "all_reduce":
         return f"{factor} T N w", values | {"T": mark.length}
     return f"{factor} b N w", values

@@ -19,6 +19,7 @@ from spcompile.passes.context import GraphContext
 from spcompile.placement import Partial, Replicate, Shard, local_shape
 from spcompile.rules import RULES, Call, Context, Factors, Split, kernels, reductions, rule_for, views
 from spcompile.rules.base import along, parse
+from spcompile.rules.halo import halo
 
 aten, prims = torch.ops.aten, torch.ops.prims
 pytestmark = pytest.mark.filterwarnings(
@@ -180,6 +181,43 @@ def _scattered_terms(call):
     return dataclasses.replace(rule.factors, reduce="sum")
 
 
+def _convolution(left: int, fill: float | None = 0.0):
+    """The rule of a causal convolution with another halo, or other padding."""
+
+    def make(call):
+        rule, split = rule_for(call), rule_for(call).split
+
+        def changed(side, index, shard):
+            found = split(side, index, shard)
+            if found is None or shard.dim != 2:
+                return found
+            return dataclasses.replace(found, fills=(fill, *found.fills[1:]), emit=rule._emit(left, 2 - left))
+
+        rule.split = changed
+        return rule
+
+    return make
+
+
+def _gradient_of_all(call):
+    """The gradient of the bias sums the halo too."""
+    rule, emit = rule_for(call), rule_for(call)._emit
+
+    def wrong(left, right):
+        def run(context, operands):
+            around = halo(context, operands[0], 2, right, left, 0.0)
+            return *emit(left, right)(context, operands)[:2], around.sum([0, 2])
+
+        return run
+
+    rule._emit = wrong
+    return rule
+
+
+_causal, _causal_backward = (
+    next(s for s in SAMPLES if str(s) == f"{op} (causal)")
+    for op in (aten.convolution.default, aten.convolution_backward.default)
+)
 _flash = next(s for s in SAMPLES if str(s) == f"{kernels.flash_attention_cpu} (causal)")
 _iota = Sample(
     prims.iota.default,
@@ -242,6 +280,14 @@ PLANTED = {
         _scattered_terms,
     ),
     "iota: merged dims": (_iota, _plain_iota),
+    "convolution: the halo on the other side": (_causal, _convolution(0)),
+    "convolution: a halo too short": (_causal, _convolution(1)),
+    "convolution: padding is not zero": (_causal, _convolution(2, None)),
+    "convolution: a token counts on two ranks": (_causal_backward, _gradient_of_all),
+    "one entry on every rank": (
+        Sample(aten.select.int, (x(6, 5), 0, 3)),
+        lambda c: Factors(c, (("a", "b"),), (("b",),)),
+    ),
     "causal rows taken for the first": (_flash, _first_rows),
 }
 

@@ -86,6 +86,10 @@ def _shape(node: Any) -> tuple[int, ...]:
     return tuple(int(s) for s in node.meta["val"].shape)
 
 
+def _alike(a: fx.Node, b: fx.Node) -> bool:
+    return _shape(a) == _shape(b) and a.meta["val"].dtype == b.meta["val"].dtype
+
+
 def _used_once(node: Any) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and node.op == "call_function" and len(node.users) == 1
 
@@ -168,7 +172,7 @@ def _hoist_factor(writer: _Writer, node: fx.Node) -> list[fx.Node]:
     if not _used_once(source) or source.target is not aten.mul.Tensor or source.kwargs:
         return []
     for x, w in (source.args, source.args[::-1]):
-        if not all(isinstance(t, fx.Node) for t in (x, w)) or _shape(x) != _shape(source):
+        if not all(isinstance(t, fx.Node) for t in (x, w)) or not _alike(x, source):
             continue
         along = dim - len(_shape(source)) + len(_shape(w))
         if len(x.users) > 1 and (along < 0 or _shape(w)[along] == 1 != _shape(x)[dim]):
