@@ -17,8 +17,8 @@ from torch import Tensor
 
 __all__ = ["decayed_scores", "from_start", "to_end"]
 
-# Blocks this small are summed elementwise; a batched matmul of them costs more than it computes.
-_TINY = 4
+# Tokens per block of a diagonal decay: the same number of tokens in a block as of blocks in a chunk.
+_BLOCK = 8
 
 
 def from_start(g: Tensor, exclusive: bool = False) -> Tensor:
@@ -49,47 +49,49 @@ def decayed_scores(q: Tensor, k: Tensor, g: Tensor | None, exclusive: bool = Fal
     """
     if g is None:
         return (q @ k.mT).tril(-1 if exclusive else 0)
-    if g.shape[-1] == 1:
-        return (q @ k.mT) * _pairwise(g, exclusive)
-    return _tree(q, k, g, exclusive)
+    if g.shape[-1] != 1:
+        return _diagonal(q, k, g, exclusive)
+    return ((q @ k.mT) * _pairwise(g, exclusive).squeeze(-1).mT).tril(-1 if exclusive else 0)
+
+
+def _segments(g: Tensor) -> Tensor:
+    """``[..., C, D]`` to ``[..., C (j), C (i), D]``: the sum of g over exactly the tokens j < l <= i."""
+    c = g.shape[-2]
+    between = g.unsqueeze(-3).expand(*g.shape[:-2], c, c, g.shape[-1])
+    later = torch.ones(c, c, dtype=torch.bool, device=g.device).triu(1).unsqueeze(-1)
+    return torch.where(later, between, 0.0).cumsum(-2)
 
 
 def _pairwise(g: Tensor, exclusive: bool) -> Tensor:
-    """Decay from token j to token i of ``[..., C, 1]``, ``[..., C, C]``; 0 above the diagonal."""
-    c = g.shape[-2]
-    # [j, l]: g_l where l > j, so that the running sum over l is the sum of exactly the tokens between.
-    between = g.mT.expand(*g.shape[:-2], c, c)
-    later = torch.ones(c, c, dtype=torch.bool, device=g.device).triu(1)
-    sums = torch.where(later, between, 0.0).cumsum(-1).mT
-    decay = (_shifted(sums) if exclusive else sums).exp()
-    return decay.tril(-1 if exclusive else 0)
+    """Decay from token j to token i, exp of :func:`_segments` (without i if ``exclusive``); 1 where j is
+    not before i."""
+    sums = _segments(g)
+    return (_shifted(sums) if exclusive else sums).exp()
 
 
-def _tree(q: Tensor, k: Tensor, g: Tensor, exclusive: bool) -> Tensor:
-    """Diagonal decay, by halves: between the halves of a block the decay is split at the middle,
+def _diagonal(q: Tensor, k: Tensor, g: Tensor, exclusive: bool) -> Tensor:
+    """Diagonal decay, in blocks of a few tokens.
 
-        s_ij = (q_i exp(sum from the middle to i)) . (k_j exp(sum from j to the middle)),
+    Inside a block, for each pair of tokens by itself. From block J to a later block I the decay is split at
+    the end of J and the start of I, so that the products are matmuls:
 
-    and inside each half the same again, down to single tokens. log2(C) levels of two scaled copies take the
-    place of a tensor [C, C, K].
+        s_ij = (q_i D(start of I .. i)) . (k_j D(j .. end of J) D(blocks between)).
+
+    No tensor is larger than 8 times the keys; one ``[C, C, K]`` would be 64 times.
     """
     *lead, c, size = k.shape
-    diagonal = (q * k).sum(-1)
-    scores = torch.zeros_like(diagonal)[..., None, None] if exclusive else diagonal[..., None, None]
-    half = 1
-    while half < c:
-        q2, k2, g2 = (x.reshape(*lead, c // (2 * half), 2, half, size) for x in (q, k, g))
-        later = q2[..., 1, :, :] * from_start(g2[..., 1, :, :], exclusive)
-        earlier = k2[..., 0, :, :] * to_end(g2[..., 0, :, :])
-        cross = _products(later, earlier)
-        pairs = scores.reshape(*lead, c // (2 * half), 2, half, half)
-        upper = F.pad(pairs[..., 0, :, :], (0, half))
-        scores = torch.cat([upper, torch.cat([cross, pairs[..., 1, :, :]], -1)], -2)
-        half *= 2
+    block = min(_BLOCK, c)
+    n = c // block
+    q, k, g = (x.reshape(*lead, n, block, size) for x in (q, k, g))
+
+    inside = k.unsqueeze(-2) * _pairwise(g, exclusive) * q.unsqueeze(-3)  # [n, j, i, K]
+    own = inside.sum(-1).mT.tril(-1 if exclusive else 0)
+    blocks = torch.eye(n, dtype=k.dtype, device=k.device).reshape(n, 1, n, 1)
+    scores = own.unsqueeze(-2) * blocks  # [I, i, J, j]
+    if n > 1:
+        between = _pairwise(g.sum(-2), True).transpose(-2, -3)  # [I, J, K]
+        earlier = torch.ones(n, n, dtype=k.dtype, device=k.device).tril(-1).reshape(n, n, 1)
+        keys = (k * to_end(g)).unsqueeze(-4) * (between * earlier).unsqueeze(-2)  # [I, J, j, K]
+        across = (q * from_start(g, exclusive)) @ keys.flatten(-3, -2).mT
+        scores = scores + across.reshape(scores.shape)
     return scores.reshape(*lead, c, c)
-
-
-def _products(x: Tensor, y: Tensor) -> Tensor:
-    if x.shape[-2] <= _TINY:
-        return (x.unsqueeze(-2) * y.unsqueeze(-3)).sum(-1)
-    return x @ y.mT
