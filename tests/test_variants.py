@@ -17,6 +17,10 @@ VARIANTS = [
 ]
 LENGTH = 7  # no multiple of the ranks
 
+# Spellings that recognition does not know yet: right by propagation alone. An entry that is no longer true
+# fails.
+UNRECOGNIZED = set(VARIANTS)
+
 
 @functools.lru_cache(maxsize=1)
 def case(name: str, pattern: str) -> tuple[Eager, Joint]:
@@ -35,4 +39,6 @@ def case(name: str, pattern: str) -> tuple[Eager, Joint]:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_is_eager(name: str, pattern: str, ranks: int) -> None:
     expected, joint = case(name, pattern)
+    kinds = {"L": [] if name in UNRECOGNIZED else ["linear"], "N": ["softmax"]}
+    assert [s.kind for s in joint.sites if s.rewritten] == [kind for p in pattern for kind in kinds[p]]
     assert expected.error(*joint.run(ranks, nan_padding=True)) <= 1e-9
