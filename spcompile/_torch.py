@@ -77,6 +77,7 @@ __all__ = [
     "counters",
     "default_partition",
     "detect_fake_mode",
+    "differentiable",
     "flash_attention_cpu",
     "flash_attention_cpu_backward",
     "get_proxy_mode",
@@ -102,6 +103,19 @@ UNTAGGED_POINTWISE = tuple(
 # without it two parts of one softmax can't be merged.
 flash_attention_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 flash_attention_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+# What dispatch keys are on outside every operator and mode.
+_OUTSIDE = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+def differentiable() -> Any:
+    """A context in which torch.func can differentiate inside an operator's kernel.
+
+    Under a dispatch mode (a FLOP counter, say) a kernel runs with the keys of functorch switched off, and
+    torch.func fails. A kernel that runs is not traced, so it may have the keys that it would have outside.
+    """
+    return torch._C._ForceDispatchKeyGuard(*_OUTSIDE)
 
 
 def tracing_metadata() -> Any:

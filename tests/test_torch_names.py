@@ -151,6 +151,7 @@ CALLED = {
     "compile_fx": ["model_", "example_inputs_", "config_patches"],
     "default_partition": ["joint_module", "_joint_inputs", "num_fwd_outputs"],
     "detect_fake_mode": ["inputs"],
+    "differentiable": [],
     "FakeTensorMode": ["allow_non_fake_inputs", "shape_env"],
     "get_proxy_mode": [],
     "get_proxy_slot": ["obj", "tracer", "default"],

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spcompile._torch import differentiable
 from spcompile.attention.softmax import check_shapes
 from spcompile.kernels.linear import whole
 from spcompile.kernels.linear.chunked import Backward, Forward, Operands, Options
@@ -132,9 +133,10 @@ def linear_attention_backward(
         grad_memory = grad_memory if grad_final is None else grad_memory + grad_final
         grads = whole.apply_backward(grad, q, k, v, whole.state(k, v), grad_memory, scale)
         return *grads, *(q.new_zeros(0) for _ in range(3))
-    b = Backward(x, Options(causal, scale, exclusive, reverse))
-    b.start(grad, initial_state)
-    return tuple(q.new_zeros(0) if g is None else g for g in b.finish(grad_final))
+    with differentiable():
+        b = Backward(x, Options(causal, scale, exclusive, reverse))
+        b.start(grad, initial_state)
+        return tuple(q.new_zeros(0) if g is None else g for g in b.finish(grad_final))
 
 
 @linear_attention_backward.register_fake
