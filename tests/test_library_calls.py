@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+import spcompile
 from spcompile import library
 from spcompile.library.table import TABLE
 from spcompile.simulate import simulated
@@ -87,6 +88,27 @@ def test_the_operator_is_right_under_any_backend(backend: str) -> None:
     expected = gradients(lambda q, k, v, g: 2 * loop(q, k, v, g)[0], operands())
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor", "ranks"])
+def test_autocast_where_the_operator_is_called(backend: str) -> None:
+    """States stay float32, and outputs have the dtype that the library gives them."""
+    function = transformers_function("qwen3_next", "torch_chunk_gated_delta_rule")
+    torch._dynamo.reset()
+    ranks = simulated(2)
+
+    def use(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        return function(q, k, v, g=g, beta=g.exp(), use_qk_l2norm_in_kernel=True)[0]
+
+    compiled = torch.compile(use, backend=ranks if backend == "ranks" else backend, fullgraph=True)
+    exact = gradients(use, operands())
+    for x in (operands(), {n: y.detach().bfloat16().requires_grad_() for n, y in operands().items()}):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = compiled(**x)
+            assert out.dtype == use(**x).dtype
+        grads = torch.autograd.grad(out.sin().sum(), list(x.values()))
+        for a, b in zip([out.detach(), *grads], exact, strict=True):
+            torch.testing.assert_close(a.float(), b, rtol=0, atol=3e-2 * float(b.abs().max()))
 
 
 def test_the_function_itself_is_unchanged() -> None:
@@ -182,3 +204,16 @@ def test_every_row_of_an_installed_library_is_registered() -> None:
     for row in TABLE.values():
         if not row.module.startswith("mamba_ssm"):
             assert found[row.module, row.name] == "", row.path
+
+
+def test_explain_lists_library_calls() -> None:
+    kernel = fla_kernel("simple_gla/chunk", "chunk_simple_gla")
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        return kernel(q, k, v, g=g)[0]
+
+    report = spcompile.explain(attention, ranks=2)(**operands())
+    (site,) = report.sites
+    assert (site.kind, site.mask, site.rewritten) == ("linear", "causal", True)
+    assert "kernel(q, k, v, g=g)" in site.source
+    assert not report.breaks
