@@ -18,6 +18,7 @@ from spcompile.library.table import TABLE
 from spcompile.simulate import simulated
 from tests.third_party import fla_kernel, fla_naive, load, transformers_function
 
+TOLERANCE = 2e-5
 SCAN = "mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined"
 
 
@@ -217,3 +218,25 @@ def test_explain_lists_library_calls() -> None:
     assert (site.kind, site.mask, site.rewritten) == ("linear", "causal", True)
     assert "kernel(q, k, v, g=g)" in site.source
     assert not report.breaks
+
+
+def test_transformers_beside_fla() -> None:
+    """Then its functions call fla's kernels, which need a GPU; compiled, they do not."""
+    code = """
+import importlib, warnings
+warnings.simplefilter("ignore")
+import fla, torch
+from spcompile.simulate import simulated
+model = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+attention = model.torch_chunk_gated_delta_rule
+torch.manual_seed(0)
+q, k, v = (torch.nn.functional.normalize(torch.randn(1, 70, 2, 8), dim=-1) for _ in range(3))
+g, beta = -torch.rand(1, 70, 2), torch.rand(1, 70, 2)
+def use(**x):
+    return attention(q, k, v, g=g, beta=beta, chunk_size=64, cu_seqlens=None, **x)[0]
+found = torch.compile(use, backend=simulated(2), fullgraph=True)(use_qk_l2norm_in_kernel=True)
+expected = attention.__wrapped__(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0]
+print(float((found - expected).abs().max()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout.split()[-1]) < TOLERANCE, done.stderr
