@@ -6,10 +6,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from spcompile.config import Config
-from spcompile.passes.recognize import recognize
+from spcompile.passes.recognize import Site, recognize
+from spcompile.passes.recognize.common import source_of
 
 __all__ = ["Frontend", "prepare"]
 
@@ -22,9 +24,23 @@ class Frontend:
     hints: dict[str, int] = field(default_factory=dict)
 
 
+def _called(gm: fx.GraphModule) -> list[Site]:
+    """The operators that the graph calls already: known library calls (spcompile.library)."""
+    attention, scan = torch.ops.spcompile.linear_attention, torch.ops.spcompile.affine_scan
+    sites = []
+    for module in gm.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            if node.target in (attention, attention.default):
+                mask = "causal" if node.args[6] else "all"
+                sites.append(Site("linear", mask, True, "", source_of(node), node.name))
+            elif node.target in (scan, scan.default):
+                sites.append(Site("linear", "scan", True, "", source_of(node), node.name))
+    return sites
+
+
 def prepare(gm: fx.GraphModule, config: Config) -> Frontend:
     """Edit Dynamo's graph in place."""
-    sites = recognize(gm) if config.recognize else []
+    sites = _called(gm) + (recognize(gm) if config.recognize else [])
     hints: dict[str, int] = {}
     for index, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
         for name, dim in config.sequence_dims.items():

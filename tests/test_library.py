@@ -62,3 +62,34 @@ def test_a_row_computes_what_the_library_does(path: str) -> None:
             torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE * scale)
         if sample.reference is None:
             assert [layout(a) for a, _ in outs] == [layout(b) for _, b in outs]
+
+
+# The memory states are float32 in the operator; some references keep theirs in bfloat16.
+NARROW = {"float64": TOLERANCE, "bfloat16": 3e-2, "autocast": 3e-2}
+
+
+@pytest.mark.parametrize("kind", NARROW)
+def test_dtypes_are_those_of_the_library(kind: str) -> None:
+    """Functions that cast to float32 do so here, those that give their input's dtype back do that, and a
+    product of matrices has autocast's dtype."""
+    dtype = torch.float32 if kind == "autocast" else getattr(torch, kind)
+    compared = 0
+    for path, row in TABLE.items():
+        for sample in SAMPLES[path]():
+            given = {n: x.to(dtype) for n, x in sample.tensors.items()} | sample.rest
+            if sample.reference is not None:
+                continue
+            with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+                try:
+                    expected = tree_flatten(own(path)(**given))[0]
+                except RuntimeError:
+                    continue  # some references mix dtypes, which only float32 allows
+                found = tree_flatten(substitute(row, refuses)(**given))[0]
+            for a, b in zip(found, expected, strict=True):
+                if isinstance(b, Tensor):
+                    assert a.dtype == b.dtype, path
+                    scale = max(1.0, float(b.abs().max()))
+                    error = float((a - b).abs().max()) / scale
+                    assert error <= NARROW[kind], (path, error)
+            compared += 1
+    assert compared > 30

@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor, fx
 
+import spcompile
 from spcompile import library
 from spcompile.library.table import TABLE
 from spcompile.simulate import simulated
 from tests.third_party import fla_kernel, fla_naive, load, transformers_function
 
+TOLERANCE = 2e-5
 SCAN = "mamba_ssm.ops.triton.ssd_combined.mamba_chunk_scan_combined"
 
 
@@ -87,6 +89,27 @@ def test_the_operator_is_right_under_any_backend(backend: str) -> None:
     expected = gradients(lambda q, k, v, g: 2 * loop(q, k, v, g)[0], operands())
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor", "ranks"])
+def test_autocast_where_the_operator_is_called(backend: str) -> None:
+    """States stay float32, and outputs have the dtype that the library gives them."""
+    function = transformers_function("qwen3_next", "torch_chunk_gated_delta_rule")
+    torch._dynamo.reset()
+    ranks = simulated(2)
+
+    def use(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        return function(q, k, v, g=g, beta=g.exp(), use_qk_l2norm_in_kernel=True)[0]
+
+    compiled = torch.compile(use, backend=ranks if backend == "ranks" else backend, fullgraph=True)
+    exact = gradients(use, operands())
+    for x in (operands(), {n: y.detach().bfloat16().requires_grad_() for n, y in operands().items()}):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = compiled(**x)
+            assert out.dtype == use(**x).dtype
+        grads = torch.autograd.grad(out.sin().sum(), list(x.values()))
+        for a, b in zip([out.detach(), *grads], exact, strict=True):
+            torch.testing.assert_close(a.float(), b, rtol=0, atol=3e-2 * float(b.abs().max()))
 
 
 def test_the_function_itself_is_unchanged() -> None:
@@ -182,3 +205,38 @@ def test_every_row_of_an_installed_library_is_registered() -> None:
     for row in TABLE.values():
         if not row.module.startswith("mamba_ssm"):
             assert found[row.module, row.name] == "", row.path
+
+
+def test_explain_lists_library_calls() -> None:
+    kernel = fla_kernel("simple_gla/chunk", "chunk_simple_gla")
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        return kernel(q, k, v, g=g)[0]
+
+    report = spcompile.explain(attention, ranks=2)(**operands())
+    (site,) = report.sites
+    assert (site.kind, site.mask, site.rewritten) == ("linear", "causal", True)
+    assert "kernel(q, k, v, g=g)" in site.source
+    assert not report.breaks
+
+
+def test_transformers_beside_fla() -> None:
+    """Then its functions call fla's kernels, which need a GPU; compiled, they do not."""
+    code = """
+import importlib, warnings
+warnings.simplefilter("ignore")
+import fla, torch
+from spcompile.simulate import simulated
+model = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
+attention = model.torch_chunk_gated_delta_rule
+torch.manual_seed(0)
+q, k, v = (torch.nn.functional.normalize(torch.randn(1, 70, 2, 8), dim=-1) for _ in range(3))
+g, beta = -torch.rand(1, 70, 2), torch.rand(1, 70, 2)
+def use(**x):
+    return attention(q, k, v, g=g, beta=beta, chunk_size=64, cu_seqlens=None, **x)[0]
+found = torch.compile(use, backend=simulated(2), fullgraph=True)(use_qk_l2norm_in_kernel=True)
+expected = attention.__wrapped__(q, k, v, g=g, beta=beta, use_qk_l2norm_in_kernel=True)[0]
+print(float((found - expected).abs().max()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout.split()[-1]) < TOLERANCE, done.stderr

@@ -87,6 +87,7 @@ def test_graphs_do_not_grow_with_the_length(name: str) -> None:
     counts = []
     for length in (256, 4096):
         joint = capture(*{**MODELS, **FUNCTIONS}[name](length))
+        assert joint.operators["linear_attention"] == 1
         local, _ = joint.shard(2)
         counts.append([joint.nodes, len(joint.module.graph.nodes), len(local.graph.nodes)])
     assert counts[0] == counts[1]

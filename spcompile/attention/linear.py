@@ -15,7 +15,7 @@ from spcompile._torch import differentiable
 from spcompile.attention.softmax import check_shapes
 from spcompile.kernels.linear import whole
 from spcompile.kernels.linear.chunked import Backward, Forward, Operands, Options
-from spcompile.kernels.scan import state_dtype
+from spcompile.kernels.scan import own_dtypes, state_dtype
 
 __all__ = ["linear_attention", "linear_attention_backward"]
 
@@ -81,14 +81,15 @@ def linear_attention(
     x = Operands(q, k, v, log_decay, beta, initial_state)
     options = Options(causal, scale, exclusive, reverse)
     _check(x, options)
-    if not causal:
-        memory = whole.state(k, v)
-        return whole.apply(q, memory, scale), memory
-    f = Forward(x, options)
-    f.start()
-    f.local()
-    out, final = f.finish(initial_state)
-    return out, final.clone(memory_format=torch.contiguous_format)
+    with own_dtypes(q):
+        if not causal:
+            memory = whole.state(k, v)
+            return whole.apply(q, memory, scale), memory
+        f = Forward(x, options)
+        f.start()
+        f.local()
+        out, final = f.finish(initial_state)
+        return out, final.clone(memory_format=torch.contiguous_format)
 
 
 @linear_attention.register_fake
@@ -128,12 +129,12 @@ def linear_attention_backward(
     ``grad`` ``[B, H, T, V]`` of out and ``grad_final`` of the final state; ``[0]`` for operands that are
     None."""
     x = Operands(q, k, v, log_decay, beta, initial_state)
-    if not causal:
-        grad_memory = whole.state(q, grad) * scale
-        grad_memory = grad_memory if grad_final is None else grad_memory + grad_final
-        grads = whole.apply_backward(grad, q, k, v, whole.state(k, v), grad_memory, scale)
-        return *grads, *(q.new_zeros(0) for _ in range(3))
-    with differentiable():
+    with own_dtypes(q), differentiable():
+        if not causal:
+            grad_memory = whole.state(q, grad) * scale
+            grad_memory = grad_memory if grad_final is None else grad_memory + grad_final
+            grads = whole.apply_backward(grad, q, k, v, whole.state(k, v), grad_memory, scale)
+            return *grads, *(q.new_zeros(0) for _ in range(3))
         b = Backward(x, Options(causal, scale, exclusive, reverse))
         b.start(grad, initial_state)
         return tuple(q.new_zeros(0) if g is None else g for g in b.finish(grad_final))

@@ -49,7 +49,8 @@ def affine_scan(
         ValueError: shapes that disagree.
     """
     _check(a, b, initial_state, matrix)
-    return scan.scan(a, b, initial_state, matrix, reverse)
+    with scan.own_dtypes(b):
+        return scan.scan(a, b, initial_state, matrix, reverse)
 
 
 @affine_scan.register_fake

@@ -6,15 +6,22 @@ recurrence is scanned. The loop is inside an operator, so a graph has the same s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["scan", "state_dtype"]
+__all__ = ["own_dtypes", "scan", "state_dtype"]
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of memory states and of sums over tokens: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def own_dtypes(x: Tensor) -> Any:
+    """An operator computes in its own dtypes, whatever autocast says where it is called."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def scan(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 import spcompile.attention  # noqa: F401  (registers the operator)
+from spcompile.kernels.scan import state_dtype
 
-__all__ = ["attend", "heads_first", "l2norm", "scale_of"]
+__all__ = ["attend", "heads_first", "l2norm", "product", "scale_of"]
 
 
 def scale_of(scale: Any, keys: Tensor) -> float:
@@ -20,6 +21,13 @@ def scale_of(scale: Any, keys: Tensor) -> float:
 def heads_first(x: Tensor, order: str) -> Tensor:
     """[B, T, H, ...] or [B, H, T, ...] as [B, H, T, ...]."""
     return x.transpose(1, 2) if order == "bthd" else x
+
+
+def product(x: Tensor) -> Tensor:
+    """In the dtype that the library's product of matrices has here: autocast's where it is on."""
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
 
 
 def l2norm(x: Tensor, root: bool) -> Tensor:
@@ -55,7 +63,7 @@ def attend(
     if beta is not None:
         if beta.dim() != 3:
             return None
-        beta = beta[..., None]
+        beta = beta[..., None].to(state_dtype(q.dtype))
     groups = v.shape[1] // k.shape[1]
     if groups > 1:
         q, k = q.repeat_interleave(groups, dim=1), k.repeat_interleave(groups, dim=1)
@@ -63,8 +71,8 @@ def attend(
         if initial_state.dim() != 4:
             return None
         initial_state = initial_state.mT if state_v_first else initial_state
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        initial_state = initial_state.to(wide).expand(q.shape[0], q.shape[1], k.shape[3], v.shape[3])
+        initial_state = initial_state.to(state_dtype(q.dtype))
+        initial_state = initial_state.expand(q.shape[0], q.shape[1], k.shape[3], v.shape[3])
     out, final = torch.ops.spcompile.linear_attention(
         q, k, v, log_decay, beta, initial_state, True, float(scale), exclusive, reverse
     )

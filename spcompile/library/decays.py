@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spcompile.library.core import attend, heads_first, scale_of
+from spcompile.library.core import attend, heads_first, product, scale_of
 
 __all__ = [
     "gated",
@@ -238,4 +238,5 @@ def ssd(
     if z is not None:
         out = out * F.silu(z.float())
     out = out.to(dtype) if restore else out
-    return (out, found[1]) if return_final_states else out
+    final = found[1] if restore else product(found[1])
+    return (out, final) if return_final_states else out

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spcompile.library.core import attend, heads_first, l2norm, scale_of
+from spcompile.library.core import attend, heads_first, l2norm, product, scale_of
 
 __all__ = ["delta_rule"]
 
@@ -44,7 +44,7 @@ def delta_rule(
         g: log decay per token [B, T, Hv] or per channel [B, T, Hv, K]; with ``use_gate_in_kernel`` what it
             is made from, with A_log, dt_bias and lower_bound.
         compute: the dtype that the library computes in; None: that of q.
-        restore: out has the dtype of "q", of "v" or stays as computed ("").
+        restore: out has the dtype of "q", of "v", of a "product" of matrices, or stays as computed ("").
         contiguous: out is laid out as the library does it, contiguous or (a view) heads first.
         root: how the norms are written.
     Returns:
@@ -54,12 +54,13 @@ def delta_rule(
         if g is None or (A_log is None and lower_bound is None):
             return None
         g = _gate(g, A_log, dt_bias, lower_bound)
-    dtype, scale = {"q": q.dtype, "v": v.dtype, "": None}[restore], scale_of(scale, k)
+    dtype, scale = {"q": q.dtype, "v": v.dtype}.get(restore), scale_of(scale, k)
     q, k, v = (heads_first(x, order).to(compute or q.dtype) for x in (q, k, v))
     if use_qk_l2norm_in_kernel:
         wide = q.dtype if compute is not None else torch.float32
         q, k = (l2norm(x.to(wide), root).to(x.dtype) for x in (q, k))
     beta = torch.ones_like(v[..., 0]) if beta is None else heads_first(beta, order)
+    beta = beta if compute is None else beta.to(compute)
     if use_beta_sigmoid_in_kernel:
         beta = torch.sigmoid(beta.float()) * (2.0 if allow_neg_eigval else 1.0)
     if g is not None:
@@ -80,6 +81,7 @@ def delta_rule(
         return None
     out = heads_first(found[0], order)
     out = out.contiguous() if contiguous else out
+    out = product(out) if restore == "product" else out
     return out if dtype is None else out.to(dtype), found[1] if output_final_state else None
 
 

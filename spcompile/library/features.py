@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spcompile.library.core import attend, heads_first, scale_of
+from spcompile.library.core import attend, heads_first, product, scale_of
 
 __all__ = ["based", "linear", "performer", "performer_whole", "rebased"]
 
@@ -55,7 +55,9 @@ def linear(
     out, final = found
     if not normalize:
         out = out.transpose(1, 2).to(dtype)
-        return out if states == "alone" else (out.contiguous(), final if output_final_state else None)
+        if states == "alone":
+            return product(out)
+        return out.contiguous(), final if output_final_state else None
     size = v.shape[3]
     out = (out[..., :size] / (out[..., size:] + 1e-10)).transpose(1, 2).to(dtype)
     if states == "alone":
@@ -85,9 +87,14 @@ def based(
     scale: float | None = None,
     use_norm: bool = True,
     order: str = "bhtd",
+    wide: bool = False,
 ) -> Any:
-    """Scores 1 + s + s^2 / 2, s = scale * q k^T: the features [1, x, x x^T / sqrt(2)]."""
-    return _polynomial(q, k, v, scale, use_norm, order, 1e-6, _second_order)
+    """Scores 1 + s + s^2 / 2, s = scale * q k^T: the features [1, x, x x^T / sqrt(2)].
+
+    ``wide``: autocast does not narrow the library's output.
+    """
+    out = _polynomial(q, k, v, scale, use_norm, order, 1e-6, _second_order)
+    return out if wide or out is None else product(out)
 
 
 def _second_order(x: Tensor) -> Tensor:
@@ -107,9 +114,11 @@ def rebased(
     use_norm: bool = True,
     order: str = "bhtd",
     eps: float = 1e-6,
+    wide: bool = False,
 ) -> Any:
-    """Scores s^2, s = scale * q k^T: the features x x^T."""
-    return _polynomial(q, k, v, scale if use_scale else 1.0, use_norm, order, eps, _square)
+    """Scores s^2, s = scale * q k^T: the features x x^T. ``wide`` as in ``based``."""
+    out = _polynomial(q, k, v, scale if use_scale else 1.0, use_norm, order, eps, _square)
+    return out if wide or out is None else product(out)
 
 
 def _polynomial(
@@ -137,7 +146,7 @@ def performer(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-6) -> Any:
     if found is None:
         return None
     out = found[0]
-    return out[..., :-1] / (out[..., -1:] + eps * q.sum(-1, keepdim=True))
+    return product(out[..., :-1] / (out[..., -1:] + eps * q.sum(-1, keepdim=True)))
 
 
 def performer_whole(q: Tensor, k: Tensor, v: Tensor) -> Any:
@@ -146,4 +155,4 @@ def performer_whole(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return None
     v = F.pad(v, (0, 1), value=1.0)
     out, _ = torch.ops.spcompile.linear_attention(q, k, v, None, None, None, False, 1.0)
-    return out[..., :-1] / out[..., -1:]
+    return product(out[..., :-1] / out[..., -1:])

@@ -175,14 +175,27 @@ _KERNELS = [
     ),
     _row("hgrn.chunk.chunk_hgrn", f"x, g, {_STATE}", hgrn),
     _row("hgrn.fused_recurrent.fused_recurrent_hgrn", f"x, g, {_STATE}, cu_seqlens=None", hgrn),
-    _row("based.parallel.parallel_based", "q, k, v, scale=None, use_norm=True", based, order="bthd"),
-    _row("based.fused_chunk.fused_chunk_based", "q, k, v, scale=None, use_norm=True", based, order="bthd"),
+    _row(
+        "based.parallel.parallel_based",
+        "q, k, v, scale=None, use_norm=True",
+        based,
+        order="bthd",
+        wide=True,
+    ),
+    _row(
+        "based.fused_chunk.fused_chunk_based",
+        "q, k, v, scale=None, use_norm=True",
+        based,
+        order="bthd",
+        wide=True,
+    ),
     _row(
         "rebased.parallel.parallel_rebased",
         "q, k, v, eps=1e-05, use_scale=True, use_normalize=True, return_both=False",
         rebased,
         {"use_normalize": "use_norm"},
         order="bthd",
+        wide=True,
     ),
 ]
 
@@ -263,7 +276,7 @@ _NAIVE = [
         "gated_delta_rule.naive.naive_chunk_gated_delta_rule",
         f"q, k, v, g, beta, chunk_size=64, scale=None, {_STATE}",
         delta_rule,
-        restore="",
+        restore="product",
         contiguous=False,
         **_FLOAT,
     ),
@@ -284,7 +297,7 @@ _NAIVE = [
     _row("hgrn.naive.naive_recurrent_hgrn", f"x, g, {_STATE}", hgrn),
     _row("hgrn.naive.naive_chunk_hgrn", f"x, g, {_STATE}, chunk_size=64", hgrn),
     _row("based.naive.naive_parallel_based", "q, k, v, scale=None, use_norm=True", based),
-    _row("based.naive.naive_chunk_based", "q, k, v, chunk_size=256", based),
+    _row("based.naive.naive_chunk_based", "q, k, v, chunk_size=256", based, wide=True),
     _row("rebased.naive.naive_parallel_rebased", "q, k, v, scale=None, use_norm=True", rebased),
 ]
 

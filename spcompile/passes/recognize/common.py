@@ -22,7 +22,7 @@ class Site:
     kind: str
     """"softmax" or "linear"."""
     mask: str
-    """"all", "causal", "general" (a mask that stays data), or "causal and general"."""
+    """"all", "causal", "general" (a mask that stays data), "causal and general", or "scan"."""
     rewritten: bool
     reason: str
     """Why it was left as it is; empty if it was rewritten."""
@@ -36,9 +36,10 @@ _FRAME = re.compile(r'File "([^"]*)", line (\d+), in (\S+)\n\s*(.*)')
 
 
 def source_of(node: fx.Node | None) -> str:
-    """The innermost frame of the user's stack: "file.py:123 in forward: code"."""
+    """The innermost frame of the user's stack: "file.py:123 in forward: code". The code that stands for a
+    library's call is not the user's."""
     trace = (node.meta.get("stack_trace") if node is not None else None) or ""
-    frames = _FRAME.findall(trace)
+    frames = [f for f in _FRAME.findall(trace) if "/spcompile/library/" not in f[0].replace(chr(92), "/")]
     if not frames:
         return ""
     path, line, function, code = frames[-1]
