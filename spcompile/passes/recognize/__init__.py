@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import fx
 
 import spcompile.attention  # noqa: F401  (registers the ops that are emitted)
-from spcompile.passes.recognize import linear, softmax
+from spcompile.passes.recognize import linear, loops, softmax
 from spcompile.passes.recognize.common import Site, source_of
 from spcompile.passes.recognize.edit import Editor, Refused
 from spcompile.passes.recognize.masks import Prover
@@ -30,11 +30,19 @@ def recognize(gm: fx.GraphModule, *, enabled: bool = True) -> list[Site]:
     """
     if not enabled:
         return []
-    shadow = trace(gm)
-    if shadow is None:
-        return []
-    editor, prover = Editor(shadow), Prover()
-    sites = _softmax(shadow, editor, prover)
+    again, rolled = True, list[tuple[int, Site]]()
+    while again:  # an inner loop is re-rolled before the loop around it
+        shadow = trace(gm)
+        if shadow is None:
+            return []
+        editor = Editor(shadow)
+        seen = loops.recognize(shadow, editor)
+        again = any(site.rewritten for _, site in seen)
+        rolled += [s for s in seen if s[1].rewritten or not again]
+        if again:
+            _compile(shadow)
+    prover = Prover()
+    sites = rolled + _softmax(shadow, editor, prover)
     sites += linear.recognize(shadow, editor, prover)
     _clean(shadow, editor)
     return [site for _, site in sorted(sites, key=lambda s: s[0])]
@@ -66,5 +74,10 @@ def _clean(shadow: Shadow, editor: Editor) -> None:
         nodes = [n for n in scope.graph.nodes if n in shadow.records]
         results = {n: shadow.records[n].result for n in nodes}
         editor.erase([n for n in nodes if isinstance(results[n], Value) and results[n].live])
+    _compile(shadow)
+
+
+def _compile(shadow: Shadow) -> None:
+    for scope in shadow.scopes:
         scope.graph.lint()
         scope.recompile()
