@@ -66,6 +66,8 @@ class Emission:
                 found, final = named.attention(layout, group[0], initial[0], roots)
             except Refused as why:
                 self.why = why
+                import os
+                if os.environ.get('WHY'): print('not named:', why)
             else:
                 self.evaluator.given |= found
                 self.evaluator.given[group[0]] = _Missing()

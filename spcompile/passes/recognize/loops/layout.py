@@ -16,7 +16,7 @@ from spcompile.passes.recognize.loops.affine import Product, Reader
 from spcompile.passes.recognize.loops.evaluate import Batch, Evaluator
 from spcompile.passes.recognize.products import Factor
 
-__all__ = ["Item", "Layout", "spread"]
+__all__ = ["Item", "Layout", "permuted", "shaped", "spread"]
 
 
 @dataclass
@@ -73,10 +73,10 @@ class Layout:
             shape += [a.size if a in present else 1 for a in resolve(g)]
             full += [a.size if some else 1 for a in resolve(g)]
             out.append(math.prod(a.size for a in resolve(g)) if some else 1)
-        x = x.reshape(shape)
+        x = shaped(x, shape)
         if shape != full:
             x = x.expand(full)
-        return Batch(x.reshape(out), batched)
+        return Batch(shaped(x, out), batched)
 
     def _einsum(
         self, items: Sequence[Item], wanted: Sequence[Atom], present: set[Atom]
@@ -90,7 +90,7 @@ class Layout:
         tensors, names = [], []
         for i in items:
             lead = [self.evaluator.steps] if i.batch.batched else []
-            tensors.append(i.batch.x.reshape(lead + [a.size for a in i.atoms]))
+            tensors.append(shaped(i.batch.x, lead + [a.size for a in i.atoms]))
             names.append(step * i.batch.batched + "".join(letters[a] for a in i.atoms))
         batched = any(i.batch.batched for i in items)
         out = step * batched + "".join(letters[a] for a in wanted if a in present)
@@ -104,4 +104,14 @@ def spread(b: Batch, shape: Sequence[int], steps: int | None = None) -> torch.Te
     all)."""
     x = b.x if b.batched else b.x.unsqueeze(0)
     lead = x.shape[0] if steps is None else steps
-    return x.expand(lead, *shape)
+    return x if list(x.shape) == [lead, *shape] else x.expand(lead, *shape)
+
+
+def shaped(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """reshape, where there is something to do."""
+    return x if list(x.shape) == list(shape) else x.reshape(shape)
+
+
+def permuted(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
+    """permute, where there is something to do."""
+    return x if list(order) == list(range(x.dim())) else x.permute(list(order))

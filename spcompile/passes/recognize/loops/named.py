@@ -20,7 +20,7 @@ from spcompile.passes.recognize.edit import Group, Refused
 from spcompile.passes.recognize.loops.affine import Product, Reader, mixed
 from spcompile.passes.recognize.loops.evaluate import Batch
 from spcompile.passes.recognize.loops.families import Carry, Family, Invariant, Progress, Ref
-from spcompile.passes.recognize.loops.layout import Item, Layout, spread
+from spcompile.passes.recognize.loops.layout import Item, Layout, permuted, shaped, spread
 from spcompile.passes.recognize.products import Factor
 
 __all__ = ["attention"]
@@ -284,7 +284,7 @@ class _Memory:
         y, final = op(q, k, v, log, beta, start, True, float(t.scale), exclusive, self.layout.evaluator.reverse)
         steps = self.layout.evaluator.steps
         named = [a for g in self._groups(self.values, ours) for a in g]
-        y = y.permute(2, 0, 1, 3).reshape([steps, *(a.size for a in named)])
+        y = shaped(y.permute(2, 0, 1, 3), [steps, *(a.size for a in named)])
         item = Item(Batch(y, True), tuple((a,) for a in named))
         after = [f for f in t.factors if not f.atoms & keys]
         return self.layout.product(Product(after), list(r.dims), [item]), final
@@ -313,13 +313,13 @@ class _Memory:
         """From the state's own dims to [B, H, K, V]."""
         order = [*self.heads, *self.key_dims, *self.values]
         sizes = [*self._sized(self._groups(self.key_dims)), *self._sized([self._group(self.values)])]
-        return x.permute(order).reshape(sizes)
+        return shaped(permuted(x, order), sizes)
 
     def _from_state(self, x: Tensor) -> Tensor:
         like = self.carry.family.like
         order = [*self.heads, *self.key_dims, *self.values]
-        x = x.reshape([like.shape[d] for d in order])
-        return x.permute([order.index(d) for d in range(len(order))]).to(self.layout.dtype)
+        x = shaped(x, [like.shape[d] for d in order])
+        return permuted(x, [order.index(d) for d in range(len(order))]).to(self.layout.dtype)
 
 
 class _Names:

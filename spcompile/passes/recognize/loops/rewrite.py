@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from spcompile._torch import make_fx
 from spcompile.passes.recognize.edit import Editor, Refused, Writer
 from spcompile.passes.recognize.loops.emission import Emission
-from spcompile.passes.recognize.loops.families import Family
+from spcompile.passes.recognize.loops.families import Family, Progress
 from spcompile.passes.recognize.loops.surroundings import Slots, Stacked, Step, Surroundings, Want
 from spcompile.passes.shadow import Value
 
@@ -46,6 +46,9 @@ class _Traced:
         """Compute everything once, to learn which tensors from outside it needs (and whether it can be)."""
         with self.around.shadow.mode, torch.no_grad():
             self._compute(self._held)
+        families = [f for f in self.around.loop.families.values() if isinstance(f, Family)]
+        if not any(isinstance(x, Progress) for f in families for x in f.args.values()):
+            raise Refused("its steps take no parts by a running index")
 
     def trace(self) -> None:
         """Compute everything again, recorded."""
@@ -57,6 +60,7 @@ class _Traced:
 
         with self.around.shadow.mode, torch.no_grad():
             self.graph = make_fx(run, tracing_mode="real")(*self.fakes.values()).graph
+        self.graph.eliminate_dead_code()
         if any(n.op == "get_attr" for n in self.graph.nodes):
             raise Refused("it makes constants of its own")
         if sum("detach" in str(n.target) for n in self.graph.nodes) and not any(
@@ -91,6 +95,7 @@ class _Traced:
                 whole += [p[0] for p in want.pieces if isinstance(p, tuple)]
         emission.solve(whole, last)
         self.kinds = emission.kinds
+        self.why = emission.why
         return [self._wanted(want, emission, invariant) for want, _, _ in self.around.wants]
 
     def _wanted(self, want: Want, emission: Emission, invariant: Any) -> Tensor:

@@ -13,7 +13,7 @@ from spcompile.passes.recognize.edit import Refused
 from spcompile.passes.recognize.loops.affine import Product, mixed
 from spcompile.passes.recognize.loops.evaluate import Batch
 from spcompile.passes.recognize.loops.families import Carry
-from spcompile.passes.recognize.loops.layout import Item, Layout, spread
+from spcompile.passes.recognize.loops.layout import Item, Layout, permuted, shaped, spread
 from spcompile.passes.recognize.products import Factor
 
 __all__ = ["scan"]
@@ -96,9 +96,9 @@ def _elementwise(
         if coefficient is None:
             raise Refused("it forgets its state in each step")
         a = placed(coefficient.x if coefficient.batched else coefficient.x.unsqueeze(0))
-    start = None if initial is None else initial.to(layout.dtype).reshape(full)
+    start = None if initial is None else shaped(initial.to(layout.dtype), full)
     before, final = _run(a, b, start, False, layout)
-    return Batch(before.movedim(places, 0).reshape(steps, *shape), True), final.reshape(shape)
+    return Batch(shaped(before.movedim(places, 0), [steps, *shape]), True), shaped(final, shape)
 
 
 def _unit(t: Product) -> bool:
@@ -188,14 +188,16 @@ class _Matrix:
         constant = _sum(self.layout, [t for t in terms if t.state is None], [self.dims[d] for d in self._order])
         zero = Batch(torch.zeros((), **self.layout.options).expand(self._sizes(self._order)), False)
         steps = self.layout.evaluator.steps
-        return spread(constant or zero, self._sizes(self._order), steps).reshape(steps, *self._merged())
+        return shaped(
+            spread(constant or zero, self._sizes(self._order), steps), [steps, *self._merged()]
+        )
 
     def _state(self, x: Tensor | None) -> Tensor:
         if x is None:
             return torch.zeros(self._merged(), **self.layout.options)
-        return x.to(self.layout.dtype).permute(self._order).reshape(self._merged())
+        return shaped(permuted(x.to(self.layout.dtype), self._order), self._merged())
 
     def _back(self, x: Tensor, lead: list[int]) -> Tensor:
-        x = x.reshape([*lead, *self._sizes(self._order)])
+        x = shaped(x, [*lead, *self._sizes(self._order)])
         back = [self._order.index(d) + len(lead) for d in range(len(self._order))]
-        return x.permute([*range(len(lead)), *back])
+        return permuted(x, [*range(len(lead)), *back])
