@@ -139,10 +139,8 @@ class Loop:
         return Family(members, None)
 
     def _carry(self, position: int, initial: Value) -> Carry:
-        key = (position, id(initial))
-        if key not in self.carries:
-            self.carries[key] = Carry(self.at(position), initial)
-        return self.carries[key]
+        family = self.at(position)  # which may ask for this very carry
+        return self.carries.setdefault((position, id(initial)), Carry(family, initial))
 
     def _arguments(self, family: Family) -> dict[str, Any]:
         indices = index_arguments(family.like)
