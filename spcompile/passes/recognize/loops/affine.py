@@ -16,6 +16,7 @@ from typing import Any
 from spcompile.passes.recognize.dims import Atom, Dims, align, atoms_of, back_through_view, name_dims
 from spcompile.passes.recognize.edit import Refused
 from spcompile.passes.recognize.loops.families import Carry, Family, Invariant, Loop, Ref
+from spcompile.passes.recognize.loops.selections import selections
 from spcompile.passes.recognize.products import Factor, product_of, same_values, scalar
 from spcompile.passes.shadow import Value
 
@@ -137,6 +138,13 @@ class Reader:
             return self._lerp(v, dims, at)
         if v.name == "sum" and (v.dtype is None or v.dtype == v.args["self"].dtype):
             return self._sum(v, dims, at)
+        if self.depends(v) and (found := selections(v, dims)) is not None:
+            out = [
+                x.times(Product(list(factors), summed=list(summed)))
+                for source, inner, factors, summed in found
+                for x in at(source, inner)
+            ]
+            return out or None
         term = product_of(v, dims)
         if term is None or v.name == "sum":
             return None

@@ -30,7 +30,8 @@ class Emission:
         self, loop: Loop, invariant: Callable[[Value], Tensor | None], targets: dict[Value, Any]
     ) -> None:
         self.loop = loop
-        self.evaluator = Evaluator(loop.steps, invariant, targets, _runs_down(loop))
+        device = next(v.fake.device for v in loop.body if v.fake is not None)
+        self.evaluator = Evaluator(loop.steps, invariant, targets, device, _runs_down(loop))
         self.reader = Reader(loop, self.evaluator.given.__contains__)
         self.finals: dict[Family, Tensor] = {}
         self.kinds: list[str] = []

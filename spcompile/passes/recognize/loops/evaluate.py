@@ -44,11 +44,13 @@ class Evaluator:
         steps: int,
         invariant: Callable[[Value], Tensor | None],
         targets: dict[Value, Any],
+        device: torch.device,
         reverse: bool = False,
     ) -> None:
         self.steps = steps
         self.invariant = invariant
         self.targets = targets
+        self.device = device
         self.reverse = reverse
         """Whether index 0 of the steps' dim is the last step: the loop runs down an index."""
         self.given: dict[Ref, Any] = {}
@@ -101,7 +103,9 @@ class Evaluator:
     def apply(self, like: Value, args: dict[str, Any], operand: Callable[[Ref], Any]) -> Any:
         """One op on its operands."""
         if like.name == "literal":
-            return Batch(torch.full((), like.args["value"], dtype=like.dtype), False)
+            return Batch(torch.full((), like.args["value"], dtype=like.dtype, device=self.device), False)
+        if like.name == "constant":
+            return Batch(like.args["build"](self.device), False)
         if like.name in ("opaque", "input"):
             raise Refused("it uses a value that the loop writes, or of which nothing is known")
         if like.name == "getitem":

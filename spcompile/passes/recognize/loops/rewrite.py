@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -96,14 +97,14 @@ class _Traced:
         emission.solve(whole, last)
         self.kinds = emission.kinds
         self.why = emission.why
-        return [self._wanted(want, emission, invariant) for want, _, _ in self.around.wants]
+        return [x for want, _, _ in self.around.wants for x in self._wanted(want, emission, invariant)]
 
-    def _wanted(self, want: Want, emission: Emission, invariant: Any) -> Tensor:
+    def _wanted(self, want: Want, emission: Emission, invariant: Any) -> list[Tensor]:
         if isinstance(want, Step):
-            return emission.at(want.family, want.step)
+            return [emission.at(want.family, want.step)]
         if isinstance(want, Slots):
-            return self._filled(want, emission, invariant)
-        return self._stacked(want, emission, invariant)
+            return [self._filled(want, emission, invariant)]
+        return [self._stacked(want, p, emission) for p in want.pieces if isinstance(p, tuple)]
 
     def _tensor(self, node: fx.Node, invariant: Any) -> Tensor:
         if invariant == self._held:
@@ -133,23 +134,17 @@ class _Traced:
         stop = low + (x.shape[want.dim] - 1) * abs(step) + 1
         return torch.slice_scatter(base, x.to(example.dtype), want.dim, low, stop, abs(step))
 
-    def _stacked(self, want: Stacked, emission: Emission, invariant: Any) -> Tensor:
-        pieces: list[Tensor] = []
-        for p in want.pieces:
-            if not isinstance(p, tuple):
-                x = self._tensor(p, invariant)
-                pieces.append(x.unsqueeze(want.dim) if want.new_dim else x)
-                continue
-            family, first, last = p
-            x = emission.stacked(family)
-            low, high = min(first, last), max(first, last)
-            if emission.evaluator.reverse:
-                low, high = x.shape[0] - 1 - high, x.shape[0] - 1 - low
-            x = x if high - low + 1 == x.shape[0] else x[low : high + 1]
-            x = x.flip(0) if (last < first) != emission.evaluator.reverse and first != last else x
-            x = x.movedim(0, want.dim)
-            pieces.append(x if want.new_dim else x.flatten(want.dim, want.dim + 1))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, want.dim)
+    def _stacked(self, want: Stacked, piece: tuple[Family, int, int], emission: Emission) -> Tensor:
+        """Several steps in a row, as a part of what they are stacked to."""
+        family, first, last = piece
+        x = emission.stacked(family)
+        low, high = min(first, last), max(first, last)
+        if emission.evaluator.reverse:
+            low, high = x.shape[0] - 1 - high, x.shape[0] - 1 - low
+        x = x if high - low + 1 == x.shape[0] else x[low : high + 1]
+        x = x.flip(0) if (last < first) != emission.evaluator.reverse and first != last else x
+        x = x.movedim(0, want.dim)
+        return x if want.new_dim else x.flatten(want.dim, want.dim + 1)
 
     # ---- in Dynamo's graph
 
@@ -172,25 +167,36 @@ class _Traced:
                 new.meta = meta | {"example_value": n.meta.get("val")}
                 if "spcompile" in str(n.target) and not name:
                     name = new.name
-        for (want, node, users), x in zip(self.around.wants, results, strict=True):
-            self._stand_in(want, node, users, x)
+        fresh = iter(results)
+        for want, node, users in self.around.wants:
+            self._stand_in(want, node, users, fresh)
         for node in reversed(self.around.nodes):
             graph.erase_node(node)
             self.editor.replaced.add(node)
         return name or (results[0].name if results else "")
 
-    def _stand_in(self, want: Want, node: fx.Node, users: list[fx.Node], x: fx.Node) -> None:
+    def _stand_in(self, want: Want, node: fx.Node, users: list[fx.Node], results: Iterator[fx.Node]) -> None:
         order = {n: i for i, n in enumerate(node.graph.nodes)}
-        before = min(users, key=order.__getitem__) if users else node
-        writer = _At(before, self.around.shadow.mode)
+        writer = _At(min(users, key=order.__getitem__) if users else node, self.around.shadow.mode)
         record = self.around.shadow.records[node]
         written = self.around.shadow.written_after(record.storages, self.around.end)
-        fresh = writer.like(x, node, fresh=written)
+        x = self._joined(want, writer, results) if isinstance(want, Stacked) else next(results)
+        stand_in = writer.like(x, node, fresh=written)
         for user in users:
-            user.replace_input_with(node, fresh)
+            user.replace_input_with(node, stand_in)
         if not users:
-            self.editor.replace(node, fresh)
+            self.editor.replace(node, stand_in)
             node.graph.erase_node(node)
+
+    def _joined(self, want: Stacked, writer: Writer, results: Iterator[fx.Node]) -> fx.Node:
+        """The pieces of a stack, those from elsewhere as well."""
+        pieces = []
+        for p in want.pieces:
+            if isinstance(p, tuple):
+                pieces.append(next(results))
+            else:
+                pieces.append(writer.call(torch.unsqueeze, p, want.dim) if want.new_dim else p)
+        return pieces[0] if len(pieces) == 1 else writer.call(torch.cat, pieces, want.dim)
 
 
 class _At(Writer):

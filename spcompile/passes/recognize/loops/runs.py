@@ -91,7 +91,10 @@ def _periods(labels: list[int]) -> list[int]:
 
 
 def _aligned(values: list[Value], begin: int, end: int, period: int) -> Run:
-    """Begin iterations where the fewest Values cross: code beside a loop may happen to look like its ends."""
+    """Begin iterations where the fewest Values cross: code beside a loop may happen to look like its ends.
+
+    Where a first iteration is unlike the others, so that the run begins within it, it is left out.
+    """
     slack = (end - begin) % period
     steps = (end - begin) // period
     place = {id(v): i for i, v in enumerate(values[begin:end])}
@@ -101,7 +104,7 @@ def _aligned(values: list[Value], begin: int, end: int, period: int) -> Run:
         used: Iterable[Value] = (o for v in values[begin + cut : begin + cut + period] for o in v.operands())
         return len({place[id(o)] for o in used if cut - period <= place.get(id(o), -1) < cut})
 
-    shift = min(range(min(slack, _SLACK) + 1), key=crossing) if slack else 0
+    shift = min(range(min(slack, _SLACK), -1, -1), key=crossing) if slack else 0
     return Run(begin + shift, period, steps)
 
 
