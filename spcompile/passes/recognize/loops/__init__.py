@@ -20,7 +20,7 @@ from spcompile.passes.recognize.common import Site, source_of
 from spcompile.passes.recognize.edit import Editor, Refused
 from spcompile.passes.recognize.loops.families import Loop
 from spcompile.passes.recognize.loops.rewrite import rewrite
-from spcompile.passes.recognize.loops.runs import runs
+from spcompile.passes.recognize.loops.runs import Run, runs
 from spcompile.passes.recognize.loops.surroundings import Surroundings
 from spcompile.passes.shadow import Shadow
 
@@ -37,15 +37,19 @@ def recognize(shadow: Shadow, editor: Editor) -> list[tuple[int, Site]]:
     values = [v for v in shadow.values if v.node is not None and v.name not in ("input", "opaque")]
     taken: list[tuple[int, int]] = []
     sites: list[tuple[int, Site]] = []
+    refused: list[Run] = []
     for run in runs(values):
         if any(run.start < stop and start < run.stop for start, stop in taken):
             continue
+        if any(r.start <= run.start < r.stop and run.period % r.period == 0 for r in refused):
+            continue  # several steps at a time
         loop = Loop(values, run)
         source = source_of(loop.body[0].node)
         try:
             around = Surroundings(shadow, loop).plan()
             kinds, node = rewrite(around, editor)
         except Refused as why:
+            refused.append(run)
             if loop.carries:
                 name = loop.body[0].node.name if loop.body[0].node is not None else ""
                 sites.append((loop.body[0].time, Site("loop", "causal", False, str(why), source, name)))
