@@ -41,8 +41,8 @@ def recognize(shadow: Shadow, editor: Editor) -> list[tuple[int, Site]]:
     for run in runs(values):
         if any(run.start < stop and start < run.stop for start, stop in taken):
             continue
-        if any(r.start <= run.start < r.stop and run.period % r.period == 0 for r in refused):
-            continue  # several steps at a time
+        if any(r.start <= run.start and run.stop <= r.stop + r.period for r in refused):
+            continue  # several of its steps at a time
         loop = Loop(values, run)
         source = source_of(loop.body[0].node)
         try:
