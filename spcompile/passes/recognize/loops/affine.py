@@ -60,6 +60,9 @@ class Reader:
         self.memo: dict[Ref, frozenset[Carry]] = {}
 
     def ref(self, v: Value) -> Ref:
+        """What a Value of the second step stands for."""
+        if v in self.loop.ambiguous:
+            raise Refused("one value has several roles in its steps")
         return self.loop.by_value.get(v) or Invariant(v)
 
     def carries(self, ref: Ref) -> frozenset[Carry]:
@@ -91,8 +94,8 @@ class Reader:
         depends = self.depends(v)
         if depends and isinstance(self.ref(v), Carry):
             raise Refused("its states depend on each other")
-        if not depends and not split:
-            return [Product([Factor(v, dims)])]
+        if not depends and (not split or not isinstance(self.ref(v), Family)):
+            return [Product([Factor(v, dims)])]  # the operands of an invariant are not of the second step
         try:
             terms = self._step(v, dims, states, split)
         except Refused:

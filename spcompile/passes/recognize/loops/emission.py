@@ -7,9 +7,8 @@ steps from the states before each step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from spcompile.passes.recognize.edit import Refused
 from spcompile.passes.recognize.loops import named, scans
@@ -27,11 +26,11 @@ class Emission:
     """Computes families of a loop; run once on fake tensors to see what it needs, and once to be traced."""
 
     def __init__(
-        self, loop: Loop, invariant: Callable[[Value], Tensor | None], targets: dict[Value, Any]
+        self, loop: Loop, invariant: Callable[[Value], Tensor | None], calls: dict[Value, fx.Node]
     ) -> None:
         self.loop = loop
-        device = next(v.fake.device for v in loop.body if v.fake is not None)
-        self.evaluator = Evaluator(loop.steps, invariant, targets, device, _runs_down(loop))
+        like = next(v for v in loop.body if v.fake is not None)
+        self.evaluator = Evaluator(loop.steps, invariant, calls, like, _runs_down(loop))
         self.reader = Reader(loop, self.evaluator.given.__contains__)
         self.finals: dict[Family, Tensor] = {}
         self.kinds: list[str] = []
@@ -67,18 +66,18 @@ class Emission:
                 found, final = named.attention(layout, group[0], initial[0], roots)
             except Refused as why:
                 self.why = why
-                import os
-                if os.environ.get('WHY'): print('not named:', why)
             else:
                 self.evaluator.given |= found
                 self.evaluator.given[group[0]] = _Missing()
                 self.finals[group[0].family] = final
                 self.kinds.append("linear")
                 return
-        for carry, (before, final) in zip(group, scans.scan(layout, group, initial), strict=True):
-            self.evaluator.given[carry] = before
+        followed = any(self.reader.carries(r) & set(group) for r in roots)
+        found_states = scans.scan(layout, group, initial, followed)
+        for carry, (before, final) in zip(group, found_states, strict=True):
+            self.evaluator.given[carry] = before if before is not None else _Missing()
             self.finals[carry.family] = final
-        self.kinds.append("scan")
+        self.kinds.append("loop" if found_states[0][0] is None else "scan")
 
     def _initial(self, carry: Carry) -> Tensor | None:
         if is_zero(carry.initial):

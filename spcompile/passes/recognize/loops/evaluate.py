@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from spcompile._torch import OpOverload
 from spcompile.passes.recognize.edit import Refused
 from spcompile.passes.recognize.loops.families import Carry, Family, Invariant, Progress, Ref, refs_in
-from spcompile.passes.shadow import Value
+from spcompile.passes.shadow import Value, is_pure
 from spcompile.passes.shadow_values import VIEWS
 
 __all__ = ["Batch", "Evaluator"]
@@ -43,14 +43,17 @@ class Evaluator:
         self,
         steps: int,
         invariant: Callable[[Value], Tensor | None],
-        targets: dict[Value, Any],
-        device: torch.device,
+        calls: dict[Value, fx.Node],
+        like: Value,
         reverse: bool = False,
     ) -> None:
         self.steps = steps
         self.invariant = invariant
-        self.targets = targets
-        self.device = device
+        self.calls = calls
+        """The ATen node of each Value."""
+        assert like.fake is not None
+        self.device = like.fake.device
+        self.grad_mode = like.grad_mode
         self.reverse = reverse
         """Whether index 0 of the steps' dim is the last step: the loop runs down an index."""
         self.given: dict[Ref, Any] = {}
@@ -106,6 +109,8 @@ class Evaluator:
             return Batch(torch.full((), like.args["value"], dtype=like.dtype, device=self.device), False)
         if like.name == "constant":
             return Batch(like.args["build"](self.device), False)
+        if like.grad_mode != self.grad_mode:
+            raise Refused("gradients are switched on or off inside it")
         if like.name in ("opaque", "input"):
             raise Refused("it uses a value that the loop writes, or of which nothing is known")
         if like.name == "getitem":
@@ -120,6 +125,11 @@ class Evaluator:
             out = _mapped(lambda x: x.reshape(like.shape), [known["self"]])
         else:
             out = self._call(like, known)
+        return self._checked(like, out)
+
+    @staticmethod
+    def _checked(like: Value, out: Any) -> Any:
+        """Under autocast an op may not give what it gave in the shadow, nor in the trace."""
         if isinstance(out, Batch) and (_shape(out) != like.shape or out.x.dtype != like.dtype):
             raise Refused("its types change under autocast")
         return out
@@ -141,12 +151,16 @@ class Evaluator:
             raise Refused(f"{like.name} can't be computed for all steps at once") from why
 
     def _target(self, like: Value) -> OpOverload:
-        target = self.targets.get(like)
-        if not isinstance(target, OpOverload) or target.namespace != "aten":
+        node = self.calls.get(like)
+        target = node.target if node is not None else None
+        if node is None or not isinstance(target, OpOverload) or target.namespace != "aten":
             raise Refused(f"{like.name} is no op of PyTorch's own")
-        if torch.Tag.nondeterministic_seeded in target.tags or "dropout" in like.name:
+        if torch.Tag.nondeterministic_seeded in target.tags:
             raise Refused("it draws random numbers")
-        if target._schema.is_mutable:
+        if not target._schema.is_mutable:
+            if not is_pure(node):
+                raise Refused(f"{like.name} does more than compute")
+        else:
             packet = getattr(torch.ops.aten, like.name, None)
             target = getattr(packet, like.overload or "default", None)
             if target is None or target._schema.is_mutable:
@@ -202,7 +216,7 @@ class Evaluator:
     def _getitem(self, like: Value, args: dict[str, Any], operand: Callable[[Ref], Any]) -> Any:
         index, many = args["index"], args["self"]
         if not isinstance(index, Progress):
-            return operand(many)[index]
+            return self._checked(like, operand(many)[index])
         if not isinstance(many, Invariant):
             raise Refused("the steps read moving parts of what they compute")
         v, inner = self.parts(many)

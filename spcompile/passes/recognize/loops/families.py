@@ -90,6 +90,8 @@ class Loop:
         self.carries: dict[tuple[int, int], Carry] = {}
         self.by_value: dict[Value, Ref] = {}
         """What the Values of the second step stand for."""
+        self.ambiguous: set[Value] = set()
+        """Those that stand for several things."""
 
     def at(self, position: int) -> Family:
         """The family at a place of the body."""
@@ -111,7 +113,8 @@ class Loop:
         if key not in self.families:
             found = self._classify(list(members))
             self.families[key] = found
-            self.by_value.setdefault(members[1], found)
+            if self.by_value.setdefault(members[1], found) is not found:
+                self.ambiguous.add(members[1])
             if isinstance(found, Family):  # after it is entered: a carry leads back to it
                 found.args = self._arguments(found)
         return self.families[key]

@@ -38,7 +38,7 @@ class _Traced:
         self.first = around.nodes[0]
         self.holders: dict[Value | fx.Node, fx.Node] = {}
         self.fakes: dict[fx.Node, Tensor] = {}
-        self.targets = {v: a.target for a, v in around.shadow.value_of.items()}
+        self.calls = {v: a for a, v in around.shadow.value_of.items()}
         self.kinds: list[str] = []
 
     # ---- on fake tensors
@@ -84,7 +84,7 @@ class _Traced:
         return self.fakes[node]
 
     def _compute(self, invariant: Any) -> list[Tensor]:
-        emission = Emission(self.around.loop, invariant, self.targets)
+        emission = Emission(self.around.loop, invariant, self.calls)
         whole: list[Family] = []
         last: list[Family] = []
         for want, _, _ in self.around.wants:

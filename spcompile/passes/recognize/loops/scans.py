@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +23,11 @@ _LARGEST = 1024
 """Rows of a transition matrix beyond which a scan would cost more than the loop."""
 
 
-def scan(layout: Layout, carries: Sequence[Carry], initial: list[Tensor | None]) -> list[tuple[Batch, Tensor]]:
+def scan(
+    layout: Layout, carries: Sequence[Carry], initial: list[Tensor | None], followed: bool
+) -> list[tuple[Any, Tensor]]:
     """The states before each step, with the steps in front, and the last ones, of one or several states that
-    depend on each other.
+    depend on each other. `followed`: whether the former are needed.
 
     Raises:
         Refused: an update isn't affine in the states.
@@ -38,6 +41,8 @@ def scan(layout: Layout, carries: Sequence[Carry], initial: list[Tensor | None])
     if len(carries) == 1 and all(t.state is None for t in terms[0]):
         return [_shifted(layout, carries[0], initial[0])]
     over = sorted({d for ts in terms for t in ts if t.state is not None for d in mixed(t.state, dims)})
+    if len(carries) == 1 and not over and not followed and _accumulates(terms[0]):
+        return [(None, _total(layout, terms[0], dims, initial[0]))]
     if len(carries) == 1 and not over:
         return [_elementwise(layout, terms[0], dims, initial[0])]
     return _Matrix(layout, dims, over, terms, states).solve(initial)
@@ -91,7 +96,7 @@ def _elementwise(
     zero = Batch(torch.zeros((), **layout.options).expand(full), False)
     b = placed(spread(constant or zero, full, steps))
     a = None
-    if not (len(linear) == 1 and not linear[0].factors and _unit(linear[0])):
+    if not _accumulates(linear):
         coefficient = _sum(layout, linear, groups)
         if coefficient is None:
             raise Refused("it forgets its state in each step")
@@ -101,8 +106,20 @@ def _elementwise(
     return Batch(shaped(before.movedim(places, 0), [steps, *shape]), True), shaped(final, shape)
 
 
-def _unit(t: Product) -> bool:
-    return t.scale * math.prod(a.size for a in resolve(t.summed)) == 1.0
+def _accumulates(terms: Sequence[Product]) -> bool:
+    """Whether the state is only added to."""
+    linear = [t for t in terms if t.state is not None]
+    return len(linear) == 1 and not linear[0].factors and linear[0].scale == 1.0 and not linear[0].summed
+
+
+def _total(layout: Layout, terms: Sequence[Product], dims: Dims, initial: Tensor | None) -> Tensor:
+    """The last state of one that is only added to: no order is needed, so no scan."""
+    shape = [math.prod(a.size for a in d) for d in dims]
+    constant = _sum(layout, [t for t in terms if t.state is None], dims)
+    if constant is None:
+        raise Refused("its state never changes")
+    x = spread(constant, shape, layout.evaluator.steps).sum(0)
+    return x if initial is None else x + initial.to(layout.dtype)
 
 
 class _Matrix:

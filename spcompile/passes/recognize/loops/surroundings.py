@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from spcompile._torch import OpOverload
+from spcompile._torch import HigherOrderOperator, OpOverload
 from spcompile.passes.recognize.edit import Refused
 from spcompile.passes.recognize.loops.families import Family, Loop, Progress
 from spcompile.passes.shadow import Record, Shadow, Value, is_pure
@@ -128,7 +128,7 @@ class Surroundings:
             raise Refused("autocast or the grad mode changes inside its steps")
         inputs = set(n.all_input_nodes) & made
         record = self.shadow.records.get(n)
-        if record is None or record.emitted:
+        if record is None or record.emitted or record.begin != record.end or _higher_order(n):
             if inputs:
                 raise Refused("other code lies between its steps")
             return False
@@ -149,6 +149,8 @@ class Surroundings:
             if any(id(w.value) not in self.loop.place for w in here):
                 raise Refused("its steps write in a way that is not read")
             for r in holders.get(storage, ()):
+                if r.begin <= self.begin and r.end >= self.end and r.node.graph is not self.graph:
+                    continue  # the call of this very graph
                 if r.node.op in ("placeholder", "get_attr"):
                     raise Refused("its steps write to an input")
                 if r.node not in self.inside and r.end <= self.begin:
@@ -253,6 +255,10 @@ class Surroundings:
                 pieces.append((family, step, step))
         rank = len(value.shape)
         return Stacked(value.args.get("dim", 0) % rank, value.name == "stack", tuple(pieces))
+
+
+def _higher_order(n: fx.Node) -> bool:
+    return isinstance(n.target, HigherOrderOperator)
 
 
 def _continues(piece: tuple[Family, int, int], step: int) -> bool:
