@@ -30,22 +30,26 @@ def recognize(gm: fx.GraphModule, *, enabled: bool = True) -> list[Site]:
     """
     if not enabled:
         return []
-    again, rolled = True, list[tuple[int, Site]]()
-    while again:  # an inner loop is re-rolled before the loop around it
-        shadow = trace(gm)
-        if shadow is None:
-            return []
-        editor = Editor(shadow)
-        seen = loops.recognize(shadow, editor)
-        again = any(site.rewritten for _, site in seen)
-        rolled += [s for s in seen if s[1].rewritten or not again]
-        if again:
-            _compile(shadow)
-    prover = Prover()
-    sites = rolled + _softmax(shadow, editor, prover)
+    shadow, sites = _reroll(gm)
+    if shadow is None:
+        return []
+    editor, prover = Editor(shadow), Prover()
+    sites += _softmax(shadow, editor, prover)
     sites += linear.recognize(shadow, editor, prover)
     _clean(shadow, editor)
     return [site for _, site in sorted(sites, key=lambda s: s[0])]
+
+
+def _reroll(gm: fx.GraphModule) -> tuple[Shadow | None, list[tuple[int, Site]]]:
+    """Re-roll loops, an inner one before the loop around it; the shadow of what is left."""
+    found: list[tuple[int, Site]] = []
+    while (shadow := trace(gm)) is not None:
+        sites = loops.recognize(shadow, Editor(shadow))
+        if not any(site.rewritten for _, site in sites):
+            return shadow, found + sites
+        found += [s for s in sites if s[1].rewritten]
+        _compile(shadow)
+    return None, []
 
 
 def _softmax(shadow: Shadow, editor: Editor, prover: Prover) -> list[tuple[int, Site]]:

@@ -48,7 +48,7 @@ def recognize(shadow: Shadow, editor: Editor) -> list[tuple[int, Site]]:
         try:
             around = Surroundings(shadow, loop).plan()
             kinds, node = rewrite(around, editor)
-        except Refused as why:
+        except (Refused, RecursionError) as why:
             refused.append(run)
             if loop.carries:
                 name = loop.body[0].node.name if loop.body[0].node is not None else ""

@@ -20,7 +20,7 @@ from spcompile.passes.recognize.loops.selections import selections
 from spcompile.passes.recognize.products import Factor, product_of, same_values, scalar
 from spcompile.passes.shadow import Value
 
-__all__ = ["Product", "Reader"]
+__all__ = ["Product", "Reader", "mixed"]
 
 _MOST = 64
 _MUL, _DIV = {"mul", "multiply"}, {"div", "divide", "true_divide"}
@@ -189,10 +189,12 @@ class Reader:
     def _sum(self, v: Value, dims: Dims, at: Callable[[Value, Dims], list[Product]]) -> list[Product] | None:
         if v.overload not in ("dim_IntList", "dim_int", ""):
             return None
-        source, over = v.args["self"], v.args.get("dim")
+        source, given = v.args["self"], v.args.get("dim")
         rank = len(source.shape)
-        over = list(range(rank)) if over is None or over == [] else [over] if isinstance(over, int) else list(over)
-        over = [d % rank for d in over]
+        if given is None or given == []:
+            over = list(range(rank))
+        else:
+            over = [d % rank for d in ([given] if isinstance(given, int) else given)]
         rest = iter(dims)
         inner: list[tuple[Atom, ...]] = []
         summed: list[Atom] = []
@@ -207,13 +209,7 @@ class Reader:
         return [Product(t.factors, t.state, t.summed + summed, t.scale) for t in at(source, tuple(inner))]
 
 
-def family_value(ref: Ref) -> Value:
-    """The Value of the second step that stands for a ref."""
-    if isinstance(ref, Carry):
-        return ref.family.members[0]
-    return ref.like if isinstance(ref, Family) else ref.value
-
-
 def mixed(state: Factor, dims: Dims) -> list[int]:
     """The dims of the state that do not pass straight through to the result."""
-    return [d for d, (x, y) in enumerate(zip(state.dims, dims, strict=True)) if atoms_of((x,)) != atoms_of((y,))]
+    pairs = enumerate(zip(state.dims, dims, strict=True))
+    return [d for d, (x, y) in pairs if atoms_of((x,)) != atoms_of((y,))]

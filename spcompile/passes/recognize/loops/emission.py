@@ -44,7 +44,7 @@ class Emission:
         """
         for group in _in_order(self.reader, [*families, *last]):
             states = {c.family for c in group}
-            roots: list[Family] = [f for f in families]
+            roots = list(families)
             roots += [f for f in last if f not in states]
             if len(group) == 1:
                 others = _needed(self.reader, [*families, *last]) - set(group)
@@ -67,7 +67,8 @@ class Emission:
             except Refused as why:
                 self.why = why
             else:
-                self.evaluator.given |= found
+                for family, readout in found.items():
+                    self.evaluator.given[family] = readout
                 self.evaluator.given[group[0]] = _Missing()
                 self.finals[group[0].family] = final
                 self.kinds.append("linear")

@@ -25,7 +25,9 @@ from spcompile.passes.shadow_values import VIEWS
 __all__ = ["Batch", "Evaluator"]
 
 _RESHAPES = {"view", "_unsafe_view", "_reshape_alias"}
-_COPIES = {"clone", "contiguous", "alias", "to", "_to_copy", "float", "double", "half", "type_as", "lift_fresh_copy"}
+_COPIES = {
+    "clone", "contiguous", "alias", "to", "_to_copy", "float", "double", "half", "type_as", "lift_fresh_copy",
+}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -205,8 +207,11 @@ class Evaluator:
         low, stride = min(first, first + (self.steps - 1) * step), abs(step)
         if low + (self.steps - 1) * stride + width > x.shape[dim]:
             raise Refused("an index leaves its dim")
+        if width > max(self.steps, stride):
+            raise Refused("its steps are few shifts of something longer")
         if stride == width:
-            part = x if low == 0 and x.shape[dim] == self.steps * width else x.narrow(dim, low, self.steps * width)
+            whole = low == 0 and x.shape[dim] == self.steps * width
+            part = x if whole else x.narrow(dim, low, self.steps * width)
             part = part.unflatten(dim, (self.steps, width)).movedim(dim, 0)
         else:
             part = x.narrow(dim, low, (self.steps - 1) * stride + width).unfold(dim, width, stride)
@@ -235,7 +240,7 @@ class Evaluator:
         if isinstance(ref, Carry):
             raise Refused("a decay that depends on the state")
         like, args = self.parts(ref)
-        inner = args.get("self")
+        inner: Any = args.get("self")
         if like.name == "exp" and inner is not None:
             return self.value(inner)
         if like.name == "sigmoid" and inner is not None:
@@ -249,7 +254,7 @@ class Evaluator:
         if like.name in ("literal", "full") and (number := _number(like)) is not None and number > 0:
             return _mapped(torch.log, [self.value(ref)])
         floats = like.dtype is not None and like.dtype.is_floating_point
-        one = [r for r in refs_in(args)] == [inner]
+        one = list(refs_in(args)) == [inner]
         if floats and one and (like.name in VIEWS or like.name in _COPIES or like.name == "getitem"):
             return self.apply(like, args, self._log_operand)
         raise Refused("its decay is not shown to be positive")
@@ -259,10 +264,12 @@ class Evaluator:
 
     def _log_complement(self, like: Value, args: dict[str, Any]) -> Batch | None:
         """1 - sigmoid(x) = sigmoid(-x)."""
-        one, x = (args.get("self"), args.get("other")) if like.name == "sub" else (args.get("other"), args.get("self"))
-        if like.name not in ("sub", "rsub") or one != 1 or args.get("alpha", 1) != 1 or isinstance(x, Carry):
+        one, x = args.get("self"), args.get("other")
+        if like.name == "rsub":
+            one, x = x, one
+        if like.name not in ("sub", "rsub") or one != 1 or args.get("alpha", 1) != 1:
             return None
-        if not _is_ref(x):
+        if not isinstance(x, (Family, Invariant)):
             return None
         inner, inner_args = self.parts(x)
         if inner.name != "sigmoid":

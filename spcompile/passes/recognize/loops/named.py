@@ -137,7 +137,7 @@ class _Memory:
         return {a for d in self.key_dims for a in self.dims[d]}
 
     def _sort(self, terms: list[Product]) -> tuple[Product, Product | None, Product]:
-        passing, mixing, constant = [], [], []
+        passing, mixing, constant = list[Product](), list[Product](), list[Product]()
         for t in terms:
             over = None if t.state is None else mixed(t.state, self.dims)
             (constant if over is None else mixing if over else passing).append(t)
@@ -156,7 +156,7 @@ class _Memory:
         """beta's factors in the mixing term: -beta * k_out * k_in * decay_in."""
         t = self.delta
         assert t is not None and t.state is not None
-        inner = {}
+        inner: dict[Atom, Atom] = {}
         for d in self.key_dims:
             ours, theirs = resolve(self.dims[d]), resolve(t.state.dims[d])
             if len(theirs) != len(ours) or not set(theirs) <= set(resolve(t.summed)):
@@ -248,8 +248,9 @@ class _Memory:
         written = Product(self.v, summed=of_v, scale=self.constant.scale)
         beta = None
         if self.delta is not None:
-            beta = self._arranged(Product(self.beta, scale=-self.delta.scale / self.decay.scale), self._groups([]))
-            written.scale /= -self.delta.scale / self.decay.scale
+            strength = -self.delta.scale / self.decay.scale
+            beta = self._arranged(Product(self.beta, scale=strength), self._groups([]))
+            written.scale /= strength
         v = self._arranged(written, self._groups(self.values))
         start = None if initial is None else self._state(initial)
         final: Tensor | None = None
@@ -280,8 +281,8 @@ class _Memory:
             raise Refused("its state is summed over more than the keys")
         q = self._arranged(Product(queries), self._groups(self.key_dims, ours))
         exclusive = t.state.value is self.carry.family.members[0]
-        op = torch.ops.spcompile.linear_attention
-        y, final = op(q, k, v, log, beta, start, True, float(t.scale), exclusive, self.layout.evaluator.reverse)
+        options = (True, float(t.scale), exclusive, self.layout.evaluator.reverse)
+        y, final = torch.ops.spcompile.linear_attention(q, k, v, log, beta, start, *options)
         steps = self.layout.evaluator.steps
         named = [a for g in self._groups(self.values, ours) for a in g]
         y = shaped(y.permute(2, 0, 1, 3), [steps, *(a.size for a in named)])

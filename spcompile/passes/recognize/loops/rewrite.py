@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,8 @@ class _Traced:
         families = [f for f in self.around.loop.families.values() if isinstance(f, Family)]
         if not any(isinstance(x, Progress) for f in families for x in f.args.values()):
             raise Refused("its steps take no parts by a running index")
+        if not self.kinds and (len(self.around.wants) == 0 or _attends(families)):
+            raise Refused("its steps are attention of their own")
 
     def trace(self) -> None:
         """Compute everything again, recorded."""
@@ -197,6 +199,11 @@ class _Traced:
             else:
                 pieces.append(writer.call(torch.unsqueeze, p, want.dim) if want.new_dim else p)
         return pieces[0] if len(pieces) == 1 else writer.call(torch.cat, pieces, want.dim)
+
+
+def _attends(families: Sequence[Family]) -> bool:
+    """Whether attention is recognized better in each step than in all at once."""
+    return any("attention" in f.like.name or "softmax" in f.like.name for f in families)
 
 
 class _At(Writer):

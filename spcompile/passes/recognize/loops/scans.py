@@ -65,8 +65,9 @@ def _sum(layout: Layout, terms: Sequence[Product], groups: Sequence[tuple[Atom, 
         if out is None:
             out = x
         else:  # one that is the same in all steps has no dim for them
-            a, b = (y.x if y.batched or not (x.batched or out.batched) else y.x.unsqueeze(0) for y in (out, x))
-            out = Batch(a + b, x.batched or out.batched)
+            batched = x.batched or out.batched
+            a, b = (y.x if y.batched or not batched else y.x.unsqueeze(0) for y in (out, x))
+            out = Batch(a + b, batched)
     return out
 
 
@@ -202,7 +203,8 @@ class _Matrix:
 
     def _constant(self, terms: list[Product]) -> Tensor:
         """[T, *batch, K, V]."""
-        constant = _sum(self.layout, [t for t in terms if t.state is None], [self.dims[d] for d in self._order])
+        groups = [self.dims[d] for d in self._order]
+        constant = _sum(self.layout, [t for t in terms if t.state is None], groups)
         zero = Batch(torch.zeros((), **self.layout.options).expand(self._sizes(self._order)), False)
         steps = self.layout.evaluator.steps
         return shaped(

@@ -1,9 +1,9 @@
 """What lies around a loop in Dynamo's graph: which of its nodes go, and what their users want instead.
 
-NOTE [When a loop's writes may be removed]: a write in place goes with its node, so every storage that the loop
-writes must be the loop's own affair: made by a node of this graph (no input, parameter or buffer), seen from
-outside only through tensors whose whole content after the loop is known: the last value written to all of
-them, or slots that the steps have filled one after the other.
+NOTE [When a loop's writes may be removed]: a write in place goes with its node, so every storage that the
+loop writes must be the loop's own affair: made by a node of this graph (no input, parameter or buffer),
+seen from outside only through tensors whose whole content after the loop is known: the last value written to
+all of them, or slots that the steps have filled one after the other.
 """
 
 from __future__ import annotations
@@ -164,9 +164,10 @@ class Surroundings:
         """A tensor made before the loop, that the loop writes: what it holds after."""
         if r.node.graph is not self.graph:
             raise Refused("its steps write to a tensor of another graph")
-        last = self.order[self.nodes[-1]]
-        later = [u for u in r.node.users if u not in self.inside and self.order[u] > last]
-        if any(u not in self.inside and self.order[self.nodes[0]] <= self.order[u] < last for u in r.node.users):
+        first, last = self.order[self.nodes[0]], self.order[self.nodes[-1]]
+        outside = [u for u in r.node.users if u not in self.inside]
+        later = [u for u in outside if self.order[u] > last]
+        if any(first <= self.order[u] < last for u in outside):
             raise Refused("other code lies between its steps")
         if not later:
             return
@@ -227,7 +228,9 @@ class Surroundings:
 
     def _is_stack(self, u: fx.Node) -> bool:
         record = self.shadow.records.get(u)
-        if record is None or not isinstance(record.result, Value) or record.result.name not in ("stack", "cat"):
+        if record is None or not isinstance(record.result, Value):
+            return False
+        if record.result.name not in ("stack", "cat"):
             return False
         listed = u.args[0] if u.args else u.kwargs.get("tensors")
         values = list(values_in(record.result.args["tensors"]))
@@ -240,7 +243,7 @@ class Surroundings:
 
     def _stack(self, u: fx.Node) -> Stacked:
         value = self.shadow.records[u].result
-        listed = list(u.args[0] if u.args else u.kwargs["tensors"])  # type: ignore[arg-type]
+        listed = list(u.args[0] if u.args else u.kwargs["tensors"])
         pieces: list[Any] = []
         for n, v in zip(listed, values_in(value.args["tensors"]), strict=True):
             found = self.loop.family_of(v) if n in self.inside else None
