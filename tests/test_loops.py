@@ -8,11 +8,10 @@ import functools
 import pytest
 import torch
 from loop_samples import LEFT, SAMPLES, SIZES, Sample
-from recognition import compare, see
+from recognition import see
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spcompile.passes.recognize import recognize
 from tests.proof import Eager, Joint, capture, eager
 
 B, T = SIZES["B"], SIZES["T"]
@@ -146,7 +145,7 @@ def test_a_loop_in_each_step_of_a_loop() -> None:
         return torch.stack(outs, 1)
 
     seen = see(blocks, *_two((B, 25, 4)))
-    assert seen.rewritten[-1] == ("scan", "causal")
+    assert seen.rewritten.count(("scan", "causal")) == 1
     assert len(seen.graphs[0].graph.nodes) < 60
 
 
@@ -218,25 +217,24 @@ def test_detached_states_keep_their_gradients() -> None:
     assert see(fn, *_two()).rewritten == [("scan", "causal")]
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision(autocast: bool) -> None:
+def test_states_of_half_precision() -> None:
     sample = SAMPLES["scalar_decay"]
-    dtype = torch.float32 if autocast else torch.bfloat16
-    args = [x.detach().to(dtype).requires_grad_() for x in operands(sample)]
-    seen: list[tuple[int, int]] = []
+    args = [x.detach().bfloat16().requires_grad_() for x in operands(sample)]
+    # The loop rounds its state in each of 13 steps, by up to 2^-9 of it; the op keeps it in float32.
+    assert see(sample, *args, tol=0.1).rewritten == [("linear", "causal")]
 
-    def backend(gm: torch.fx.GraphModule, _: list) -> object:
-        import copy
 
-        old = copy.deepcopy(gm)
-        recognize(gm)
-        seen.append((len(old.graph.nodes), len(gm.graph.nodes)))
-        return lambda *a: compare(old, gm, a, 0.1)  # the state is bfloat16, rounded in each step of the loop
+CAST = ("gated_states", "scalar_decay", "selective_scan", "learned_matrix_and_gate")
 
-    torch._dynamo.reset()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        torch.compile(sample, backend=backend, fullgraph=True)(*args)
-    assert seen
+
+@pytest.mark.parametrize("name", CAST)
+def test_autocast(name: str) -> None:
+    sample = SAMPLES[name]
+    args = [x.detach().float().requires_grad_() for x in operands(sample)]
+    with torch.autocast("cpu", torch.bfloat16):
+        # Where the loop, or the op's backward, has matmuls, they round to 8 bits what they are given and give.
+        seen = see(sample, *args, tol=1e-6 if name == "gated_states" else 0.1)
+    assert tuple(k for k, _ in seen.rewritten) == sample.kinds
 
 
 def test_the_graph_does_not_grow_with_the_tokens() -> None:

@@ -188,6 +188,7 @@ class _Builder:
 
     def add(self, value: Value) -> Value:
         value.grad_mode = torch.is_grad_enabled()
+        value.autocast = value.fake is not None and torch.is_autocast_enabled(value.fake.device.type)
         if value.name != "input":
             value.requires_grad = differentiable(value) and any(o.requires_grad for o in value.operands())
         if value.name not in _SHAPE_ONLY:

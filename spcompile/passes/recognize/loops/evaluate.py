@@ -56,6 +56,7 @@ class Evaluator:
         assert like.fake is not None
         self.device = like.fake.device
         self.grad_mode = like.grad_mode
+        self.autocast = like.autocast
         self.reverse = reverse
         """Whether index 0 of the steps' dim is the last step: the loop runs down an index."""
         self.given: dict[Ref, Any] = {}
@@ -111,8 +112,8 @@ class Evaluator:
             return Batch(torch.full((), like.args["value"], dtype=like.dtype, device=self.device), False)
         if like.name == "constant":
             return Batch(like.args["build"](self.device), False)
-        if like.grad_mode != self.grad_mode:
-            raise Refused("gradients are switched on or off inside it")
+        if (like.grad_mode, like.autocast) != (self.grad_mode, self.autocast):
+            raise Refused("gradients or autocast are switched on or off inside it")
         if like.name in ("opaque", "input"):
             raise Refused("it uses a value that the loop writes, or of which nothing is known")
         if like.name == "getitem":
@@ -127,13 +128,14 @@ class Evaluator:
             out = _mapped(lambda x: x.reshape(like.shape), [known["self"]])
         else:
             out = self._call(like, known)
+            if self.autocast and isinstance(out, Batch) and out.x.dtype != like.dtype:
+                out = self._call(like, pytree.tree_map(lambda a: _cast(a, like.dtype), known))
         return self._checked(like, out)
 
     @staticmethod
     def _checked(like: Value, out: Any) -> Any:
-        """Under autocast an op may not give what it gave in the shadow, nor in the trace."""
         if isinstance(out, Batch) and (_shape(out) != like.shape or out.x.dtype != like.dtype):
-            raise Refused("its types change under autocast")
+            raise Refused(f"{like.name} gives something else for all steps at once")
         return out
 
     def _call(self, like: Value, args: dict[str, Any]) -> Any:
@@ -284,6 +286,11 @@ def _is_ref(x: Any) -> bool:
 def _number(v: Value) -> float | None:
     x = v.args.get("value", v.args.get("fill_value"))
     return float(x) if isinstance(x, (int, float)) else None
+
+
+def _cast(x: Any, dtype: torch.dtype | None) -> Any:
+    """What autocast does to the operands of an op that it runs in `dtype`."""
+    return Batch(x.x.to(dtype), x.batched) if isinstance(x, Batch) and x.x.is_floating_point() else x
 
 
 def _shape(b: Batch) -> tuple[int, ...]:

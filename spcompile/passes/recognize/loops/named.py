@@ -266,7 +266,7 @@ class _Memory:
                 x = spread(part, shape, self.layout.evaluator.steps)
                 total = x if total is None else total + x
             assert total is not None
-            out[r.family] = Batch(total, True)
+            out[r.family] = Batch(total.to(r.family.like.dtype), True)
         assert final is not None
         return out, self._from_state(final)
 
@@ -299,7 +299,7 @@ class _Memory:
         for f in t.factors:
             log = lay.evaluator.log(lay.reader.ref(f.value))
             wide = torch.promote_types(lay.dtype, torch.float32)
-            item = Item(Batch(log.x.to(wide) * (-1.0 if f.inverse else 1.0), log.batched), f.dims)
+            item = Item(Batch(-log.x.to(wide) if f.inverse else log.x.to(wide), log.batched), f.dims)
             b = lay.contract([item], groups)
             x = (b.x if b.batched else b.x.unsqueeze(0)).permute(1, 2, 0, 3)
             total = x if total is None else total + x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,18 +41,26 @@ class _Traced:
         self.fakes: dict[fx.Node, Tensor] = {}
         self.calls = {v: a for a, v in around.shadow.value_of.items()}
         self.kinds: list[str] = []
+        self.autocast = next((v for v in around.loop.body if v.autocast), None)
+        """A Value that was computed under autocast: the casts are explicit in what is emitted."""
 
     # ---- on fake tensors
 
     def look(self) -> None:
         """Compute everything once, to learn which tensors from outside it needs (and whether it can be)."""
-        with self.around.shadow.mode, torch.no_grad():
+        with self._tracing():
             self._compute(self._held)
         families = [f for f in self.around.loop.families.values() if isinstance(f, Family)]
         if not any(isinstance(x, Progress) for f in families for x in f.args.values()):
             raise Refused("its steps take no parts by a running index")
         if not self.kinds and (len(self.around.wants) == 0 or _attends(families)):
             raise Refused("its steps are attention of their own")
+
+    @contextmanager
+    def _tracing(self) -> Iterator[None]:
+        device = self.first.meta["example_value"].device.type
+        with self.around.shadow.mode, torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
 
     def trace(self) -> None:
         """Compute everything again, recorded."""
@@ -61,9 +70,9 @@ class _Traced:
             given = dict(zip(nodes, inputs, strict=True))
             return self._compute(lambda v: given.get(self.holders[v]) if v in self.holders else None)
 
-        with self.around.shadow.mode, torch.no_grad():
+        with self._tracing():
             self.graph = make_fx(run, tracing_mode="real")(*self.fakes.values()).graph
-        self.graph.eliminate_dead_code()
+        _tidy(self.graph)
         if any(n.op == "get_attr" for n in self.graph.nodes):
             raise Refused("it makes constants of its own")
         if sum("detach" in str(n.target) for n in self.graph.nodes) and not any(
@@ -158,6 +167,7 @@ class _Traced:
         meta = {k: self.first.meta[k] for k in keep if k in self.first.meta}
         name = ""
         results: list[fx.Node] = []
+        enter = self._switch_autocast_off()
         for n in self.graph.nodes:
             if n.op == "placeholder":
                 env[n] = next(inputs)
@@ -169,6 +179,9 @@ class _Traced:
                 new.meta = meta | {"example_value": n.meta.get("val")}
                 if "spcompile" in str(n.target) and not name:
                     name = new.name
+        if enter is not None:
+            with graph.inserting_before(self.first):
+                graph.call_function(torch.amp.autocast_mode._exit_autocast, (enter,))
         fresh = iter(results)
         for want, node, users in self.around.wants:
             self._stand_in(want, node, users, fresh)
@@ -176,6 +189,15 @@ class _Traced:
             graph.erase_node(node)
             self.editor.replaced.add(node)
         return name or (results[0].name if results else "")
+
+    def _switch_autocast_off(self) -> fx.Node | None:
+        if self.autocast is None:
+            return None
+        assert self.autocast.fake is not None
+        device = self.autocast.fake.device.type
+        with self.first.graph.inserting_before(self.first):
+            given = (device, torch.get_autocast_dtype(device), False, None)
+            return self.first.graph.call_function(torch.amp.autocast_mode._enter_autocast, given)
 
     def _stand_in(self, want: Want, node: fx.Node, users: list[fx.Node], results: Iterator[fx.Node]) -> None:
         order = {n: i for i, n in enumerate(node.graph.nodes)}
@@ -199,6 +221,20 @@ class _Traced:
             else:
                 pieces.append(writer.call(torch.unsqueeze, p, want.dim) if want.new_dim else p)
         return pieces[0] if len(pieces) == 1 else writer.call(torch.cat, pieces, want.dim)
+
+
+def _tidy(graph: fx.Graph) -> None:
+    """Drop the views of a trace that change nothing, and what is dead. (All of it only computes.)"""
+    views = (torch.ops.aten.view.default, torch.ops.aten.expand.default, torch.ops.aten.permute.default)
+    for n in graph.nodes:
+        if n.target not in views:
+            continue
+        source, wanted = n.args[0], list(n.args[1])
+        rank = len(source.meta["val"].shape)
+        same = list(range(rank)) if n.target is views[2] else list(source.meta["val"].shape)
+        if wanted == same:
+            n.replace_all_uses_with(source)
+    graph.eliminate_dead_code()
 
 
 def _attends(families: Sequence[Family]) -> bool:
