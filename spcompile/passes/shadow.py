@@ -44,7 +44,7 @@ from spcompile.passes.shadow_values import (
     values_in,
 )
 
-__all__ = ["Record", "Shadow", "Value", "trace"]
+__all__ = ["Record", "Shadow", "Value", "is_pure", "trace"]
 
 # Higher-order ops whose body is plain code that runs where it stands, so that one may read and edit inside.
 _INLINED = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"}
@@ -188,6 +188,7 @@ class _Builder:
 
     def add(self, value: Value) -> Value:
         value.grad_mode = torch.is_grad_enabled()
+        value.autocast = value.fake is not None and torch.is_autocast_enabled(value.fake.device.type)
         if value.name != "input":
             value.requires_grad = differentiable(value) and any(o.requires_grad for o in value.operands())
         if value.name not in _SHAPE_ONLY:
@@ -325,7 +326,7 @@ class _Interpreter(fx.Interpreter):
             _mark_input(n, result)
         tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
         storages = tuple(b.storages.key(t) for t in tensors)
-        pure = bool(emitted) and all(_pure(a) for a in emitted) and n.op in ("call_function", "call_method")
+        pure = bool(emitted) and all(is_pure(a) for a in emitted) and n.op in ("call_function", "call_method")
         b.records[n] = Record(n, result, storages, emitted, begin, b.time, pure)
         return out
 
@@ -375,7 +376,7 @@ def _mark_input(n: fx.Node, result: Any) -> None:
         result.requires_grad = example.requires_grad
 
 
-def _pure(n: fx.Node) -> bool:
+def is_pure(n: fx.Node) -> bool:
     """Whether an ATen node only computes: it writes nothing and draws no random numbers."""
     if n.op == "get_attr" or n.target is operator.getitem:
         return True

@@ -35,6 +35,8 @@ class Value:
     node: fx.Node | None = None
     """The Dynamo node that emitted it; None in a Value that a replayed view made up."""
     grad_mode: bool = True
+    autocast: bool = False
+    """Whether it was computed under autocast, whose casts the shadow does not show."""
     users: list[Value] = field(default_factory=list)
     live: bool = False
     escapes: bool = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import fx
 
 import spcompile.attention  # noqa: F401  (registers the ops that are emitted)
-from spcompile.passes.recognize import linear, softmax
+from spcompile.passes.recognize import linear, loops, softmax
 from spcompile.passes.recognize.common import Site, source_of
 from spcompile.passes.recognize.edit import Editor, Refused
 from spcompile.passes.recognize.masks import Prover
@@ -30,14 +30,26 @@ def recognize(gm: fx.GraphModule, *, enabled: bool = True) -> list[Site]:
     """
     if not enabled:
         return []
-    shadow = trace(gm)
+    shadow, sites = _reroll(gm)
     if shadow is None:
         return []
     editor, prover = Editor(shadow), Prover()
-    sites = _softmax(shadow, editor, prover)
+    sites += _softmax(shadow, editor, prover)
     sites += linear.recognize(shadow, editor, prover)
     _clean(shadow, editor)
     return [site for _, site in sorted(sites, key=lambda s: s[0])]
+
+
+def _reroll(gm: fx.GraphModule) -> tuple[Shadow | None, list[tuple[int, Site]]]:
+    """Re-roll loops, an inner one before the loop around it; the shadow of what is left."""
+    found: list[tuple[int, Site]] = []
+    while (shadow := trace(gm)) is not None:
+        sites = loops.recognize(shadow, Editor(shadow))
+        if not any(site.rewritten for _, site in sites):
+            return shadow, found + sites
+        found += [s for s in sites if s[1].rewritten]
+        _compile(shadow)
+    return None, []
 
 
 def _softmax(shadow: Shadow, editor: Editor, prover: Prover) -> list[tuple[int, Site]]:
@@ -66,5 +78,10 @@ def _clean(shadow: Shadow, editor: Editor) -> None:
         nodes = [n for n in scope.graph.nodes if n in shadow.records]
         results = {n: shadow.records[n].result for n in nodes}
         editor.erase([n for n in nodes if isinstance(results[n], Value) and results[n].live])
+    _compile(shadow)
+
+
+def _compile(shadow: Shadow) -> None:
+    for scope in shadow.scopes:
         scope.graph.lint()
         scope.recompile()

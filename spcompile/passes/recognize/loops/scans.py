@@ -1,0 +1,222 @@
+"""States whose update is affine, as `spcompile::affine_scan`: elementwise, or by a matrix along some dims."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spcompile.passes.recognize.dims import Atom, Dims, atoms_of, name_dims, resolve
+from spcompile.passes.recognize.edit import Refused
+from spcompile.passes.recognize.loops.affine import Product, mixed
+from spcompile.passes.recognize.loops.evaluate import Batch
+from spcompile.passes.recognize.loops.families import Carry
+from spcompile.passes.recognize.loops.layout import Item, Layout, permuted, shaped, spread
+from spcompile.passes.recognize.products import Factor
+
+__all__ = ["scan"]
+
+_LARGEST = 1024
+"""Rows of a transition matrix beyond which a scan would cost more than the loop."""
+
+
+def scan(
+    layout: Layout, carries: Sequence[Carry], initial: list[Tensor | None], followed: bool
+) -> list[tuple[Any, Tensor]]:
+    """The states before each step, with the steps in front, and the last ones, of one or several states that
+    depend on each other. `followed`: whether the former are needed.
+
+    Raises:
+        Refused: an update isn't affine in the states.
+    """
+    like = carries[0].family.like
+    dims = name_dims(like.shape)
+    states = {c.family.members[0]: n for n, c in enumerate(carries)}
+    if any(c.family.like.shape != like.shape or c.family.like.dtype != like.dtype for c in carries):
+        raise Refused("its states depend on each other and have several shapes")
+    terms = [layout.reader.expand(c.family.like, dims, set(states)) for c in carries]
+    if len(carries) == 1 and all(t.state is None for t in terms[0]):
+        return [_shifted(layout, carries[0], initial[0])]
+    over = sorted({d for ts in terms for t in ts if t.state is not None for d in mixed(t.state, dims)})
+    if len(carries) == 1 and not over and not followed and _accumulates(terms[0]):
+        return [(None, _total(layout, terms[0], dims, initial[0]))]
+    if len(carries) == 1 and not over:
+        return [_elementwise(layout, terms[0], dims, initial[0])]
+    return _Matrix(layout, dims, over, terms, states).solve(initial)
+
+
+def _shifted(layout: Layout, carry: Carry, initial: Tensor | None) -> tuple[Batch, Tensor]:
+    """A state that is all new in each step: the step before is the row before."""
+    b = layout.evaluator.value(carry.family)
+    x = b.x if b.batched else b.x.unsqueeze(0).expand(layout.evaluator.steps, *b.x.shape)
+    first = torch.zeros_like(x[:1]) if initial is None else initial.unsqueeze(0)
+    if layout.evaluator.reverse:
+        return Batch(torch.cat([x[1:], first]), True), x[0]
+    return Batch(torch.cat([first, x[:-1]]), True), x[-1]
+
+
+def _sum(layout: Layout, terms: Sequence[Product], groups: Sequence[tuple[Atom, ...]]) -> Batch | None:
+    out: Batch | None = None
+    for t in terms:
+        x = layout.product(t, groups)
+        if out is None:
+            out = x
+        else:  # one that is the same in all steps has no dim for them
+            batched = x.batched or out.batched
+            a, b = (y.x if y.batched or not batched else y.x.unsqueeze(0) for y in (out, x))
+            out = Batch(a + b, batched)
+    return out
+
+
+def _run(
+    a: Tensor | None, b: Tensor, initial: Tensor | None, matrix: bool, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    out = torch.ops.spcompile.affine_scan(a, b, initial, matrix, layout.evaluator.reverse)
+    return out[0], out[1]
+
+
+def _elementwise(
+    layout: Layout, terms: list[Product], dims: Dims, initial: Tensor | None
+) -> tuple[Batch, Tensor]:
+    """`[*L, T, K, V]` with the state's last two dims as K and V."""
+    shape = [math.prod(a.size for a in d) for d in dims]
+    pad = max(0, 2 - len(shape))
+    full = [*shape, *[1] * pad]
+    places = len(full) - 2
+    linear = [t for t in terms if t.state is not None]
+    groups = [*dims, *[()] * pad]
+    steps = layout.evaluator.steps
+
+    def placed(x: Tensor) -> Tensor:
+        return x.movedim(0, places)
+
+    constant = _sum(layout, [t for t in terms if t.state is None], groups)
+    zero = Batch(torch.zeros((), **layout.options).expand(full), False)
+    b = placed(spread(constant or zero, full, steps))
+    a = None
+    if not _accumulates(linear):
+        coefficient = _sum(layout, linear, groups)
+        if coefficient is None:
+            raise Refused("it forgets its state in each step")
+        a = placed(coefficient.x if coefficient.batched else coefficient.x.unsqueeze(0))
+    start = None if initial is None else shaped(initial.to(layout.dtype), full)
+    before, final = _run(a, b, start, False, layout)
+    return Batch(shaped(before.movedim(places, 0), [steps, *shape]), True), shaped(final, shape)
+
+
+def _accumulates(terms: Sequence[Product]) -> bool:
+    """Whether the state is only added to."""
+    linear = [t for t in terms if t.state is not None]
+    return len(linear) == 1 and not linear[0].factors and linear[0].scale == 1.0 and not linear[0].summed
+
+
+def _total(layout: Layout, terms: Sequence[Product], dims: Dims, initial: Tensor | None) -> Tensor:
+    """The last state of one that is only added to: no order is needed, so no scan."""
+    shape = [math.prod(a.size for a in d) for d in dims]
+    constant = _sum(layout, [t for t in terms if t.state is None], dims)
+    if constant is None:
+        raise Refused("its state never changes")
+    x = spread(constant, shape, layout.evaluator.steps).sum(0)
+    return x if initial is None else x + initial.to(layout.dtype)
+
+
+class _Matrix:
+    """States chained by a matrix over the dims that are mixed, and over the states if they are several.
+
+    Dims on which the matrix depends are batch dims, the others are columns.
+    """
+
+    def __init__(
+        self, layout: Layout, dims: Dims, over: list[int], terms: list[list[Product]], states: dict
+    ) -> None:
+        self.layout, self.dims, self.terms, self.states = layout, dims, terms, states
+        self.over = over
+        self.inner = name_dims([math.prod(a.size for a in dims[d]) for d in over])
+        used = {a for ts in terms for t in ts if t.state is not None for f in t.factors for a in f.atoms}
+        rest = [d for d in range(len(dims)) if d not in over]
+        self.batch = [d for d in rest if used & set(atoms_of((dims[d],)))]
+        self.columns = [d for d in rest if d not in self.batch]
+        self.size = math.prod(a.size for d in over for a in resolve(dims[d]))
+        if self.size * len(terms) > _LARGEST:
+            raise Refused("its state is mixed by too large a matrix")
+
+    def _block(self, row: int, column: int) -> Tensor:
+        """The matrix from one state to another, [T or 1, *batch, K, K]."""
+        groups = [self.dims[d] for d in self.batch]
+        out_group = tuple(a for d in self.over for a in resolve(self.dims[d]))
+        in_group = tuple(a for d in self.inner for a in d)
+        total: Tensor | None = None
+        for t in self.terms[row]:
+            if t.state is None or self.states[t.state.value] != column:
+                continue
+            items = [*map(self.layout.item, t.factors), *self._ends(t.state)]
+            b = self.layout.contract(items, [*groups, out_group, in_group], t.summed, t.scale)
+            x = spread(b, [*self._sizes(self.batch), self.size, self.size])
+            total = x if total is None else total + x
+        if total is None:
+            return torch.zeros((), **self.layout.options).expand(
+                1, *self._sizes(self.batch), self.size, self.size
+            )
+        return total
+
+    def _sizes(self, which: Sequence[int]) -> list[int]:
+        return [math.prod(a.size for a in self.dims[d]) for d in which]
+
+    def _ends(self, state: Factor) -> list[Item]:
+        """Deltas that join the dims that a term has of the state to the columns of the matrix."""
+        out = []
+        for n, d in enumerate(self.over):
+            eye = torch.eye(math.prod(a.size for a in self.dims[d]), **self.layout.options)
+            out.append(Item(Batch(eye, False), (state.dims[d], self.inner[n])))
+        return out
+
+    def solve(self, initial: list[Tensor | None]) -> list[tuple[Batch, Tensor]]:
+        """Run the scan; (states before each step, last state) of each."""
+        lay, count = self.layout, len(self.terms)
+        steps = lay.evaluator.steps
+        blocks = [[self._block(r, c) for c in range(count)] for r in range(count)]
+        lead = max(x.shape[0] for row in blocks for x in row)
+        rows = [torch.cat([x.expand(lead, *x.shape[1:]) for x in row], -1) for row in blocks]
+        a = torch.cat(rows, -2).expand(steps, *self._sizes(self.batch), *[self.size * count] * 2)
+        b = torch.cat([self._constant(ts) for ts in self.terms], -2)
+        start = None
+        if any(x is not None for x in initial):
+            start = torch.cat([self._state(x) for x in initial], -2)
+        places = len(self.batch)
+        before, final = _run(a.movedim(0, places), b.movedim(0, places), start, True, lay)
+        before = before.movedim(places, 0)
+        out = []
+        for n in range(count):
+            cut = [x.narrow(-2, n * self.size, self.size) for x in (before, final)]
+            out.append((Batch(self._back(cut[0], [steps]), True), self._back(cut[1], [])))
+        return out
+
+    @property
+    def _order(self) -> list[int]:
+        return [*self.batch, *self.over, *self.columns]
+
+    def _merged(self) -> list[int]:
+        return [*self._sizes(self.batch), self.size, math.prod(self._sizes(self.columns))]
+
+    def _constant(self, terms: list[Product]) -> Tensor:
+        """[T, *batch, K, V]."""
+        groups = [self.dims[d] for d in self._order]
+        constant = _sum(self.layout, [t for t in terms if t.state is None], groups)
+        zero = Batch(torch.zeros((), **self.layout.options).expand(self._sizes(self._order)), False)
+        steps = self.layout.evaluator.steps
+        return shaped(
+            spread(constant or zero, self._sizes(self._order), steps), [steps, *self._merged()]
+        )
+
+    def _state(self, x: Tensor | None) -> Tensor:
+        if x is None:
+            return torch.zeros(self._merged(), **self.layout.options)
+        return shaped(permuted(x.to(self.layout.dtype), self._order), self._merged())
+
+    def _back(self, x: Tensor, lead: list[int]) -> Tensor:
+        x = shaped(x, [*lead, *self._sizes(self._order)])
+        back = [self._order.index(d) + len(lead) for d in range(len(self._order))]
+        return permuted(x, [*range(len(lead)), *back])
