@@ -50,11 +50,6 @@ def linear_window(q, k, v):
     return ((q @ k.mT) * ((d >= 0) & (d < 3))) @ v
 
 
-@left("not proved")
-def linear_strictly_causal(q, k, v):
-    return torch.tril(q @ k.mT, -1) @ v
-
-
 @left("")
 def softmax_over_queries(q, k, v):
     return (q @ k.mT).softmax(-2) @ v
@@ -201,7 +196,7 @@ def test_a_buffer_is_data() -> None:
 
     module = Attention()
     assert see(module, *qkv(), False).rewritten == [("softmax", "general")]
-    assert see(module, *qkv(), True).reasons == ["its mask is not proved to be causal"]
+    assert see(module, *qkv(), True).reasons == ["its mask is not proved to be causal, nor to be a decay"]
 
 
 def test_padding_stays_data() -> None:

@@ -1,21 +1,17 @@
 """Linear attention, by its algebra: a product of three factors summed over tokens and features, maybe masked.
 
-    out[b, i, e] = c sum_{j, d} M[i, j] q[b, i, d] k[b, j, d] v[b, j, e]
+    out[b, i, e] = c sum_{j, d} M[b, i, j] q[b, i, d] k[b, j, d] v[b, j, e]
 
 `products.unfold` brings every spelling to this form: masked quadratic scores, `q (k^T v)`, running sums of
-`k^T v`, a three-operand einsum. Without v (a column of ones) it is a normaliser: `scores.sum(-1)`, `q .
-cumsum(k)`, `q . k.sum()`. A numerator and the normalisers of the same q and k become one call, on `[v, 1]`.
+`k^T v`, a three-operand einsum. M is a mask, or decays, as `mask_weights` proves. Without v (a column of
+ones) it is a normaliser: `scores.sum(-1)`, `q . cumsum(k)`, `q . k.sum()`. A numerator and the normalisers of
+the same q, k and M become one call, on `[v, 1]`. `linear_emit` writes the call.
 """
 
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
-
-import torch
-from torch import fx
 
 from spcompile.passes.recognize import masks
 from spcompile.passes.recognize.common import (
@@ -27,57 +23,12 @@ from spcompile.passes.recognize.common import (
     source_of,
 )
 from spcompile.passes.recognize.dims import Atom, Dims, atoms_of, name_dims, resolve
-from spcompile.passes.recognize.edit import Editor, Operand, Refused, Writer
+from spcompile.passes.recognize.edit import Editor, Refused
+from spcompile.passes.recognize.linear_emit import emit
+from spcompile.passes.recognize.linear_form import Form
+from spcompile.passes.recognize.mask_weights import ONE, ZERO, Span, Table, Weights, multiplied
 from spcompile.passes.recognize.products import Factor, Mask, Term, peel, product_of, unfold
 from spcompile.passes.shadow import Shadow, Value
-
-
-@dataclass
-class Form:
-    """One contraction read as linear attention."""
-
-    terminal: Value
-    out: Dims
-    q: Factor
-    k: Factor
-    v: Factor | None
-    t: Atom
-    s: Atom
-    features: tuple[Atom, ...]
-    values: tuple[Atom, ...]
-    rows: list[Factor]
-    """Factors of the output that are not summed over: they are applied after the op."""
-    columns: list[Factor]
-    """Factors per key: they go into v."""
-    causal: bool
-    mask: str
-    scale: float
-    path: list[Factor]
-    dtype: torch.dtype | None
-
-    def batch(self) -> tuple[Atom, ...]:
-        """In q's order, then what only k or v have."""
-        named = {self.t, self.s, *self.features, *self.values}
-        seen: dict[Atom, None] = {}
-        for f in (self.q, self.k, self.v):
-            for a in atoms_of(f.dims) if f is not None else ():
-                if a not in named:
-                    seen[a] = None
-        return tuple(seen)
-
-    def interior(self) -> list[Value]:
-        return [f.value for f in self.path]
-
-    def quadratic(self) -> list[Value]:
-        """What has both rows and columns: the scores in all their stages."""
-        return [f.value for f in self.path if {self.t, self.s} <= f.atoms]
-
-    def signature(self) -> tuple:
-        """Equal for two forms whose q and k are the same Values with the same roles."""
-        part = {self.t: "T", self.s: "S"} | dict.fromkeys(self.features, "K")
-        part |= {a: f"B{n}" for n, a in enumerate(self.batch())}
-        roots = [peel(f.value, f.dims) for f in (self.q, self.k)]
-        return (self.causal, *(((v, tuple((part[a], a.size) for a in atoms_of(d)))) for v, d, _ in roots))
 
 
 # ---------------------------------------------------------------- reading one contraction
@@ -117,6 +68,7 @@ class Reader:
     def __init__(self, prover: masks.Prover) -> None:
         self.prover = prover
         self.active: dict[Value, bool] = {}
+        self.tables: dict[tuple[Atom, Atom], Table] = {}
         self.unproved: Value | None = None
 
     def read(self, v: Value) -> Form | str | None:
@@ -153,7 +105,8 @@ class Reader:
         aq, ak, av = q.atoms, k.atoms, val.atoms if val is not None else set()
         features, s = (r & aq & ak) - av, r & ak - aq
         rows = (o & aq) - ak - av
-        values = (o & av) - aq - ak
+        mixed = _mixed(term, (q, k, val), s)
+        values = (o & av) - aq - ak - mixed
         if r != features | s or len(s) != 1 or not features or not rows or (val is not None and not s <= av):
             return None
         if val is None and any(
@@ -168,12 +121,13 @@ class Reader:
         both = [f for f in rest if f not in after and f not in columns]
         if (o - values - rows - {t}) - (aq | ak | av) - set().union(*(f.atoms for f in after), set()):
             return None
-        shape = self._mask(term, both, t, key)
-        if shape is None:
+        if any(f.atoms & features for f in both) or any(features & set(atoms_of(m.dims)) for m in term.masks):
+            return None
+        weights = self._weights(term, both, t, key)
+        if weights is None:
             looks = (term.masks or both) and val is not None and self._plausible(q, k, val, key)
-            return "its mask is not proved to be causal" if looks else None
-        kind, constant = shape
-        if kind == "all" and not self._plausible(q, k, val, key):
+            return "its mask is not proved to be causal, nor to be a decay" if looks else None
+        if not weights.sides and not self._plausible(q, k, val, key):
             return None
         ordered = tuple(a for a in atoms_of(k.dims) if a in features)
         dtype = term.path[-1].value.dtype if term.path else v.dtype
@@ -189,9 +143,10 @@ class Reader:
             tuple(a for a in atoms_of(out) if a in values),
             after,
             columns,
-            kind == "causal",
-            kind,
-            term.scale * constant,
+            weights,
+            self.tables[t, key],
+            [*(Factor(m.value, m.dims, m.complement) for m in term.masks if m.value is not None), *both],
+            term.scale * weights.scale,
             term.path,
             dtype,
         )
@@ -201,29 +156,33 @@ class Reader:
         """A factor that a normaliser may have beside q and k."""
         return not f.atoms & (r - s) or f.inverse
 
-    def _mask(self, term: Term, both: list[Factor], t: Atom, s: Atom) -> tuple[str, float] | None:
-        """The product of all masks: (kind, its constant); None if it isn't all or causal."""
-        keep: masks.Pieces = [masks.Piece(1 - s.size, t.size - 1, True)]
-        constant = 1.0
-        for m in [*term.masks, *(Mask("value", f.dims, f.value) for f in both)]:
-            if m.kind in ("tril", "triu"):
-                places = tuple(resolve(d) for d in m.dims)
-                if places != ((t,), (s,)):
-                    return None
-                pieces: masks.Pieces | None = self.prover.triangle(t, s, m.kind == "tril", m.diagonal)
-            else:
-                assert m.value is not None
-                pieces = self.prover.pieces(m.value, m.dims, t, s)
-                if pieces is not None and m.complement:
-                    pieces = masks.mapped(lambda x: not x, pieces)
-            read = masks.indicator(pieces)
-            if read is None:
+    def _weights(self, term: Term, both: list[Factor], t: Atom, s: Atom) -> Weights | None:
+        """The product of all masks and decays; None if it isn't proved to be one that a state can carry."""
+        table = self.tables.setdefault((t, s), Table(t, s, self.prover.functions))
+        product: list[Span] | None = [Span(1 - s.size, t.size - 1, ONE)]
+        for m in [*term.masks, *both]:
+            spans = self._spans(table, m, t, s)
+            if spans is None:
                 return None
-            keep, constant = masks.combine(lambda a, b: a and b, keep, read[0]), constant * read[1]
-        if any(f.inverse for f in both):
+            product = multiplied(product, spans)
+        return table.read(product)
+
+    def _spans(self, table: Table, m: Mask | Factor, t: Atom, s: Atom) -> list[Span] | None:
+        """A mask or a factor, by intervals of i - j."""
+        if isinstance(m, Mask) and m.kind in ("tril", "triu"):
+            if tuple(resolve(d) for d in m.dims) != ((t,), (s,)):
+                return None
+            pieces: masks.Pieces | None = self.prover.triangle(t, s, m.kind == "tril", m.diagonal)
+        elif isinstance(m, Mask):
+            assert m.value is not None
+            pieces = self.prover.pieces(m.value, m.dims, t, s)
+            if pieces is not None and m.complement:
+                pieces = masks.mapped(lambda x: not x, pieces)
+        else:
+            return table.spans(m.value, m.dims, m.inverse)
+        if pieces is None:
             return None
-        kind = masks.kind_of(keep)
-        return (kind, constant) if kind in ("all", "causal") else None
+        return [Span(p.lo, p.hi, ONE if p.value else ZERO) for p in pieces]
 
     def _plausible(self, q: Factor, k: Factor, v: Factor | None, s: Atom) -> bool:
         """Without a mask: all three are activations, and what k and v are summed over are tokens."""
@@ -231,6 +190,13 @@ class Reader:
         if any(f.value.is_parameter or not is_activation(f.value, self.active) for f in operands):
             return False
         return v is None or same_tokens(k, v, s)
+
+
+def _mixed(term: Term, operands: tuple[Factor | None, ...], s: set[Atom]) -> set[Atom]:
+    """Atoms of the masks and decays of keys: a head that has its own decay is no column of v."""
+    found = [f.atoms for f in term.factors if f not in operands]
+    found += [set(atoms_of(m.dims)) for m in term.masks]
+    return set().union(*(atoms for atoms in found if atoms & s)) - s
 
 
 def _row_atom(q: Factor, rows: set[Atom], term: Term, s: Atom) -> Atom:
@@ -304,90 +270,15 @@ def _rewrite_group(forms: list[Form], editor: Editor, taken: set[Value]) -> list
                 check_one_place(f.interior(), f.terminal)
             if mates and _home(form) != {x for m in mates for x in _home(m)}:
                 mates = []
-            call = _emit(form, mates, editor)
+            call = emit(form, mates, editor)
         except Refused as why:
-            sites.append((form.terminal.time, Site("linear", form.mask, False, str(why), source, name)))
+            sites.append((form.terminal.time, Site("linear", form.weights.kind, False, str(why), source, name)))
             continue
         taken.update([form.terminal, *(m.terminal for m in mates)])
-        sites.append((form.terminal.time, Site("linear", form.mask, True, "", source, call.name)))
+        sites.append((form.terminal.time, Site("linear", form.weights.kind, True, "", source, call.name)))
     return sites
 
 
 def _home(form: Form) -> set:
     assert form.terminal.node is not None
     return {form.terminal.node.graph}
-
-
-# ---------------------------------------------------------------- emission
-
-
-def _emit(form: Form, mates: list[Form], editor: Editor) -> fx.Node:
-    """One `linear_attention` for the numerator and its normalisers; the op's node."""
-    node = editor.node_of(form.terminal)
-    others = [(m, editor.node_of(m.terminal)) for m in mates]
-    first = _first([node, *(n for _, n in others)])
-    try:
-        q, k, v = (editor.operand(f, first) for f in (form.q, form.k, form.v) if f is not None)
-    except Refused:
-        if not mates:
-            raise
-        return _emit(form, [], editor)  # v is made after the normaliser is used
-    for f in form.rows:  # all lookups that may refuse come before the first edit
-        editor.operand(f, node)
-    for m, n in others:
-        for f in m.rows:
-            editor.operand(f, n)
-    w = editor.writer(first)
-    groups = _groups(form)
-    dtype = form.dtype if form.dtype is not None and form.dtype.is_floating_point else form.terminal.dtype
-    values = _values(w, editor, form, v, groups)
-    width = w.shape(values)[-1]
-    if mates:
-        ones = w.call(torch.ones_like, w.call(torch.narrow, values, -1, 0, 1))
-        values = w.call(torch.cat, [values, ones], -1)
-    q4 = w.to(w.arrange(q, (groups[0], groups[1], (form.t,), form.features)), dtype)
-    k4 = w.to(w.arrange(k, (groups[0], groups[1], (form.s,), form.features)), dtype)
-    op = torch.ops.spcompile.linear_attention.default
-    node_of_call = w.call(op, q4, k4, w.to(values, dtype), None, None, None, form.causal, float(form.scale))
-    call = w.call(operator.getitem, node_of_call, 0)
-    out = w.call(torch.narrow, call, -1, 0, width) if mates else call
-    finished = [(form, node, out, 1.0)]
-    for m, n in others:
-        den = w.call(torch.narrow, call, -1, width, 1)
-        finished.append((m, n, den, m.scale / form.scale))
-    for done, n, x, factor in finished:
-        _finish(done, n, x, factor, _groups(done), editor)
-    return call
-
-
-def _first(nodes: list[fx.Node]) -> fx.Node:
-    order = {n: i for i, n in enumerate(nodes[0].graph.nodes)}
-    return min(nodes, key=lambda n: order[n])
-
-
-def _groups(form: Form) -> tuple[tuple[Atom, ...], tuple[Atom, ...]]:
-    batch = form.batch()
-    return batch[:1], batch[1:]
-
-
-def _values(w: Writer, editor: Editor, form: Form, v: Operand, groups: tuple) -> fx.Node:
-    """v as [B, H, S, V], times the factors per key."""
-    out = w.arrange(v, (*groups, (form.s,), form.values))
-    for c in form.columns:
-        x = w.arrange(editor.operand(c, w.before), (*groups, (form.s,), ()), expand=False)
-        out = w.call(torch.div if c.inverse else torch.mul, out, x)
-    return out
-
-
-def _finish(form: Form, node: fx.Node, x: fx.Node, factor: float, groups: tuple, editor: Editor) -> None:
-    """Bring the op's output to the dims of what it replaces, times the factors per row, and replace it."""
-    w = editor.writer(node)
-    if factor != 1.0:
-        x = w.call(torch.mul, x, factor)
-    target = (*groups, (form.t,), form.values)
-    for f in form.rows:
-        r = w.arrange(editor.operand(f, node), target, expand=False)
-        x = w.call(torch.div if f.inverse else torch.mul, x, r)
-    x = w.scatter(x, target, form.out, form.terminal.shape)
-    fresh = editor.written_later(node)
-    editor.replace(node, w.like(x, node, fresh=fresh or x.target in (operator.getitem, torch.narrow)))

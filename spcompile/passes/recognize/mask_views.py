@@ -126,3 +126,15 @@ def diff(v: Value, memo: Memo) -> Function | None:
         return lift(lambda a, b: sympy.expand(a - b), *ends)
 
     return f
+
+
+ROW_MAJOR = ("reshape", "view", "_unsafe_view", "unsqueeze", "squeeze", "flatten", "view_as")
+REMAPS: dict[str, Callable[[Value, Index], Index | None]] = {
+    **dict.fromkeys(ROW_MAJOR, reshape_view),
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand_view),
+    **dict.fromkeys(("permute", "transpose", "t", "mT", "numpy_T", "movedim", "swapaxes"), permuted),
+    "slice": slice_view,
+    "select": select_view,
+    "flip": flip_view,
+}
+"""Views, by op name: the index of the operand's entry."""

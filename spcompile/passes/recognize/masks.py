@@ -233,10 +233,30 @@ def indices(ctx: Context, dims: Dims, named: dict[Atom, sympy.Symbol]) -> tuple[
 
 def settle(ctx: Context, expr: object, rows: int, cols: int) -> Pieces | None:
     """Evaluate once per interval between the atoms' thresholds in d."""
+    intervals = between_thresholds(ctx, symbols(expr), rows, cols)
+    if intervals is None:
+        return None
+    out: Pieces = []
+    for a, b, facts in intervals:
+        value = _constant(expr, facts)
+        if value is None:
+            return None
+        if out and out[-1].value == value and isinstance(out[-1].value, bool) == isinstance(value, bool):
+            out[-1] = Piece(out[-1].lo, b, value)
+        else:
+            out.append(Piece(a, b, value))
+    return out
+
+
+def between_thresholds(
+    ctx: Context, tests: set[sympy.Symbol], rows: int, cols: int
+) -> list[tuple[int, int, dict]] | None:
+    """The intervals (lo, hi) of d in which all tests are constant, and what they are there; None if some
+    test is no function of d."""
     lo, hi = 1 - cols, rows - 1
     truth: dict[sympy.Symbol, list[tuple[int, int]]] = {}
     cuts = {lo}
-    for s in _symbols(expr):
+    for s in tests:
         if s not in ctx.atoms:
             return None  # data, or an index by itself
         where = _true_where(ctx, ctx.atoms[s], lo, hi)
@@ -246,22 +266,15 @@ def settle(ctx: Context, expr: object, rows: int, cols: int) -> Pieces | None:
         for a, b in where:
             cuts.update((a, b + 1))
     starts = sorted(c for c in cuts if lo <= c <= hi)
-    out: Pieces = []
-    for a, b in zip(starts, [*starts[1:], hi + 1], strict=True):
-        facts = {s: sympy.true if any(x <= a <= y for x, y in w) else sympy.false for s, w in truth.items()}
-        value = _constant(expr, facts)
-        if value is None:
-            return None
-        if out and out[-1].value == value and isinstance(out[-1].value, bool) == isinstance(value, bool):
-            out[-1] = Piece(out[-1].lo, b - 1, value)
-        else:
-            out.append(Piece(a, b - 1, value))
-    return out
+    return [
+        (a, b - 1, {s: sympy.true if any(x <= a <= y for x, y in w) else sympy.false for s, w in truth.items()})
+        for a, b in zip(starts, [*starts[1:], hi + 1], strict=True)
+    ]
 
 
-def _symbols(expr: object) -> set[sympy.Symbol]:
+def symbols(expr: object) -> set[sympy.Symbol]:
     if isinstance(expr, Choice):
-        return _symbols(expr.test) | _symbols(expr.then) | _symbols(expr.other)
+        return symbols(expr.test) | symbols(expr.then) | symbols(expr.other)
     assert isinstance(expr, sympy.Basic)
     return expr.free_symbols
 
@@ -289,12 +302,20 @@ def _horner(coeffs: list[int], x: int) -> int:
     return out
 
 
-def _constant(expr: Any, facts: dict) -> bool | float | None:
+def pick(expr: Any, facts: dict) -> Any:
+    """The leaf of a Choice that the facts lead to; None if they do not decide."""
     while isinstance(expr, Choice):
         test = expr.test.xreplace(facts)
         if test not in (sympy.true, sympy.false):
             return None
         expr = expr.then if test == sympy.true else expr.other
+    return expr
+
+
+def _constant(expr: Any, facts: dict) -> bool | float | None:
+    expr = pick(expr, facts)
+    if expr is None:
+        return None
     expr = expr.xreplace(facts)
     if expr in (sympy.true, sympy.false):
         return expr == sympy.true

@@ -12,11 +12,14 @@ in the same few factors.
 from __future__ import annotations
 
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from spcompile.passes.recognize.dims import Atom, Dims, align, atoms_of, back_through_view, name_dims, resolve
 from spcompile.passes.shadow import Value
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -126,6 +129,20 @@ def _einsum(v: Value, dims: Dims) -> Term | None:
         for letters, o in zip(inputs, operands, strict=True)
     ]
     return Term(factors, summed=summed, contracted=True)
+
+
+def outer_product(v: Value, index: Sequence[T]) -> list[tuple[Value, tuple[T | int, ...]]] | None:
+    """The operands of an einsum that sums nothing, each with the part of `v`'s index that is its own (0 in a
+    dim of one)."""
+    operands = list(v.args["tensors"])
+    parsed = _parse_einsum(v.args["equation"], [len(o.shape) for o in operands])
+    if parsed is None or any(c not in parsed[1] for letters in parsed[0] for c in letters):
+        return None
+    named = dict(zip(parsed[1], index, strict=True))
+    return [
+        (o, tuple(0 if s == 1 else named[c] for c, s in zip(letters, o.shape, strict=True)))
+        for letters, o in zip(parsed[0], operands, strict=True)
+    ]
 
 
 def _parse_einsum(equation: str, ranks: list[int]) -> tuple[list[str], str] | None:
