@@ -30,7 +30,6 @@ from spcompile.passes.recognize.mask_weights import ONE, ZERO, Span, Table, Weig
 from spcompile.passes.recognize.products import Factor, Mask, Term, peel, product_of, unfold
 from spcompile.passes.shadow import Shadow, Value
 
-
 # ---------------------------------------------------------------- reading one contraction
 
 
@@ -159,8 +158,9 @@ class Reader:
     def _weights(self, term: Term, both: list[Factor], t: Atom, s: Atom) -> Weights | None:
         """The product of all masks and decays; None if it isn't proved to be one that a state can carry."""
         table = self.tables.setdefault((t, s), Table(t, s, self.prover.functions))
-        product: list[Span] | None = [Span(1 - s.size, t.size - 1, ONE)]
-        for m in [*term.masks, *both]:
+        product = [Span(1 - s.size, t.size - 1, ONE)]
+        found: list[Mask | Factor] = [*term.masks, *both]
+        for m in found:
             spans = self._spans(table, m, t, s)
             if spans is None:
                 return None
@@ -262,7 +262,7 @@ def _rewrite_group(forms: list[Form], editor: Editor, taken: set[Value]) -> list
     sites: list[tuple[int, Site]] = []
     for n, form in enumerate(numerators):
         mates = [m for m in normalisers if not n and not m.columns and not form.columns]
-        source, name = source_of(form.terminal.node), _name(form.terminal)
+        source, name, kind = source_of(form.terminal.node), _name(form.terminal), form.weights.kind
         try:
             allowed = {v for f in forms for v in (*f.interior(), f.terminal)}
             for f in (form, *mates):
@@ -272,10 +272,10 @@ def _rewrite_group(forms: list[Form], editor: Editor, taken: set[Value]) -> list
                 mates = []
             call = emit(form, mates, editor)
         except Refused as why:
-            sites.append((form.terminal.time, Site("linear", form.weights.kind, False, str(why), source, name)))
+            sites.append((form.terminal.time, Site("linear", kind, False, str(why), source, name)))
             continue
         taken.update([form.terminal, *(m.terminal for m in mates)])
-        sites.append((form.terminal.time, Site("linear", form.weights.kind, True, "", source, call.name)))
+        sites.append((form.terminal.time, Site("linear", kind, True, "", source, call.name)))
     return sites
 
 

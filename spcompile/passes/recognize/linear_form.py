@@ -59,7 +59,7 @@ class Form:
         part = {self.t: "T", self.s: "S"} | dict.fromkeys(self.features, "K")
         part |= {a: f"B{n}" for n, a in enumerate(self.batch())}
         roots = [peel(f.value, f.dims) for f in (self.q, self.k)]
-        named = [(v, tuple((part[a], a.size) for a in atoms_of(d))) for v, d, _ in roots]
+        named: list[tuple] = [(v, tuple((part[a], a.size) for a in atoms_of(d))) for v, d, _ in roots]
         if self.weights.decays:
             named += [(f.value, f.inverse, tuple(part[a] for a in atoms_of(f.dims))) for f in self.mixed]
         return (self.weights.kind, *named)

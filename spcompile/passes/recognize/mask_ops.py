@@ -19,12 +19,13 @@ from spcompile.passes.recognize.mask_values import (
     at_least,
     equal,
     evaluate,
+    exact,
     leaves,
     number,
     operand,
     where,
 )
-from spcompile.passes.recognize.masks import Context, both, choose, either, exact, is_bool, lift
+from spcompile.passes.recognize.masks import Context, both, choose, either, is_bool, lift
 from spcompile.passes.shadow import Value
 
 __all__ = ["evaluate"]

@@ -90,8 +90,7 @@ class Reals:
             return number(c)
         if not isinstance(x, Value):
             return None
-        tail = index[len(index) - len(x.shape) :]
-        return self.at(x, tuple(sympy.Integer(0) if s == 1 else e for e, s in zip(tail, x.shape, strict=True)))
+        return self.at(x, views.expand_index(x.shape, index))
 
     def test(self, x: Value, index: Index) -> object:
         return as_bool(self.ctx, broadcast(x, self.memo)(self.ctx, index))
@@ -132,10 +131,13 @@ class Reals:
             yes, no = no, yes
         return self._sum_from(yes, no, m, start, top)
 
-    def _sum_from(self, yes: object, no: object, m: sympy.Symbol, start: sympy.Expr, top: sympy.Expr) -> object:
+    def _sum_from(
+        self, yes: object, no: object, m: sympy.Symbol, start: sympy.Expr, top: sympy.Expr
+    ) -> object:
         """The sum of `no` before `start` and of `yes` from there to `top`."""
         before = sympy.expand(start - 1)
-        parts = [self._sum(yes, m, top), self._sum(yes, m, before), self._sum(no, m, before), self._sum(no, m, top)]
+        wanted = ((yes, top), (yes, before), (no, before), (no, top))
+        parts = [self._sum(x, m, e) for x, e in wanted]
         if any(p is None for p in parts) or self.ctx.interval(before)[0] < -1:
             return None
         ahead = lift(lambda a, b, c: sympy.expand(a - b + c), *parts[:3])
@@ -143,7 +145,7 @@ class Reals:
 
     def _sum_terms(self, x: sympy.Expr, m: sympy.Symbol, top: sympy.Expr) -> sympy.Expr | None:
         total = sympy.Integer(0)
-        for term in sympy.Add.make_args(sympy.expand(x)):
+        for term in sympy.Add.make_args(sympy.expand(x)) if x != 0 else ():
             fixed, rest = term.as_independent(m, as_Add=False)
             if rest == 1:
                 total += fixed * (top + 1)
@@ -234,7 +236,7 @@ def _selected(r: Reals, v: Value, index: Index) -> object:
         return None
     if test.dtype != torch.bool:
         return None
-    return choose(r.test(test, index), a, b)  # type: ignore[arg-type]
+    return choose(r.test(test, index), a, b)
 
 
 def _triangle(r: Reals, v: Value, index: Index) -> object:

@@ -9,21 +9,22 @@ itself.
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
 
 import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 
 from spcompile.passes.recognize.masks import (
+    INF,
     Choice,
     Context,
     both,
     choose,
     either,
-    exact,
     is_bool,
     lift,
-    rounded,
 )
 from spcompile.passes.shadow import Value
 
@@ -32,6 +33,8 @@ Function = Callable[[Context, Index], object]
 Memo = dict[Value, Function]
 OPS: dict[str, Callable[[Value, Memo], Function | None]] = {}
 """By op name, filled by `mask_ops`."""
+# The largest integer below which every integer is exact in a float dtype.
+_EXACT = {torch.float64: 2**53, torch.float32: 2**24, torch.float16: 2**11, torch.bfloat16: 2**8}
 _TOO_LARGE = 64  # leaves of a Choice: more than any hand-written mask has
 
 
@@ -129,3 +132,30 @@ def where(ctx: Context, c: object, a: object, b: object) -> object:
     if all(is_bool(x) for x in (a, b)):
         return either(both(test, a), both(sympy.Not(test), b))
     return choose(test, as_number(a), as_number(b))
+
+
+def exact(ctx: Context, e: sympy.Expr, dtype: torch.dtype | None) -> bool:
+    """Whether arithmetic that gives the index-dependent `e` is exact in `dtype`: an integer that it can
+    hold."""
+    lo, hi = ctx.interval(e)
+    if max(abs(lo), abs(hi)) == INF or not all(c.is_Integer for c in e.as_coefficients_dict().values()):
+        return False
+    if dtype in _EXACT:
+        return max(abs(lo), abs(hi)) <= _EXACT[dtype]
+    if dtype is None or dtype.is_complex or dtype == torch.bool or dtype.is_floating_point:
+        return False
+    info = torch.iinfo(dtype)
+    return info.min <= lo and hi <= info.max
+
+
+def rounded(x: Any, dtype: torch.dtype | None) -> sympy.Expr:
+    """A number as `dtype` holds it, exactly."""
+    if dtype is None or not dtype.is_floating_point:
+        return sympy.Integer(int(x))
+    value = torch.tensor(float(x), dtype=dtype).double().item()
+    if value != value:
+        return sympy.nan
+    if abs(value) == INF:
+        return sympy.oo if value > 0 else -sympy.oo
+    f = Fraction(value)
+    return sympy.Rational(f.numerator, f.denominator)

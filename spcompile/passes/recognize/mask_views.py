@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import sympy
 import torch
@@ -44,9 +44,13 @@ def reshape_view(v: Value, index: Index) -> Index | None:
 
 
 def expand_view(v: Value, index: Index) -> Index:
-    source = v.args["self"].shape
-    tail = index[len(index) - len(source) :]
-    return tuple(sympy.Integer(0) if s == 1 else e for e, s in zip(tail, source, strict=True))
+    return expand_index(v.args["self"].shape, index)
+
+
+def expand_index(shape: Sequence[int], index: Index) -> Index:
+    """The index into an operand of `shape` that was broadcast, from the right."""
+    tail = index[len(index) - len(shape) :]
+    return tuple(sympy.Integer(0) if s == 1 else e for e, s in zip(tail, shape, strict=True))
 
 
 def permuted(v: Value, index: Index) -> Index | None:

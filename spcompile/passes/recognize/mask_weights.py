@@ -177,22 +177,25 @@ class Table:
         if found is None:
             return None
         log, rows, columns = found
-        parts = [[], [], []]  # of i, of j, of neither
+        parts: list[list[sympy.Expr]] = [[], [], []]  # of i, of j, of neither
         for term in sympy.Add.make_args(sympy.expand(log)):
             here = [term.has(self.ctx.i), term.has(self.ctx.j)]
             if all(here):
                 return None
             parts[here.index(True) if any(here) else 2].append(term)
         f, g, rest = (sympy.Add(*p) for p in parts)
-        left = sympy.expand(f + g.subs(self.ctx.j, self.ctx.i))
+        to, before = (1 if reverse else -1), g.subs(self.ctx.j, self.ctx.i)
+        left = sympy.expand(f + before)
         if left.as_coefficients_dict().keys() & (f.as_coefficients_dict().keys() - {ZERO, ONE}):
-            return None
-        columns *= sympy.exp(left.subs(self.ctx.i, self.ctx.j))
-        step = self._step(f, 1 if reverse else -1)
+            step = self._step(-before, to)
+            if step is None or not exclusive or sympy.expand(step + left) != 0:
+                return None  # but a row may leave out its own decay
+        else:
+            step = self._step(f, to)
+            columns *= sympy.exp(left.subs(self.ctx.i, self.ctx.j))
+            rows *= sympy.exp(step) if exclusive and step is not None else ONE
         if step is None or (step.is_Number and step > 0):
             return None
-        if exclusive:
-            rows *= sympy.exp(step)
         return Side(reverse, exclusive, step, rows * sympy.exp(rest), columns)
 
     def _factors(self, e: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr] | None:

@@ -15,19 +15,15 @@ value is an expression.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 import sympy
-import torch
 from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue
 
 from spcompile.passes.recognize.dims import Atom, Dims, resolve
 from spcompile.passes.shadow import Value
 
 INF = float("inf")
-# The largest integer below which every integer is exact in a float dtype.
-_EXACT = {torch.float64: 2**53, torch.float32: 2**24, torch.float16: 2**11, torch.bfloat16: 2**8}
 _ROWS_AT_ONCE = 8192  # thresholds of a polynomial in d are looked for one d at a time, up to this many
 
 
@@ -266,10 +262,11 @@ def between_thresholds(
         for a, b in where:
             cuts.update((a, b + 1))
     starts = sorted(c for c in cuts if lo <= c <= hi)
-    return [
-        (a, b - 1, {s: sympy.true if any(x <= a <= y for x, y in w) else sympy.false for s, w in truth.items()})
-        for a, b in zip(starts, [*starts[1:], hi + 1], strict=True)
-    ]
+    out = []
+    for a, b in zip(starts, [*starts[1:], hi + 1], strict=True):
+        facts = {s: sympy.true if any(x <= a <= y for x, y in w) else sympy.false for s, w in truth.items()}
+        out.append((a, b - 1, facts))
+    return out
 
 
 def symbols(expr: object) -> set[sympy.Symbol]:
@@ -384,30 +381,3 @@ def keeps_every_row(pieces: Pieces, rows: int, cols: int) -> bool:
         if max(lo, 0) <= reach:
             reach = max(reach, min(hi + cols, rows) if hi >= 0 or hi + cols > reach else reach)
     return reach >= rows
-
-
-def exact(ctx: Context, e: sympy.Expr, dtype: torch.dtype | None) -> bool:
-    """Whether arithmetic that gives the index-dependent `e` is exact in `dtype`: an integer that it can
-    hold."""
-    lo, hi = ctx.interval(e)
-    if max(abs(lo), abs(hi)) == INF or not all(c.is_Integer for c in e.as_coefficients_dict().values()):
-        return False
-    if dtype in _EXACT:
-        return max(abs(lo), abs(hi)) <= _EXACT[dtype]
-    if dtype is None or dtype.is_complex or dtype == torch.bool or dtype.is_floating_point:
-        return False
-    info = torch.iinfo(dtype)
-    return info.min <= lo and hi <= info.max
-
-
-def rounded(x: Any, dtype: torch.dtype | None) -> sympy.Expr:
-    """A number as `dtype` holds it, exactly."""
-    if dtype is None or not dtype.is_floating_point:
-        return sympy.Integer(int(x))
-    value = torch.tensor(float(x), dtype=dtype).double().item()
-    if value != value:
-        return sympy.nan
-    if abs(value) == INF:
-        return sympy.oo if value > 0 else -sympy.oo
-    f = Fraction(value)
-    return sympy.Rational(f.numerator, f.denominator)

@@ -334,7 +334,7 @@ def _unfold_product(v: Value, dims: Dims) -> Term | None:
     for spine, other in ((a, b), (b, a)):
         if division and spine is b:
             return None
-        term = unfold(spine, align(dims, spine.shape)) if spine.shape == v.shape else None
+        term = unfold(spine, align(dims, spine.shape))
         if term is not None:
             term.factors.append(Factor(other, align(dims, other.shape), inverse=division))
             return term
