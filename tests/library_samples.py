@@ -274,10 +274,60 @@ def _() -> list[Sample]:
     return [Sample(_ssd("x", 1), plain, reference), Sample(x, full, reference)]
 
 
+@_sample("mamba_ssm.ops.triton.ssd_combined.mamba_split_conv1d_scan_combined")
+def _() -> list[Sample]:
+    """The layer as transformers computes it without the library."""
+
+    def reference(norm_before_gate: bool, rmsnorm_weight: Tensor, ngroups: int, **given: Any) -> Any:
+        z, mixed, dt = given["zxbcdt"].split([4 * V, 4 * V + 2 * ngroups * K, 4], dim=-1)
+        weight, bias = given["conv1d_weight"], given["conv1d_bias"]
+        mixed = F.pad(mixed.transpose(1, 2), (3, 0))
+        mixed = F.silu(F.conv1d(mixed, weight[:, None], bias, groups=weight.shape[0])).transpose(1, 2)
+        x, B_, C = mixed.split([4 * V, ngroups * K, ngroups * K], dim=-1)
+        groups = [y.reshape(B, T, ngroups, K) for y in (B_, C)]
+        scan = transformers_function("mamba2", "mamba2_chunk_scan")
+        options = {n: given[n] for n in ("D", "dt_bias", "initial_states", "chunk_size")}
+        y, final = scan(
+            x.reshape(B, T, 4, V),
+            dt,
+            given["A"],
+            *groups,
+            **options,
+            dt_softplus=True,
+            return_final_states=True,
+        )
+        y, gate = y.flatten(-2), F.silu(z)
+        y = y if norm_before_gate else y * gate
+        y = y.view(B, T, ngroups, -1)
+        y = (y / (y.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).flatten(-2) * rmsnorm_weight
+        y = y * gate if norm_before_gate else y
+        return F.linear(y, given["outproj_weight"]), final
+
+    def sample(groups: int, before: bool) -> Sample:
+        channels = 4 * V + 2 * groups * K
+        x = {
+            "zxbcdt": _random(B, T, 4 * V + channels + 4),
+            "conv1d_weight": _random(channels, 4),
+            "conv1d_bias": _random(channels),
+            "dt_bias": _random(4, seed=8),
+            "A": -_random(4, seed=2).exp(),
+            "D": _random(4),
+            "initial_states": _random(B, 4, V, K, seed=6),
+            "rmsnorm_weight": _random(4 * V, seed=1),
+            "outproj_weight": _random(10, 4 * V),
+        }
+        rest = {"headdim": V, "ngroups": groups, "norm_before_gate": before, "chunk_size": 16}
+        return Sample(x, rest | {"return_final_states": True}, reference)
+
+    return [sample(1, False), sample(2, True)]
+
+
 @_sample("mamba_ssm.ops.selective_scan_interface.selective_scan_fn")
 def _() -> list[Sample]:
     def reference(u: Tensor, delta: Tensor, **given: Any) -> Any:
-        return transformers_function("mamba", "mamba_selective_scan")(u, delta, **given)
+        """The kernel gives the last state no gradient."""
+        out, last = transformers_function("mamba", "mamba_selective_scan")(u, delta, **given)
+        return out, last.detach()
 
     x = _renamed(_selective(), {"hidden_states": "u", "dt": "delta"})
     return [Sample(x, {"delta_softplus": True, "return_last_state": True}, reference)]

@@ -32,7 +32,7 @@ def run(function: Any, sample: Sample) -> tuple[list[Any], Any, dict[str, Tensor
     """The outputs with their structure, and the gradients of a fixed combination of them."""
     leaves = {n: x.clone().requires_grad_() for n, x in sample.tensors.items()}
     flat, structure = tree_flatten(function(**leaves, **sample.rest))
-    outs = [x for x in flat if isinstance(x, Tensor)]
+    outs = [x for x in flat if isinstance(x, Tensor) and x.requires_grad]
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outs]
     grads = torch.autograd.grad(outs, list(leaves.values()), weights)

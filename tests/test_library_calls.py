@@ -156,6 +156,16 @@ def test_another_signature_is_reported_and_left_alone(monkeypatch: pytest.Monkey
     assert not any("linear_attention" in t for t in targets(use, operands(8)))
 
 
+def test_versions_with_other_parameters_that_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    (signature,) = TABLE[SCAN].also
+    module = fake(monkeypatch, SCAN, signature.replace("inf", "float('inf')"), "return x", disabled=True)
+
+    def use(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        return module.mamba_chunk_scan_combined(v, g.exp(), torch.zeros(2) - 1, k, q, 16, None, None)
+
+    assert any("linear_attention" in t for t in targets(use, operands(8)))
+
+
 def test_another_default_is_another_signature(monkeypatch: pytest.MonkeyPatch) -> None:
     signature = (
         TABLE[SCAN].signature.replace("inf", "float('inf')").replace("dt_softplus=False", "dt_softplus=True")

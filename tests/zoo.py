@@ -100,7 +100,7 @@ _GRANITE = {
 }
 _XLSTM = {
     "num_heads": HEADS,
-    "chunk_size": 16,
+    "chunk_size": 32,
     "mode": "train",
     "return_last_states": True,
     "autocast_kernel_dtype": "float32",

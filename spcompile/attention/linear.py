@@ -129,7 +129,7 @@ def linear_attention_backward(
     ``grad`` ``[B, H, T, V]`` of out and ``grad_final`` of the final state; ``[0]`` for operands that are
     None."""
     x = Operands(q, k, v, log_decay, beta, initial_state)
-    with own_dtypes(q), differentiable():
+    with differentiable(), own_dtypes(q):
         if not causal:
             grad_memory = whole.state(q, grad) * scale
             grad_memory = grad_memory if grad_final is None else grad_memory + grad_final

@@ -1,15 +1,13 @@
-"""Adapters for functions with a decay, no delta rule: GLA, simple GLA, Retention, Lightning, RWKV-6, SSD."""
+"""Adapters for functions with a decay, no delta rule: GLA, simple GLA, Retention, Lightning, RWKV-6."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from spcompile.library.core import attend, heads_first, product, scale_of
+from spcompile.library.core import attend, heads_first, scale_of
 
 __all__ = [
     "gated",
@@ -19,7 +17,6 @@ __all__ = [
     "parallel_retention",
     "retention",
     "rwkv6",
-    "ssd",
 ]
 
 
@@ -190,53 +187,3 @@ def rwkv6(
     bonus = (q * scale * u.to(q.dtype)[None, :, None, :] * k).sum(-1, keepdim=True)
     out = heads_first(found[0] + bonus * v, order).contiguous().to(dtype)
     return out if alone else (out, found[1] if output_final_state else None)
-
-
-def ssd(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    initial_states: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-    return_final_states: bool = False,
-    restore: bool = False,
-) -> Any:
-    """Mamba-2: S_t = exp(dt_t A) S_{t-1} + B_t^T (dt_t x_t), y_t = C_t S_t + D x_t (times silu(z)).
-
-    Args:
-        x: [B, T, H, P]; dt: [B, T, H], through softplus and the limits here; A: [H]; B, C: [B, T, G, N] with
-            H / G heads per group; D: [H]; dt_bias: [H].
-        initial_states: [B, H, P, N].
-        restore: y is in x's dtype again (the library's kernel), not float32 (its fallback).
-    Returns:
-        y [B, T, H, P] and, if asked for, the final states [B, H, P, N].
-    """
-    if A.dim() != 1 or (D is not None and D.dim() != 1) or A.is_complex():
-        return None
-    dtype = x.dtype
-    dt = dt.float() if restore else dt
-    if dt_bias is not None:
-        dt = dt + dt_bias.to(dt.dtype)
-    if dt_softplus:
-        dt = F.softplus(dt)
-    dt = torch.clamp(dt, min=dt_limit[0], max=dt_limit[1]).float()
-    x = x.float()
-    k, q, v = (y.transpose(1, 2) for y in (B.float(), C.float(), x * dt[..., None]))
-    log_decay = (A.float() * dt).transpose(1, 2)[..., None]
-    found = attend(q, k, v, log_decay=log_decay, initial_state=initial_states, state_v_first=True)
-    if found is None:
-        return None
-    out = found[0].transpose(1, 2).contiguous()
-    if D is not None:
-        out = out + D[..., None] * x
-    if z is not None:
-        out = out * F.silu(z.float())
-    out = out.to(dtype) if restore else out
-    final = found[1] if restore else product(found[1])
-    return (out, final) if return_final_states else out

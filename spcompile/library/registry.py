@@ -6,7 +6,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +114,10 @@ def _register(row: Row, function: types.FunctionType) -> str:
     innermost = chain[-1]
     if not isinstance(innermost, types.FunctionType):
         return f"it wraps a {type(innermost).__name__}"
-    expected, found = parameters(row.signature), parameters(innermost)
-    if list(expected) != list(found) or any(not _same(found[n], expected[n]) for n in found):
-        return f"its parameters are ({', '.join(found)}), expected ({row.signature})"
+    versions = [v for v in (row.signature, *row.also) if _fits(innermost, v)]
+    if not versions:
+        return f"its parameters are ({', '.join(parameters(innermost))}), expected ({row.signature})"
+    row = replace(row, signature=versions[0])
     # Dynamo stops at a disabled wrapper without a look at what it wraps, so the wrapper is registered, too.
     disabled = [f for f in chain[:-1] if getattr(f, "_torchdynamo_disable", False)]
     traceable = substitute(row, _fallback(disabled[0] if disabled else innermost))
@@ -126,6 +127,11 @@ def _register(row: Row, function: types.FunctionType) -> str:
         except ValueError as why:
             return f"Dynamo refuses: {why}"
     return ""
+
+
+def _fits(function: Callable[..., Any], signature: str) -> bool:
+    expected, found = parameters(signature), parameters(function)
+    return list(expected) == list(found) and all(_same(found[n], expected[n]) for n in found)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -17,7 +17,7 @@ class Row:
     Attributes:
         module, name: where the library defines it.
         signature: its parameters with their defaults, as the versions that we know write them. A function
-            whose parameters differ is another function, and left alone.
+            whose parameters differ is another function, and left alone. ``also``: those of other versions.
         adapter: takes some of the parameters, by keyword, and returns what the function returns, or None
             where it does not know how.
         names: the adapter's name of a parameter, where the library has another.
@@ -37,6 +37,7 @@ class Row:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     free: frozenset[str] = frozenset()
+    also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         given, taken = set(parameters(self.signature)), set(self.taken.values()) | set(self.fixed)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from spcompile.library.decays import ssd
 from spcompile.library.features import performer, performer_whole
+from spcompile.library.mamba import fused_ssd, selective_scan, ssd
 from spcompile.library.row import Row
-from spcompile.library.scans import selective_scan
 
 __all__ = ["ROWS"]
 
@@ -19,6 +18,20 @@ ROWS = [
         ssd,
         fixed={"restore": True},
         free=frozenset({"chunk_size"}),
+        also=(
+            "x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, "
+            "dt_softplus=False, dt_limit=(0.0, inf), return_final_states=False",
+        ),
+    ),
+    Row(
+        "mamba_ssm.ops.triton.ssd_combined",
+        "mamba_split_conv1d_scan_combined",
+        "zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, chunk_size, initial_states=None, seq_idx=None, "
+        "dt_limit=(0.0, inf), return_final_states=False, activation='silu', rmsnorm_weight=None, "
+        "rmsnorm_eps=1e-6, outproj_weight=None, outproj_bias=None, headdim=None, ngroups=1, "
+        "norm_before_gate=True",
+        fused_ssd,
+        free=frozenset({"chunk_size"}),
     ),
     Row(
         "mamba_ssm.ops.selective_scan_interface",
@@ -26,6 +39,10 @@ ROWS = [
         "u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False",
         selective_scan,
         fixed={"kernel": True},
+        also=(
+            "u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, "
+            "return_last_state=False, cu_seqlens=None",
+        ),
     ),
     Row(
         "performer_pytorch.performer_pytorch",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from spcompile.library.decays import ssd
 from spcompile.library.delta import delta_rule
+from spcompile.library.mamba import selective_scan, ssd
 from spcompile.library.row import Row
-from spcompile.library.scans import selective_scan
 
 __all__ = ["ROWS"]
 
