@@ -22,7 +22,7 @@ class Site:
     kind: str
     """"softmax" or "linear"."""
     mask: str
-    """"all", "causal", "general" (a mask that stays data), "causal and general", or "scan"."""
+    """"all", "causal", "general" (a mask that stays data), or "causal and general"."""
     rewritten: bool
     reason: str
     """Why it was left as it is; empty if it was rewritten."""
