@@ -20,7 +20,7 @@ class Site:
     """One attention that was seen, rewritten or not."""
 
     kind: str
-    """"softmax" or "linear"."""
+    """"softmax", "linear", or of a recurrence "scan" or "loop"."""
     mask: str
     """"all", "causal", "general" (a mask that stays data), or "causal and general"."""
     rewritten: bool
