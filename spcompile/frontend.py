@@ -34,7 +34,7 @@ def _called(gm: fx.GraphModule) -> list[Site]:
                 mask = "causal" if node.args[6] else "all"
                 sites.append(Site("linear", mask, True, "", source_of(node), node.name))
             elif node.target in (scan, scan.default):
-                sites.append(Site("linear", "scan", True, "", source_of(node), node.name))
+                sites.append(Site("scan", "causal", True, "", source_of(node), node.name))
     return sites
 
 

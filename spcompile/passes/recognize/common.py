@@ -20,9 +20,9 @@ class Site:
     """One attention that was seen, rewritten or not."""
 
     kind: str
-    """"softmax" or "linear"."""
+    """"softmax", "linear", or of a recurrence "scan" or "loop"."""
     mask: str
-    """"all", "causal", "general" (a mask that stays data), "causal and general", or "scan"."""
+    """"all", "causal", "general" (a mask that stays data), or "causal and general"."""
     rewritten: bool
     reason: str
     """Why it was left as it is; empty if it was rewritten."""
