@@ -34,7 +34,7 @@ LINEAR = {
     "mamba2": Case(2, tolerance=INSIDE),
     "bamba": Case(1, tolerance=INSIDE),
     "granitemoehybrid_dense": Case(1, tolerance=INSIDE),
-    "minimax": Case(1, tolerance=INSIDE, operator="affine_scan"),
+    "minimax": Case(1, tolerance=INSIDE, operator="affine_scan"),  # over blocks; its decays are buffers: data
     "mamba": Case(2, operator="affine_scan"),
     **dict.fromkeys(FUNCTIONS, Case(1)),
     "fla_linear_attn_chunk": Case(1, length=128),

@@ -43,7 +43,11 @@ def recognize(gm: fx.GraphModule, *, enabled: bool = True) -> list[Site]:
 def _reroll(gm: fx.GraphModule) -> tuple[Shadow | None, list[tuple[int, Site]]]:
     """Re-roll loops, an inner one before the loop around it; the shadow of what is left."""
     found: list[tuple[int, Site]] = []
+    size = None
     while (shadow := trace(gm)) is not None:
+        if size is not None and len(shadow.values) >= size:
+            return shadow, found  # what was written is no smaller than what it replaced: it ends here
+        size = len(shadow.values)
         sites = loops.recognize(shadow, Editor(shadow))
         if not any(site.rewritten for _, site in sites):
             return shadow, found + sites
