@@ -19,9 +19,17 @@ from torch import fx
 from spcompile.passes.recognize.dims import Atom
 from spcompile.passes.recognize.edit import Editor, Operand, Refused, Writer
 from spcompile.passes.recognize.linear_form import Form
+from spcompile.passes.recognize.mask_reals import Parity
 from spcompile.passes.recognize.mask_weights import ONE, ZERO, Side
 from spcompile.passes.recognize.products import Factor
 
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    sympy.exp: torch.exp,
+    sympy.log: torch.log,
+    sympy.Abs: torch.abs,
+    sympy.Pow: torch.pow,
+    Parity: torch.where,
+}
 Groups = tuple[tuple[Atom, ...], tuple[Atom, ...]]
 
 
@@ -129,9 +137,11 @@ class Decays:
             for e in (side.step, side.rows, side.columns):
                 if not e.free_symbols <= set(form.table.named.values()):
                     raise Refused("its decay has a dim that it does not share")
+                if any(x.func not in _FUNCTIONS for x in e.atoms(sympy.Function) - e.atoms(AppliedUndef)):
+                    raise Refused("its decay has a function that is not followed")
                 for x in e.atoms(AppliedUndef):
                     self.operands[x] = self._look_up(x, editor, before)
-                if e.replace(lambda x: isinstance(x, AppliedUndef), lambda x: ONE).free_symbols:
+                if e.replace(lambda x: isinstance(x, (AppliedUndef, Parity)), lambda x: ONE).free_symbols:
                     raise Refused("its decay depends on positions in a way that is not followed")
 
     def _look_up(self, x: AppliedUndef, editor: Editor, before: fx.Node) -> tuple[Operand, int]:
@@ -163,6 +173,8 @@ class Decays:
             return float(e)
         if isinstance(e, AppliedUndef):
             return self._source(w, e)
+        if isinstance(e, Parity):
+            return self._parity(w, *e.args)
         args = [self.write(w, a) for a in e.args]
         if e.is_Add or e.is_Mul:
             fold: Callable[..., Any] = torch.add if e.is_Add else torch.mul
@@ -170,10 +182,15 @@ class Decays:
             for a in args[1:]:
                 out = _apply(w, fold, out, a)
             return out
-        functions = {sympy.exp: torch.exp, sympy.log: torch.log, sympy.Pow: torch.pow}
-        if e.func not in functions:
-            raise Refused("its decay has a function that is not followed")
-        return _apply(w, functions[e.func], *args)
+        return _apply(w, _FUNCTIONS[e.func], *args)
+
+    def _parity(self, w: Writer, base: sympy.Expr, position: sympy.Symbol) -> fx.Node:
+        size = (self.form.t if position == self.form.table.ctx.i else self.form.s).size
+        odd = w.reshape(w.call(torch.arange, size, device=w.device), (1, 1, size, 1))
+        odd = w.call(torch.eq, w.call(torch.remainder, odd, 2), 1)
+        flip = w.call(torch.logical_and, w.call(torch.lt, self.write(w, base), 0), odd)
+        one = w.number(1.0, self.dtype)
+        return w.call(torch.where, flip, w.call(torch.neg, one), one)
 
     def _source(self, w: Writer, e: AppliedUndef) -> fx.Node:
         operand, ahead = self.operands[e]
