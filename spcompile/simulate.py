@@ -35,8 +35,8 @@ def _seeded(size: list[int], seed: Tensor, mode: str, **_: Any) -> Tensor:
     return {"rand": torch.rand, "randn": torch.randn}[mode](size, generator=generator)
 
 
-# In eager mode Inductor's draws take no notice of their seed; compiled they are made from it alone. And a view
-# was traced on strides that a rank's part need not have: compiled it takes any.
+# In eager mode Inductor's draws take no notice of their seed; compiled they are made from it alone. And a
+# view was traced on strides that a rank's part need not have: compiled it takes any.
 _AS_COMPILED: dict[Any, Callable[..., Any]] = {
     _torch.inductor_random: _seeded,
     torch.ops.aten.view.default: torch.reshape,

@@ -19,7 +19,7 @@ LENGTH = 7  # no multiple of the ranks
 
 # Spellings that recognition does not know yet: right by propagation alone. An entry that is no longer true
 # fails.
-UNRECOGNIZED = set(VARIANTS) - {"retention", "lightning", "mamba2", "simple_gla"}
+UNRECOGNIZED = set(VARIANTS) - {"retention", "lightning", "mamba2", "simple_gla", "based", "rebased"}
 
 
 @functools.lru_cache(maxsize=1)

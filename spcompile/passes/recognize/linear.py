@@ -11,6 +11,7 @@ the same q, k and M become one call, on `[v, 1]`. `linear_emit` writes the call.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 from spcompile.passes.recognize import masks
@@ -27,6 +28,7 @@ from spcompile.passes.recognize.edit import Editor, Refused
 from spcompile.passes.recognize.linear_emit import emit
 from spcompile.passes.recognize.linear_form import Form
 from spcompile.passes.recognize.mask_weights import ONE, ZERO, Span, Table, Weights, multiplied
+from spcompile.passes.recognize.polynomials import affordable
 from spcompile.passes.recognize.products import Factor, Mask, Term, peel, product_of, unfold
 from spcompile.passes.shadow import Shadow, Value
 
@@ -57,6 +59,8 @@ def terms_of(v: Value) -> Iterator[tuple[Dims, Term]]:
                 masks=inner.masks,
                 summed=term.summed + inner.summed,
                 path=term.path + inner.path,
+                polynomial=inner.polynomial,
+                pair=inner.factors[:2] if inner.polynomial else [],
             ),
         )
 
@@ -102,6 +106,8 @@ class Reader:
     ) -> Form | str | None:
         o, r = set(atoms_of(out)), set(resolve(term.summed))
         aq, ak, av = q.atoms, k.atoms, val.atoms if val is not None else set()
+        if term.polynomial and not (q in term.pair and k in term.pair):
+            return None
         features, s = (r & aq & ak) - av, r & ak - aq
         rows = (o & aq) - ak - av
         mixed = _mixed(term, (q, k, val), s)
@@ -122,6 +128,9 @@ class Reader:
             return None
         if any(f.atoms & features for f in both) or any(features & set(atoms_of(m.dims)) for m in term.masks):
             return None
+        size = math.prod(a.size for a in features)
+        if term.polynomial and not affordable(size, term.polynomial, key.size):
+            return "the features of its polynomial are more than its tokens"
         weights = self._weights(term, both, t, key)
         if weights is None:
             looks = (term.masks or both) and val is not None and self._plausible(q, k, val, key)
@@ -148,6 +157,7 @@ class Reader:
             term.scale * weights.scale,
             term.path,
             dtype,
+            term.polynomial,
         )
 
     @staticmethod

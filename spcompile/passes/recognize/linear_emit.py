@@ -66,6 +66,8 @@ def emit(form: Form, mates: list[Form], editor: Editor) -> fx.Node:
         values = w.call(torch.cat, [values, ones], -1)
     q4 = w.to(w.arrange(q, (*groups, (form.t,), form.features)), dtype)
     k4 = w.to(w.arrange(k, (*groups, (form.s,), form.features)), dtype)
+    if form.polynomial is not None:
+        q4, k4 = _powers(w, q4, form.polynomial), _powers(w, k4, tuple(bool(a) for a in form.polynomial))
     call = _run(w, form, decays, q4, k4, w.to(values, dtype))
     out = w.call(torch.narrow, call, -1, 0, width) if mates else call
     finished = [(form, node, out, 1.0)]
@@ -75,6 +77,23 @@ def emit(form: Form, mates: list[Form], editor: Editor) -> fx.Node:
     for done, n, x, factor in finished:
         _finish(done, n, x, factor, done.groups, editor)
     return call
+
+
+def _powers(w: Writer, x: fx.Node, a: tuple[float, ...]) -> fx.Node:
+    """[a_0, a_1 x, a_2 x (x) x] of x [..., K], without those whose a is 0."""
+    parts = []
+    for n, c in enumerate(a):
+        if not c:
+            continue
+        if n == 0:
+            p = w.call(torch.ones_like, w.call(torch.narrow, x, -1, 0, 1))
+        elif n == 1:
+            p = x
+        else:
+            square = w.call(torch.mul, w.call(torch.unsqueeze, x, -1), w.call(torch.unsqueeze, x, -2))
+            p = w.call(torch.flatten, square, -2)
+        parts.append(p if c == 1 else w.call(torch.mul, p, c))
+    return parts[0] if len(parts) == 1 else w.call(torch.cat, parts, -1)
 
 
 def _run(w: Writer, form: Form, decays: Decays, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:

@@ -36,6 +36,8 @@ class Form:
     scale: float
     path: list[Factor]
     dtype: torch.dtype | None
+    polynomial: tuple[float, ...] | None = None
+    """The scores' polynomial: a_n (q.k)^n, by power."""
 
     def batch(self) -> tuple[Atom, ...]:
         """In q's order, then what only k or v have."""
@@ -62,7 +64,7 @@ class Form:
         named: list[tuple] = [(v, tuple((part[a], a.size) for a in atoms_of(d))) for v, d, _ in roots]
         if self.weights.decays:
             named += [(f.value, f.inverse, tuple(part[a] for a in atoms_of(f.dims))) for f in self.mixed]
-        return (self.weights.kind, *named)
+        return (self.weights.kind, self.polynomial, *named)
 
     @property
     def groups(self) -> tuple[tuple[Atom, ...], tuple[Atom, ...]]:

@@ -22,6 +22,18 @@ def polynomial(v: Value) -> tuple[Value, Coefficients] | None:
     return (base, a) if any(x for n, x in enumerate(a) if n != 1) else None
 
 
+def between(v: Value, base: Value) -> list[Value]:
+    """What was computed on the way from the base to the polynomial, itself left out."""
+    found: dict[Value, None] = {}
+    todo = [x for x in v.operands() if x is not base]
+    while todo:
+        x = todo.pop()
+        if x not in found and x.shape == v.shape and _read(x)[0] is base:
+            found[x] = None
+            todo += [y for y in x.operands() if y is not base]
+    return list(found)
+
+
 def features(size: int, a: Coefficients) -> int:
     """How many features a polynomial of `size` features has."""
     return sum(size**n for n, x in enumerate(a) if x)

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import torch
+
 from spcompile.passes.recognize.dims import Atom, Dims, align, atoms_of, back_through_view, name_dims, resolve
 from spcompile.passes.shadow import Value
 
@@ -59,6 +61,10 @@ class Term:
     masks: list[Mask] = field(default_factory=list)
     summed: list[Atom] = field(default_factory=list)
     path: list[Factor] = field(default_factory=list)
+    polynomial: tuple[float, ...] | None = None
+    """a_n, by power n, if it is sum_n a_n x^n of the product x of the first two factors."""
+    pair: list[Factor] = field(default_factory=list)
+    """Those two factors."""
     contracted: bool = False
     """Whether a contraction, sum or running sum was met: there was something to unfold."""
 
@@ -306,7 +312,29 @@ def unfold(v: Value, dims: Dims) -> Term | None:
     return term
 
 
+def _unfold_polynomial(v: Value, dims: Dims) -> Term | None:
+    """A polynomial of scores q.k."""
+    from spcompile.passes.recognize.polynomials import between, polynomial
+
+    found = polynomial(v)
+    if found is None:
+        return None
+    base, a = found
+    term = unfold(base, dims)
+    if term is None or term.polynomial or len(term.factors) != 2 or any(f.inverse for f in term.factors):
+        return None
+    # A mask inside stays one outside if it is 0 or 1 and the polynomial takes 0 to 0.
+    if any(m.value is not None and m.value.dtype != torch.bool for m in term.masks) or (term.masks and a[0]):
+        return None
+    term.polynomial = tuple(x * term.scale**n for n, x in enumerate(a))
+    term.scale = 1.0
+    term.path = [*(Factor(x, dims) for x in between(v, base)), *term.path]
+    return term
+
+
 def _unfold_step(v: Value, dims: Dims) -> Term | None:
+    if (term := _unfold_polynomial(v, dims)) is not None:
+        return term
     if (product := product_of(v, dims)) is not None:
         if len(product.factors) == 1:  # a sum: what it sums may be a contraction itself
             deeper = unfold(product.factors[0].value, product.factors[0].dims)
