@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spcompile.passes.recognize.dims import Atom, Dims, atoms_of
+from spcompile.passes.recognize.dims import Atom, Dims, atoms_of, resolve
 from spcompile.passes.recognize.mask_weights import Table, Weights
 from spcompile.passes.recognize.products import Factor, peel
 from spcompile.passes.shadow import Value
@@ -41,7 +41,7 @@ class Form:
 
     def batch(self) -> tuple[Atom, ...]:
         """In q's order, then what only k or v have."""
-        named = {self.t, self.s, *self.features, *self.values}
+        named = set(resolve((self.t, self.s, *self.features, *self.values)))
         seen: dict[Atom, None] = {}
         for f in (self.q, self.k, self.v):
             for a in atoms_of(f.dims) if f is not None else ():
@@ -58,7 +58,8 @@ class Form:
 
     def signature(self) -> tuple:
         """Equal for two forms whose q, k and decays are the same Values with the same roles."""
-        part = {self.t: "T", self.s: "S"} | dict.fromkeys(self.features, "K")
+        part = dict.fromkeys(resolve((self.t,)), "T") | dict.fromkeys(resolve((self.s,)), "S")
+        part |= dict.fromkeys(self.features, "K")
         part |= {a: f"B{n}" for n, a in enumerate(self.batch())}
         roots = [peel(f.value, f.dims) for f in (self.q, self.k)]
         named: list[tuple] = [(v, tuple((part[a], a.size) for a in atoms_of(d))) for v, d, _ in roots]
