@@ -58,6 +58,14 @@ def power_of_gammas(q, k, v, g, s):
 
 
 @spelling(CONSTANT, "causal with decay")
+def power_of_data_of_any_sign(q, k, v, g, s):
+    gamma = s - 0.5
+    n = torch.arange(T, dtype=q.dtype)
+    decay = torch.where(n[:, None] >= n, gamma[:, None, None] ** (n[:, None] - n), 0.0)
+    return (q @ k.mT * decay) @ v
+
+
+@spelling(CONSTANT, "causal with decay")
 def slopes_with_tril(q, k, v, g, s):
     return (q @ k.mT * torch.exp(-per_head(s) * distance()).tril()) @ v
 

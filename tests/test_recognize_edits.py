@@ -82,19 +82,8 @@ def relu(q, k, v):
 
 
 @left("")
-def squared(q, k, v):
-    return ((q @ k.mT) ** 2).tril() @ v
-
-
-@left("")
 def absolute(q, k, v):
     return (q @ k.mT).abs().tril() @ v
-
-
-@left("")
-def times_itself(q, k, v):
-    s = q @ k.mT
-    return (s * s).tril() @ v
 
 
 @left("")

@@ -17,10 +17,6 @@ VARIANTS = [
 ]
 LENGTH = 7  # no multiple of the ranks
 
-# Spellings that recognition does not know yet: right by propagation alone. An entry that is no longer true
-# fails.
-UNRECOGNIZED = {"based", "rebased"}
-
 # Whose decay is no exp of anything, so that its recurrence is scanned as it stands.
 SCANS = {"hgrn2"}
 
@@ -42,8 +38,7 @@ def case(name: str, pattern: str) -> tuple[Eager, Joint]:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_is_eager(name: str, pattern: str, ranks: int) -> None:
     expected, joint = case(name, pattern)
-    recurrence = "scan" if name in SCANS else "linear"
-    kinds = {"L": [] if name in UNRECOGNIZED else [recurrence], "N": ["softmax"]}
+    kinds = {"L": "scan" if name in SCANS else "linear", "N": "softmax"}
     found = [s.kind for s in joint.sites if s.rewritten and s.kind != "loop"]
-    assert found == [kind for p in pattern for kind in kinds[p]]
+    assert found == [kinds[p] for p in pattern]
     assert expected.error(*joint.run(ranks, nan_padding=True)) <= 1e-9

@@ -106,6 +106,9 @@ def _sources(v: Value, dims: Dims, place: int) -> list[tuple[Value, Dims]]:
         return [(v.args["input"], dims[:-1] + name_dims(v.args["input"].shape[-1:]))]
     if v.name == "embedding":
         return [(v.args["indices"], dims[:-1])] if place < len(dims) - 1 else []
+    if (picked := _picked(v)) is not None:  # one entry of a dim: q, k or v of all three
+        source, d = picked
+        return [(source, dims[:d] + name_dims(source.shape[d : d + 1]) + dims[d:])]
     if v.name == "getitem":  # of split, chunk, unbind: dims that kept their length are the same dims
         whole = v.args["self"].args.get("self")
         if (
@@ -128,6 +131,15 @@ def _sources(v: Value, dims: Dims, place: int) -> list[tuple[Value, Dims]]:
         elif v.name in _SAME_DIMS or _broadcasts(o.shape, v.shape):
             out.append((o, align(dims, o.shape) if len(o.shape) <= len(dims) else dims))
     return [(o, d) for o, d in out if len(d) == len(o.shape)]
+
+
+def _picked(v: Value) -> tuple[Value, int] | None:
+    """The operand and the dim of `select`, and of an item of `unbind`."""
+    call = v.args["self"] if v.name == "getitem" else v
+    if not isinstance(call, Value) or call.name != ("unbind" if v.name == "getitem" else "select"):
+        return None
+    source = call.args["self"]
+    return source, call.args.get("dim", 0) % len(source.shape)
 
 
 def _kept_dims(source: Value, v: Value, dims: Dims) -> Dims:

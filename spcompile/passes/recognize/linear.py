@@ -11,9 +11,10 @@ the same q, k and M become one call, on `[v, 1]`. `linear_emit` writes the call.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
-from spcompile.passes.recognize import masks
+from spcompile.passes.recognize import chunks, masks
 from spcompile.passes.recognize.common import (
     Site,
     check_one_place,
@@ -22,43 +23,15 @@ from spcompile.passes.recognize.common import (
     same_tokens,
     source_of,
 )
-from spcompile.passes.recognize.dims import Atom, Dims, atoms_of, name_dims, resolve
+from spcompile.passes.recognize.dims import Atom, Dims, atoms_of, resolve
 from spcompile.passes.recognize.edit import Editor, Refused
 from spcompile.passes.recognize.linear_emit import emit
 from spcompile.passes.recognize.linear_form import Form
 from spcompile.passes.recognize.mask_weights import ONE, ZERO, Span, Table, Weights, multiplied
-from spcompile.passes.recognize.products import Factor, Mask, Term, peel, product_of, unfold
+from spcompile.passes.recognize.polynomials import affordable
+from spcompile.passes.recognize.products import Factor, Mask, Term, peel
+from spcompile.passes.recognize.unfold import terms_of
 from spcompile.passes.shadow import Shadow, Value
-
-# ---------------------------------------------------------------- reading one contraction
-
-
-def terms_of(v: Value) -> Iterator[tuple[Dims, Term]]:
-    """The ways to read `v` as a product: as it stands, or with one factor unfolded."""
-    probe = product_of(v, name_dims(v.shape))
-    if probe is None:
-        return
-    for n in range(-1, len(probe.factors)):
-        out = name_dims(v.shape)  # fresh atoms: a reading may split them
-        term = product_of(v, out)
-        assert term is not None
-        if n < 0:
-            if len(term.factors) >= 3:
-                yield out, term
-            continue
-        inner = unfold(term.factors[n].value, term.factors[n].dims)
-        if inner is None:
-            continue
-        yield (
-            out,
-            Term(
-                factors=[*term.factors[:n], *inner.factors, *term.factors[n + 1 :]],
-                scale=term.scale * inner.scale,
-                masks=inner.masks,
-                summed=term.summed + inner.summed,
-                path=term.path + inner.path,
-            ),
-        )
 
 
 class Reader:
@@ -102,6 +75,8 @@ class Reader:
     ) -> Form | str | None:
         o, r = set(atoms_of(out)), set(resolve(term.summed))
         aq, ak, av = q.atoms, k.atoms, val.atoms if val is not None else set()
+        if term.polynomial and not (q in term.pair and k in term.pair):
+            return None
         features, s = (r & aq & ak) - av, r & ak - aq
         rows = (o & aq) - ak - av
         mixed = _mixed(term, (q, k, val), s)
@@ -122,6 +97,9 @@ class Reader:
             return None
         if any(f.atoms & features for f in both) or any(features & set(atoms_of(m.dims)) for m in term.masks):
             return None
+        size = math.prod(a.size for a in features)
+        if term.polynomial and not affordable(size, term.polynomial, key.size):
+            return "the features of its polynomial are more than its tokens"
         weights = self._weights(term, both, t, key)
         if weights is None:
             looks = (term.masks or both) and val is not None and self._plausible(q, k, val, key)
@@ -148,6 +126,7 @@ class Reader:
             term.scale * weights.scale,
             term.path,
             dtype,
+            term.polynomial,
         )
 
     @staticmethod
@@ -183,6 +162,11 @@ class Reader:
         if pieces is None:
             return None
         return [Span(p.lo, p.hi, ONE if p.value else ZERO) for p in pieces]
+
+    def plausible(self, form: Form) -> bool:
+        """Whether its operands are activations."""
+        operands = [f for f in (form.q, form.k, form.v) if f is not None]
+        return all(not f.value.is_parameter and is_activation(f.value, self.active) for f in operands)
 
     def _plausible(self, q: Factor, k: Factor, v: Factor | None, s: Atom) -> bool:
         """Without a mask: all three are activations, and what k and v are summed over are tokens."""
@@ -235,18 +219,26 @@ def recognize(shadow: Shadow, editor: Editor, prover: masks.Prover) -> list[tupl
     """Rewrite every linear attention; (time, Site) of what was seen."""
     reader, sites = Reader(prover), []
     groups: dict[tuple, list[Form]] = {}
-    for v in [v for v in shadow.values if v.live and v.node is not None and v.dtype is not None]:
-        if not v.dtype.is_floating_point:  # type: ignore[union-attr]
-            continue
+    taken: set[Value] = set()
+    for v in _candidates(shadow):
+        joined = chunks.read(v, prover)
+        if joined is not None and reader.plausible(joined):
+            sites += _rewrite_group([joined], editor, taken)
+            taken.update(joined.interior() if joined.terminal in taken else ())
+    for v in [v for v in _candidates(shadow) if v not in taken]:
         form = reader.read(v)
         if isinstance(form, str):
             sites.append((v.time, Site("linear", "general", False, form, source_of(v.node), _name(v))))
         elif form is not None:
             groups.setdefault(form.signature(), []).append(form)
-    taken: set[Value] = set()
     for forms in groups.values():
         sites += _rewrite_group(forms, editor, taken)
     return sites
+
+
+def _candidates(shadow: Shadow) -> list[Value]:
+    found = [v for v in shadow.values if v.live and v.node is not None and v.dtype is not None]
+    return [v for v in found if v.dtype.is_floating_point]  # type: ignore[union-attr]
 
 
 def _name(v: Value) -> str:

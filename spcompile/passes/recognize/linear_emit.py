@@ -19,9 +19,17 @@ from torch import fx
 from spcompile.passes.recognize.dims import Atom
 from spcompile.passes.recognize.edit import Editor, Operand, Refused, Writer
 from spcompile.passes.recognize.linear_form import Form
+from spcompile.passes.recognize.mask_reals import Parity
 from spcompile.passes.recognize.mask_weights import ONE, ZERO, Side
 from spcompile.passes.recognize.products import Factor
 
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    sympy.exp: torch.exp,
+    sympy.log: torch.log,
+    sympy.Abs: torch.abs,
+    sympy.Pow: torch.pow,
+    Parity: torch.where,
+}
 Groups = tuple[tuple[Atom, ...], tuple[Atom, ...]]
 
 
@@ -58,6 +66,8 @@ def emit(form: Form, mates: list[Form], editor: Editor) -> fx.Node:
         values = w.call(torch.cat, [values, ones], -1)
     q4 = w.to(w.arrange(q, (*groups, (form.t,), form.features)), dtype)
     k4 = w.to(w.arrange(k, (*groups, (form.s,), form.features)), dtype)
+    if form.polynomial is not None:
+        q4, k4 = _powers(w, q4, form.polynomial), _powers(w, k4, tuple(bool(a) for a in form.polynomial))
     call = _run(w, form, decays, q4, k4, w.to(values, dtype))
     out = w.call(torch.narrow, call, -1, 0, width) if mates else call
     finished = [(form, node, out, 1.0)]
@@ -67,6 +77,23 @@ def emit(form: Form, mates: list[Form], editor: Editor) -> fx.Node:
     for done, n, x, factor in finished:
         _finish(done, n, x, factor, done.groups, editor)
     return call
+
+
+def _powers(w: Writer, x: fx.Node, a: tuple[float, ...]) -> fx.Node:
+    """[a_0, a_1 x, a_2 x (x) x] of x [..., K], without those whose a is 0."""
+    parts = []
+    for n, c in enumerate(a):
+        if not c:
+            continue
+        if n == 0:
+            p = w.call(torch.ones_like, w.call(torch.narrow, x, -1, 0, 1))
+        elif n == 1:
+            p = x
+        else:
+            square = w.call(torch.mul, w.call(torch.unsqueeze, x, -1), w.call(torch.unsqueeze, x, -2))
+            p = w.call(torch.flatten, square, -2)
+        parts.append(p if c == 1 else w.call(torch.mul, p, c))
+    return parts[0] if len(parts) == 1 else w.call(torch.cat, parts, -1)
 
 
 def _run(w: Writer, form: Form, decays: Decays, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
@@ -129,9 +156,11 @@ class Decays:
             for e in (side.step, side.rows, side.columns):
                 if not e.free_symbols <= set(form.table.named.values()):
                     raise Refused("its decay has a dim that it does not share")
+                if any(x.func not in _FUNCTIONS for x in e.atoms(sympy.Function) - e.atoms(AppliedUndef)):
+                    raise Refused("its decay has a function that is not followed")
                 for x in e.atoms(AppliedUndef):
                     self.operands[x] = self._look_up(x, editor, before)
-                if e.replace(lambda x: isinstance(x, AppliedUndef), lambda x: ONE).free_symbols:
+                if e.replace(lambda x: isinstance(x, (AppliedUndef, Parity)), lambda x: ONE).free_symbols:
                     raise Refused("its decay depends on positions in a way that is not followed")
 
     def _look_up(self, x: AppliedUndef, editor: Editor, before: fx.Node) -> tuple[Operand, int]:
@@ -163,6 +192,8 @@ class Decays:
             return float(e)
         if isinstance(e, AppliedUndef):
             return self._source(w, e)
+        if isinstance(e, Parity):
+            return self._parity(w, *e.args)
         args = [self.write(w, a) for a in e.args]
         if e.is_Add or e.is_Mul:
             fold: Callable[..., Any] = torch.add if e.is_Add else torch.mul
@@ -170,10 +201,15 @@ class Decays:
             for a in args[1:]:
                 out = _apply(w, fold, out, a)
             return out
-        functions = {sympy.exp: torch.exp, sympy.log: torch.log, sympy.Pow: torch.pow}
-        if e.func not in functions:
-            raise Refused("its decay has a function that is not followed")
-        return _apply(w, functions[e.func], *args)
+        return _apply(w, _FUNCTIONS[e.func], *args)
+
+    def _parity(self, w: Writer, base: sympy.Expr, position: sympy.Symbol) -> fx.Node:
+        size = (self.form.t if position == self.form.table.ctx.i else self.form.s).size
+        odd = w.reshape(w.call(torch.arange, size, device=w.device), (1, 1, size, 1))
+        odd = w.call(torch.eq, w.call(torch.remainder, odd, 2), 1)
+        flip = w.call(torch.logical_and, w.call(torch.lt, self.write(w, base), 0), odd)
+        one = w.number(1.0, self.dtype)
+        return w.call(torch.where, flip, w.call(torch.neg, one), one)
 
     def _source(self, w: Writer, e: AppliedUndef) -> fx.Node:
         operand, ahead = self.operands[e]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spcompile.passes.recognize.dims import Atom, Dims, atoms_of
+from spcompile.passes.recognize.dims import Atom, Dims, atoms_of, resolve
 from spcompile.passes.recognize.mask_weights import Table, Weights
 from spcompile.passes.recognize.products import Factor, peel
 from spcompile.passes.shadow import Value
@@ -36,10 +36,12 @@ class Form:
     scale: float
     path: list[Factor]
     dtype: torch.dtype | None
+    polynomial: tuple[float, ...] | None = None
+    """The scores' polynomial: a_n (q.k)^n, by power."""
 
     def batch(self) -> tuple[Atom, ...]:
         """In q's order, then what only k or v have."""
-        named = {self.t, self.s, *self.features, *self.values}
+        named = set(resolve((self.t, self.s, *self.features, *self.values)))
         seen: dict[Atom, None] = {}
         for f in (self.q, self.k, self.v):
             for a in atoms_of(f.dims) if f is not None else ():
@@ -56,13 +58,14 @@ class Form:
 
     def signature(self) -> tuple:
         """Equal for two forms whose q, k and decays are the same Values with the same roles."""
-        part = {self.t: "T", self.s: "S"} | dict.fromkeys(self.features, "K")
+        part = dict.fromkeys(resolve((self.t,)), "T") | dict.fromkeys(resolve((self.s,)), "S")
+        part |= dict.fromkeys(self.features, "K")
         part |= {a: f"B{n}" for n, a in enumerate(self.batch())}
         roots = [peel(f.value, f.dims) for f in (self.q, self.k)]
         named: list[tuple] = [(v, tuple((part[a], a.size) for a in atoms_of(d))) for v, d, _ in roots]
         if self.weights.decays:
             named += [(f.value, f.inverse, tuple(part[a] for a in atoms_of(f.dims))) for f in self.mixed]
-        return (self.weights.kind, *named)
+        return (self.weights.kind, self.polynomial, *named)
 
     @property
     def groups(self) -> tuple[tuple[Atom, ...], tuple[Atom, ...]]:

@@ -39,6 +39,15 @@ class Source:
     summed: int | None = None
 
 
+class Parity(sympy.Function):
+    """1, or -1 where the base (the first argument) is negative and the position (the second) is odd."""
+
+    nargs = 2
+
+    def _eval_power(self, exponent: sympy.Expr) -> sympy.Expr | None:
+        return sympy.Integer(1) if exponent.is_even else None
+
+
 class Reals:
     """Evaluates real-valued code over the symbols of one Context."""
 
@@ -203,18 +212,32 @@ def _exp(x: sympy.Expr) -> sympy.Expr:
 
 
 def _power(r: Reals, v: Value, index: Index) -> object:
-    """x ** n for an integer n; b ** x for a base that is positive and the same for all tokens."""
+    """x ** n for an integer n; b ** x for a base that is the same for all tokens."""
     base, exponent = v.args["self"], v.args["exponent"]
     e = r.operand(exponent, index)
     if isinstance(e, sympy.Integer):
         return _lifted(lambda x: x**e, r.operand(base, index))
-    if not isinstance(base, (int, float)) and not positive(base):
-        return None
     b = r.operand(base, index)
     if not isinstance(b, sympy.Expr) or b.free_symbols & r.tokens or (b.is_Number and b <= 0):
         return None
-    log = sympy.Float(math.log(b)) if b.is_Number else sympy.log(b)
-    return _lifted(lambda x: _exp(_product(log, x)), e)
+    if b.is_Number or positive(base):
+        log = sympy.Float(math.log(b)) if b.is_Number else sympy.log(b)
+        return _lifted(lambda x: _exp(_product(log, x)), e)
+    if e is None or not all(_whole(r, x) for x in leaves(e)):
+        return None
+    return _lifted(lambda x: _exp(_product(sympy.log(sympy.Abs(b)), x)) * _sign(b, x), e)
+
+
+def _whole(r: Reals, x: sympy.Expr) -> bool:
+    """Whether it is a sum of positions, whole numbers of each."""
+    terms = sympy.expand(x).as_coefficients_dict()
+    return x == 0 or all(s in r.tokens and c.is_Integer for s, c in terms.items())
+
+
+def _sign(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
+    """The sign of base ** exponent, for a base of any sign."""
+    terms = sympy.expand(exponent).as_coefficients_dict()
+    return sympy.Mul(*(Parity(base, s) for s, c in terms.items() if c % 2))
 
 
 def _selected(r: Reals, v: Value, index: Index) -> object:

@@ -3,10 +3,7 @@ lacks.
 
     out[atoms] = scale * sum_{summed} prod_n factor_n[atoms]
 
-`product_of` reads one contraction (matmul, bmm, einsum, a sum of a product, ...). `unfold` goes further back
-from one factor through whatever is linear in it (views, casts, scales, masks, running sums) to the
-contraction that made it. So `(q k^T * M) v`, `q (k^T v)`, `q . cumsum(k)` and a three-operand einsum all end
-in the same few factors.
+`product_of` reads one contraction (matmul, bmm, einsum, a sum of a product, ...); `unfold` goes further back.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from spcompile.passes.recognize.dims import Atom, Dims, align, atoms_of, back_through_view, name_dims, resolve
+from spcompile.passes.recognize.dims import Atom, Dims, align, atoms_of, back_through_view, name_dims
 from spcompile.passes.shadow import Value
 
 T = TypeVar("T")
@@ -59,6 +56,10 @@ class Term:
     masks: list[Mask] = field(default_factory=list)
     summed: list[Atom] = field(default_factory=list)
     path: list[Factor] = field(default_factory=list)
+    polynomial: tuple[float, ...] | None = None
+    """a_n, by power n, if it is sum_n a_n x^n of the product x of the first two factors."""
+    pair: list[Factor] = field(default_factory=list)
+    """Those two factors."""
     contracted: bool = False
     """Whether a contraction, sum or running sum was met: there was something to unfold."""
 
@@ -292,88 +293,6 @@ def scaled(v: Value) -> tuple[Value, float] | None:
     if c is not None and isinstance(b, Value) and b.shape == v.shape and v.name in ("mul", "multiply"):
         return b, c
     return None
-
-
-# ---------------------------------------------------------------- whatever is linear in one factor
-
-
-def unfold(v: Value, dims: Dims) -> Term | None:
-    """Go back from `v` through linear steps to the contraction that made it; None if none is met."""
-    at, at_dims, path = peel(v, dims)
-    term = _unfold_step(at, at_dims)
-    if term is not None:
-        term.path = [*path, Factor(at, at_dims), *term.path]
-    return term
-
-
-def _unfold_step(v: Value, dims: Dims) -> Term | None:
-    if (product := product_of(v, dims)) is not None:
-        if len(product.factors) == 1:  # a sum: what it sums may be a contraction itself
-            deeper = unfold(product.factors[0].value, product.factors[0].dims)
-            if deeper is not None:
-                deeper.summed += product.summed
-                return deeper
-        return product
-    if (sc := scaled(v)) is not None:
-        term = unfold(sc[0], dims)
-        if term is not None:
-            term.scale *= sc[1]
-        return term
-    if v.name in ("mul", "multiply", "div", "divide", "true_divide"):
-        return _unfold_product(v, dims)
-    if v.name == "cumsum":
-        return _unfold_cumsum(v, dims)
-    return _unfold_mask(v, dims)
-
-
-def _unfold_product(v: Value, dims: Dims) -> Term | None:
-    a, b = v.args["self"], v.args["other"]
-    if not isinstance(a, Value) or not isinstance(b, Value) or v.args.get("rounding_mode"):
-        return None
-    division = v.name not in ("mul", "multiply")
-    for spine, other in ((a, b), (b, a)):
-        if division and spine is b:
-            return None
-        term = unfold(spine, align(dims, spine.shape))
-        if term is not None:
-            term.factors.append(Factor(other, align(dims, other.shape), inverse=division))
-            return term
-    return None
-
-
-def _unfold_cumsum(v: Value, dims: Dims) -> Term | None:
-    """y_i = sum_{j <= i} x_j: a causal mask over a fresh atom."""
-    x, d = v.args["self"], v.args["dim"] % len(dims)
-    if len(resolve(dims[d])) != 1:
-        return None
-    fresh = name_dims((v.shape[d],))[0]
-    inner = dims[:d] + (fresh,) + dims[d + 1 :]
-    term = unfold(x, inner) or Term([Factor(x, inner)], contracted=True)
-    term.masks.append(Mask("tril", (dims[d], fresh)))
-    term.summed += list(fresh)
-    return term
-
-
-def _unfold_mask(v: Value, dims: Dims) -> Term | None:
-    """masked_fill(x, m, 0), where(m, x, 0), where(m, 0, x), tril(x), triu(x)."""
-    x, mask = v.args.get("self"), None
-    if v.name == "masked_fill" and scalar(v.args["value"]) == 0:
-        m = v.args["mask"]
-        mask = Mask("value", align(dims, m.shape), m, complement=True)
-    elif v.name == "where" and v.overload != "default":
-        m, a, b = v.args["condition"], v.args["self"], v.args["other"]
-        if is_zero(b):
-            x, mask = a, Mask("value", align(dims, m.shape), m)
-        elif is_zero(a):
-            x, mask = b, Mask("value", align(dims, m.shape), m, complement=True)
-    elif v.name in ("tril", "triu"):
-        mask = Mask(v.name, dims[-2:], diagonal=v.args.get("diagonal", 0))
-    if mask is None or not isinstance(x, Value) or x.shape != v.shape:
-        return None
-    term = unfold(x, dims)
-    if term is not None:
-        term.masks.append(mask)
-    return term
 
 
 def is_zero(x: object) -> bool:
