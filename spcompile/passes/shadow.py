@@ -19,6 +19,7 @@ So two reads that may differ are never the same Value, which is what recognizers
 from __future__ import annotations
 
 import operator
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -136,9 +137,10 @@ class _Builder:
         self.writes: dict[int, list[Write]] = {}
         self.storages = _Storages()
         self.reads: dict[tuple, Value] = {}
+        self.last_reads: dict[fx.Node, tuple[int, Value]] = {}
         self.scope_runs: dict[fx.GraphModule, int] = {}
         self.input_storage: dict[int, int] = {}
-        self.seen = 0
+        self.seen: fx.Node | None = None
         self.time = 0
         self.roots: list[Value] = []
         self.written_values: list[tuple[int, Value]] = []
@@ -161,9 +163,9 @@ class _Builder:
 
     def new_nodes(self) -> list[fx.Node]:
         """The ATen nodes made since the last call, in order."""
-        nodes = list(self.tracer().graph.nodes)
-        new, self.seen = nodes[self.seen :], len(nodes)
-        return new
+        nodes = list(takewhile(lambda a: a is not self.seen, reversed(self.tracer().graph.nodes)))
+        self.seen = nodes[0] if nodes else self.seen
+        return nodes[::-1]
 
     @staticmethod
     def tracer() -> Any:
@@ -261,17 +263,17 @@ class _Builder:
         made, t = self.value_of[n], n.meta.get("val")
         if not isinstance(t, torch.Tensor) or not self.writes:
             return made
-        later = [w for w in self.writes.get(self.storages.key(t), ()) if w.time > made.time]
-        if not later:
+        writes = self.writes.get(self.storages.key(t))
+        if not writes or writes[-1].time <= made.time:
             return made
-        if later[-1].geometry == _geometry(t):
-            return later[-1].value
-        key = (n, later[-1].time)
+        if writes[-1].geometry == _geometry(t):
+            return writes[-1].value
+        key = (n, writes[-1].time)
         if key not in self.reads:
-            self.reads[key] = self.reread(n, made, t, later)
+            self.reads[key] = self.reread(n, made, t, writes)
         return self.reads[key]
 
-    def reread(self, n: fx.Node, made: Value, t: torch.Tensor, later: list[Write]) -> Value:
+    def reread(self, n: fx.Node, made: Value, t: torch.Tensor, writes: list[Write]) -> Value:
         source = n.args[0] if n.args and isinstance(n.args[0], fx.Node) else None
         if made.name in VIEWS and source is not None and isinstance(n.target, OpOverload):
             now = self.read(source)
@@ -280,8 +282,13 @@ class _Builder:
                 return self.add(
                     Value(made.name, args, made.shape, made.dtype, made.overload, self.time, fake=t)
                 )
-        held = {"held": made} | {str(w.time): w.value for w in later}
-        return self.opaque(t, held, None)
+        # What it held when it was last read, and what has been written since: of T slots, one each time.
+        since, before = self.last_reads.get(n, (made.time, made))
+        held = {"held": before}
+        held |= {str(w.time): w.value for w in takewhile(lambda w: w.time > since, reversed(writes))}
+        value = self.opaque(t, held, None)
+        self.last_reads[n] = (writes[-1].time, value)
+        return value
 
     # ---- the end
 
