@@ -51,6 +51,11 @@ from torch._ops import HigherOrderOperator, OpOverload
 # The command builds its model of fake tensors, which allocate nothing.
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+# The two calls by which Dynamo writes autocast into its graph: what replaces a loop under autocast has its
+# casts written out, and switches autocast off around itself.
+from torch.amp.autocast_mode import _enter_autocast as enter_autocast
+from torch.amp.autocast_mode import _exit_autocast as exit_autocast
+
 # A collective names its group by text, and no public function gives the group of a name.
 from torch.distributed.distributed_c10d import _resolve_process_group as resolve_process_group
 
@@ -78,6 +83,8 @@ __all__ = [
     "default_partition",
     "detect_fake_mode",
     "differentiable",
+    "enter_autocast",
+    "exit_autocast",
     "flash_attention_cpu",
     "flash_attention_cpu_backward",
     "get_proxy_mode",

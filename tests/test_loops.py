@@ -232,7 +232,7 @@ def test_autocast(name: str) -> None:
     sample = SAMPLES[name]
     args = [x.detach().float().requires_grad_() for x in operands(sample)]
     with torch.autocast("cpu", torch.bfloat16):
-        # Where the loop, or the op's backward, has matmuls, they round to 8 bits what they are given and give.
+        # Where the loop, or the op's backward, has matmuls, they round what they take and give to 8 bits.
         seen = see(sample, *args, tol=1e-6 if name == "gated_states" else 0.1)
     assert tuple(k for k, _ in seen.rewritten) == sample.kinds
 

@@ -55,7 +55,7 @@ def recognize(shadow: Shadow, editor: Editor) -> list[tuple[int, Site]]:
                 sites.append((loop.body[0].time, Site("loop", "causal", False, str(why), source, name)))
             continue
         taken.append((run.start, run.stop))
-        for kind in kinds or ["loop"]:
+        for kind in kinds:
             sites.append((loop.body[0].time, Site(kind, "causal", True, "", source, node)))
     return sites
 

@@ -33,8 +33,8 @@ class Emission:
         self.evaluator = Evaluator(loop.steps, invariant, calls, like, _runs_down(loop))
         self.reader = Reader(loop, self.evaluator.given.__contains__)
         self.finals: dict[Family, Tensor] = {}
-        self.kinds: list[str] = []
-        self.why: Refused | None = None
+        self.carries = False
+        """Whether a state is carried from step to step."""
 
     def solve(self, families: Sequence[Family], last: Sequence[Family]) -> None:
         """Solve the states that these families need: for all steps, or just in the last.
@@ -54,6 +54,7 @@ class Emission:
             self.reader.memo.clear()
 
     def _solve(self, group: list[Carry], roots: list[Family]) -> None:
+        self.carries = True
         like = group[0].family.like
         if like.dtype is None or not like.dtype.is_floating_point or like.fake is None:
             raise Refused("its state is not a tensor of floats")
@@ -64,21 +65,19 @@ class Emission:
         if len(group) == 1:
             try:
                 found, final = named.attention(layout, group[0], initial[0], roots)
-            except Refused as why:
-                self.why = why
+            except Refused:
+                pass  # some other affine recurrence, or none
             else:
                 for family, readout in found.items():
                     self.evaluator.given[family] = readout
                 self.evaluator.given[group[0]] = _Missing()
                 self.finals[group[0].family] = final
-                self.kinds.append("linear")
                 return
         followed = any(self.reader.carries(r) & set(group) for r in roots)
         found_states = scans.scan(layout, group, initial, followed)
         for carry, (before, final) in zip(group, found_states, strict=True):
             self.evaluator.given[carry] = before if before is not None else _Missing()
             self.finals[carry.family] = final
-        self.kinds.append("loop" if found_states[0][0] is None else "scan")
 
     def _initial(self, carry: Carry) -> Tensor | None:
         if is_zero(carry.initial):

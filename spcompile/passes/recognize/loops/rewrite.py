@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from spcompile._torch import make_fx
+from spcompile._torch import enter_autocast, exit_autocast, make_fx
 from spcompile.passes.recognize.edit import Editor, Refused, Writer
 from spcompile.passes.recognize.loops.emission import Emission
 from spcompile.passes.recognize.loops.families import Family, Progress
+from spcompile.passes.recognize.loops.merge import merge
 from spcompile.passes.recognize.loops.surroundings import Slots, Stacked, Step, Surroundings, Want
 from spcompile.passes.shadow import Value
 
 __all__ = ["rewrite"]
+
+_OPS = torch.ops.spcompile
 
 
 def rewrite(around: Surroundings, editor: Editor) -> tuple[list[str], str]:
@@ -41,6 +44,8 @@ class _Traced:
         self.fakes: dict[fx.Node, Tensor] = {}
         self.calls = {v: a for a, v in around.shadow.value_of.items()}
         self.kinds: list[str] = []
+        """Of the scans that stand in for it, in order."""
+        self.carries = False
         self.autocast = next((v for v in around.loop.body if v.autocast), None)
         """A Value that was computed under autocast: the casts are explicit in what is emitted."""
 
@@ -53,7 +58,7 @@ class _Traced:
         families = [f for f in self.around.loop.families.values() if isinstance(f, Family)]
         if not any(isinstance(x, Progress) for f in families for x in f.args.values()):
             raise Refused("its steps take no parts by a running index")
-        if not self.kinds and (len(self.around.wants) == 0 or _attends(families)):
+        if not self.carries and (len(self.around.wants) == 0 or _attends(families)):
             raise Refused("its steps are attention of their own")
 
     @contextmanager
@@ -72,7 +77,9 @@ class _Traced:
 
         with self._tracing():
             self.graph = make_fx(run, tracing_mode="real")(*self.fakes.values()).graph
-        _tidy(self.graph)
+        merge(self.graph)
+        names = {_OPS.linear_attention.default: "linear", _OPS.affine_scan.default: "scan"}
+        self.kinds = [names[n.target] for n in self.graph.nodes if n.target in names] or ["loop"]
         if any(n.op == "get_attr" for n in self.graph.nodes):
             raise Refused("it makes constants of its own")
         if sum("detach" in str(n.target) for n in self.graph.nodes) and not any(
@@ -106,8 +113,7 @@ class _Traced:
             else:
                 whole += [p[0] for p in want.pieces if isinstance(p, tuple)]
         emission.solve(whole, last)
-        self.kinds = emission.kinds
-        self.why = emission.why
+        self.carries = emission.carries
         return [x for want, _, _ in self.around.wants for x in self._wanted(want, emission, invariant)]
 
     def _wanted(self, want: Want, emission: Emission, invariant: Any) -> list[Tensor]:
@@ -181,7 +187,7 @@ class _Traced:
                     name = new.name
         if enter is not None:
             with graph.inserting_before(self.first):
-                graph.call_function(torch.amp.autocast_mode._exit_autocast, (enter,))
+                graph.call_function(exit_autocast, (enter,))
         fresh = iter(results)
         for want, node, users in self.around.wants:
             self._stand_in(want, node, users, fresh)
@@ -197,7 +203,7 @@ class _Traced:
         device = self.autocast.fake.device.type
         with self.first.graph.inserting_before(self.first):
             given = (device, torch.get_autocast_dtype(device), False, None)
-            return self.first.graph.call_function(torch.amp.autocast_mode._enter_autocast, given)
+            return self.first.graph.call_function(enter_autocast, given)
 
     def _stand_in(self, want: Want, node: fx.Node, users: list[fx.Node], results: Iterator[fx.Node]) -> None:
         order = {n: i for i, n in enumerate(node.graph.nodes)}
@@ -221,20 +227,6 @@ class _Traced:
             else:
                 pieces.append(writer.call(torch.unsqueeze, p, want.dim) if want.new_dim else p)
         return pieces[0] if len(pieces) == 1 else writer.call(torch.cat, pieces, want.dim)
-
-
-def _tidy(graph: fx.Graph) -> None:
-    """Drop the views of a trace that change nothing, and what is dead. (All of it only computes.)"""
-    views = (torch.ops.aten.view.default, torch.ops.aten.expand.default, torch.ops.aten.permute.default)
-    for n in graph.nodes:
-        if n.target not in views:
-            continue
-        source, wanted = n.args[0], list(n.args[1])
-        rank = len(source.meta["val"].shape)
-        same = list(range(rank)) if n.target is views[2] else list(source.meta["val"].shape)
-        if wanted == same:
-            n.replace_all_uses_with(source)
-    graph.eliminate_dead_code()
 
 
 def _attends(families: Sequence[Family]) -> bool:
