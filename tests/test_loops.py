@@ -193,6 +193,30 @@ def test_a_buffer_that_is_written_again_later() -> None:
     assert see(fn, *_two()).rewritten == [("scan", "causal")]
 
 
+def test_two_views_of_a_result_that_is_written_later() -> None:
+    def fn(x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.zeros_like(x[:, 0])
+        for t in range(T):
+            h = 0.5 * h + x[:, t]
+            seen = h.view(-1)
+        h.mul_(2)
+        return h * 1, seen * 1
+
+    assert not see(fn, torch.randn(B, T, 4, dtype=torch.float64)).rewritten
+
+
+def test_a_step_that_is_written_before_all_are_stacked() -> None:
+    def fn(x: Tensor) -> Tensor:
+        h, outs = torch.zeros_like(x[:, 0]), []
+        for t in range(T):
+            h = 0.5 * h + x[:, t]
+            outs.append(h)
+        outs[3].add_(1)
+        return torch.stack(outs, 1)
+
+    see(fn, torch.randn(B, T, 4, dtype=torch.float64))
+
+
 def test_gradients_switched_off_inside() -> None:
     def fn(x: Tensor, a: Tensor) -> Tensor:
         h, outs = torch.zeros_like(x[:, 0]), []

@@ -82,6 +82,7 @@ class Surroundings:
         self._find_users()
         for node in self.stacks:
             self.wants.append((self._stack(node), node, []))
+        self._check_aliases()
         return self
 
     def _graph(self) -> fx.Graph:
@@ -186,6 +187,15 @@ class Surroundings:
         outside = any(u not in self.inside for u in r.node.users)
         if outside and any(w.time > r.end for w in writes):
             raise Refused("a tensor that it returns is written later")
+
+    def _check_aliases(self) -> None:
+        """What stands in for two views of one tensor is two tensors: neither may be written later."""
+        seen: set[int] = set()
+        for _, node, _ in self.wants:
+            storages = set(self.shadow.records[node].storages)
+            if storages & seen and self.shadow.written_after(tuple(storages), self.end):
+                raise Refused("a tensor that it returns is written later")
+            seen |= storages
 
     def _slots(self, base: fx.Node, fake: torch.Tensor, writes: list[Write]) -> Slots:
         found = [self.loop.family_of(w.value) for w in writes]
