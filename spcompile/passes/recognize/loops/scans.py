@@ -52,10 +52,13 @@ def _shifted(layout: Layout, carry: Carry, initial: Tensor | None) -> tuple[Batc
     """A state that is all new in each step: the step before is the row before."""
     b = layout.evaluator.value(carry.family)
     x = b.x if b.batched else b.x.unsqueeze(0).expand(layout.evaluator.steps, *b.x.shape)
-    first = torch.zeros_like(x[:1]) if initial is None else initial.unsqueeze(0)
-    if layout.evaluator.reverse:
-        return Batch(torch.cat([x[1:], first]), True), x[0]
-    return Batch(torch.cat([first, x[:-1]]), True), x[-1]
+    back = layout.evaluator.reverse
+    rows, final = (x[1:], x[0]) if back else (x[:-1], x[-1])
+    if initial is None:  # a pad is realigned by a halo, where a concatenation is gathered
+        pad = [0, 0] * (x.dim() - 1) + ([0, 1] if back else [1, 0])
+        return Batch(torch.nn.functional.pad(rows, pad), True), final
+    first = initial.unsqueeze(0).to(x.dtype)
+    return Batch(torch.cat([rows, first] if back else [first, rows]), True), final
 
 
 def _sum(layout: Layout, terms: Sequence[Product], groups: Sequence[tuple[Atom, ...]]) -> Batch | None:
