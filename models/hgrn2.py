@@ -3,7 +3,7 @@
     S_t = Diag(f_t) S_{t-1} + (1 - f_t)^T v_t        o_t = q_t S_t        f_t = b + (1 - b) sigmoid(g(x_t))
 
 The lower bounds b, learned, grow with the depth, so that deep layers forget slowly: b of layer l is the sum
-of a softmax over the layers before it. Written token by token.
+of a softmax over the layers before it. Written token by token, on log f as the authors' code is.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from models import frame
 from models.frame import CausalConfig, RMSNorm, merge_heads, split_heads
 
 
-def hgrn2(q: Tensor, forget: Tensor, v: Tensor) -> Tensor:
-    """The recurrence above: q, forget [B, H, T, K], v [B, H, T, V] -> [B, H, T, V]."""
+def hgrn2(q: Tensor, log_forget: Tensor, v: Tensor) -> Tensor:
+    """The recurrence above: q, log_forget [B, H, T, K], v [B, H, T, V] -> [B, H, T, V]."""
     B, H, T, K = q.shape
     state = torch.zeros(B, H, K, v.shape[-1], dtype=q.dtype, device=q.device)
     outs = []
     for t in range(T):
-        f = forget[:, :, t, :, None]
+        f = log_forget[:, :, t, :, None].exp()
         state = f * state + (1 - f) * v[:, :, t, None, :]
         outs.append(torch.einsum("bhk,bhkv->bhv", q[:, :, t], state))
     return torch.stack(outs, dim=2)
@@ -45,7 +45,7 @@ class HGRN2(nn.Module):
         shares = self.bounds.softmax(0)
         lower = shares[: self.layer].sum(0)
         forget = lower + (1 - lower) * torch.sigmoid(self.forget(x))
-        q, f, v = (split_heads(y, self.size) for y in (F.silu(self.query(x)), forget, self.value(x)))
+        q, f, v = (split_heads(y, self.size) for y in (F.silu(self.query(x)), forget.log(), self.value(x)))
         return self.out(self.norm(merge_heads(hgrn2(q, f, v))))
 
 

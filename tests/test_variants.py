@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import models
+from spcompile.attention.variants import VARIANTS as TABLE
+from spcompile.traffic import rows, transfers
 from tests.proof import Eager, Joint, capture, eager
 
 SHAPE = {"vocab": 20, "hidden": 8, "heads": 2, "kv_heads": 1, "mlp": 12}
@@ -16,9 +18,6 @@ VARIANTS = [
     *("rwkv6", "deltanet", "gated_deltanet", "kda", "based", "rebased"),
 ]
 LENGTH = 7  # no multiple of the ranks
-
-# Whose decay is no exp of anything, so that its recurrence is scanned as it stands.
-SCANS = {"hgrn2"}
 
 
 @functools.lru_cache(maxsize=1)
@@ -38,7 +37,27 @@ def case(name: str, pattern: str) -> tuple[Eager, Joint]:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_is_eager(name: str, pattern: str, ranks: int) -> None:
     expected, joint = case(name, pattern)
-    kinds = {"L": "scan" if name in SCANS else "linear", "N": "softmax"}
+    kinds = {"L": "linear", "N": "softmax"}
     found = [s.kind for s in joint.sites if s.rewritten and s.kind != "loop"]
     assert found == [kinds[p] for p in pattern]
     assert expected.error(*joint.run(ranks, nan_padding=True)) <= 1e-9
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_crosses_ranks(name: str) -> None:
+    """One all-gather of summaries each way per layer, by the formula; besides it halos, losses, gradients.
+
+    ``grows`` is False where the formula gives the bytes that are sent and has no length in it.
+    """
+    torch.manual_seed(0)
+    model = models.get(f"{name}:tiny", **SHAPE, pattern="L", layers=1)()
+    module, _ = capture(model, model.example_inputs(seq=16, batch=2)).shard(4)
+    crossing = rows((t, 1) for t in transfers(module.graph, 4))
+    states = [c for c in crossing if c.purpose.startswith("linear")]
+    row = TABLE[name]
+    sent = "(K V+K K)" if row.delta else "(K V+D)" if row.decay in ("scalar", "diagonal") else "K V"
+    expected = ("all_gather", 1, f"(P-1) B H {sent} w", False)
+    assert [(c.op, c.count, c.formula, c.grows) for c in states] == [expected] * 2
+    assert [c.phase for c in states] == ["forward", "backward"]
+    for c in crossing:
+        assert c in states or c.op == "all_reduce" or c.purpose.startswith("halo of"), c
