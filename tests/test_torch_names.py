@@ -151,6 +151,8 @@ CALLED = {
     "compile_fx": ["model_", "example_inputs_", "config_patches"],
     "default_partition": ["joint_module", "_joint_inputs", "num_fwd_outputs"],
     "detect_fake_mode": ["inputs"],
+    "enter_autocast": [],
+    "exit_autocast": ["mode"],
     "differentiable": [],
     "FakeTensorMode": ["allow_non_fake_inputs", "shape_env"],
     "get_proxy_mode": [],

@@ -80,6 +80,9 @@ class _Traced:
         merge(self.graph)
         names = {_OPS.linear_attention.default: "linear", _OPS.affine_scan.default: "scan"}
         self.kinds = [names[n.target] for n in self.graph.nodes if n.target in names] or ["loop"]
+        size = len(self.graph.nodes) + 3 * len(self.around.wants)
+        if not self.carries and size >= len(self.around.nodes):  # and re-rolling comes to an end
+            raise Refused("its steps are shorter written out")
         if any(n.op == "get_attr" for n in self.graph.nodes):
             raise Refused("it makes constants of its own")
         if sum("detach" in str(n.target) for n in self.graph.nodes) and not any(
