@@ -1,4 +1,4 @@
-"""Linear attention that is not causal, as libraries write it: normalised, or softmax over the tokens."""
+"""Linear attention that is not causal, as libraries write it: normalised, or by a softmax over tokens."""
 
 from __future__ import annotations
 
