@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from recognition import INF, B, D, H, T, future, see, spelling
 from torch import Tensor
 
@@ -104,6 +106,17 @@ def base_two(q, k, v, g, s):
     decay = torch.exp2((n.unsqueeze(-1) - n) * -s.view(-1, 1, 1)) * n.unsqueeze(-1).ge(n)
     a = torch.einsum("bhqd,bhkd,hqk->bhqk", q * D**-0.5, k, decay)
     return torch.einsum("bhqk,bhkd->bhqd", a, v)
+
+
+@spelling(CONSTANT, "causal with decay")
+def fla_retention(q, k, v, g, s):
+    """fla's naive_retention, in float64."""
+    heads, length, size = q.shape[1:]
+    s = (1 - q.new_tensor(2.0).pow(-5.0 - q.new_tensor(range(heads)))).log2()
+    n = q.new_tensor(range(length))
+    n = torch.exp2((n.unsqueeze(-1) - n) * s.view(-1, 1, 1)) * n.unsqueeze(-1).ge(n)
+    s = torch.einsum("bhqd,bhkd,hqk->bhqk", q * size**-0.5, k, n.to(q.dtype))
+    return torch.einsum("bhqk,bhkd->bhqd", s, v)
 
 
 @spelling(CONSTANT, "causal with decay")
@@ -403,3 +416,49 @@ def gates_between_pairs(q, k, v, g, s):
 def test_look_alikes_are_left(name: str) -> None:
     seen = see(LEFT[name], *operands())
     assert not seen.calls("linear_attention"), seen.sites
+
+
+# ---------------------------------------------------------------- random programs
+
+# What is a decay, or with a mask of the past becomes one.
+EXPONENTS = {
+    "0 * i": True, "c_i - c_j": True, "2 * (c_i - c_j)": True, "s * (c_i - c_j)": True, "f_i - f_j": True,
+    "s * (j - i)": True, "(j - i) / 3": True, "c_i - c_j + g_j": True, "segsum(g).masked_fill(i < j, 0.0)": True,
+    "f_i - f_j + s": True,
+    "(s / 2) * (f_i - f_j)": True,
+    "c_j - c_i": True, "s * (i - j)": True, "c_i - f_j": False, "g_i + g_j": False, "f_i * c_j": False,
+    "s * (i - j) ** 2 / -9": False, "c_i - c_j + f_i": False,
+}  # fmt: skip
+WRAPPERS = [
+    "e.tril({d}).exp().tril({d})", "e.masked_fill(i - j < -({d}), -INF).exp()", "e.exp() * (i - j >= -({d}))",
+    "torch.where(i + {d} >= j, e.exp(), 0.0)", "e.triu({d}).exp().triu({d})",
+    "e.exp().masked_fill(j > i + {d}, 0)",
+    "torch.exp(e) * torch.ones(T, T).double().tril({d}) / 3", "e.exp()",
+]  # fmt: skip
+
+
+SOURCE = """
+def fn(q, k, v, g, s):
+    i, j = torch.arange(T, dtype=g.dtype)[:, None], torch.arange(T, dtype=g.dtype)
+    s, c, f = s.view(-1, 1, 1), g.cumsum(-1), (3 * g).cos()
+    c_i, c_j, f_i, f_j = c[..., None], c[..., None, :], f[..., None], f[..., None, :]
+    g_i, g_j = g[..., None], g[..., None, :]
+    e = {first} + {second}
+    return (q @ k.mT * {wrapper}) @ v
+"""
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(
+    st.sampled_from(sorted(EXPONENTS)),
+    st.sampled_from(sorted(EXPONENTS)),
+    st.sampled_from(WRAPPERS),
+    st.sampled_from([-1, 0, 0, 1]),
+)
+def test_whatever_is_found_is_equal(first: str, second: str, wrapper: str, diagonal: int) -> None:
+    scope = {"torch": torch, "INF": INF, "T": T, "segsum": segsum}
+    program = SOURCE.format(first=first, second=second, wrapper=wrapper.format(d=diagonal))
+    exec(program, scope)
+    seen = see(scope["fn"], *operands())
+    if EXPONENTS[first] and EXPONENTS[second] and "tril" in wrapper and diagonal <= 0:
+        assert seen.calls("linear_attention"), (program, seen.sites)

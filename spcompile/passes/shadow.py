@@ -329,6 +329,8 @@ class _Interpreter(fx.Interpreter):
         _believe_dynamo(n, result, begin)
         if n.target is torch.tensor and n.args and isinstance(n.args[0], (bool, int, float)):
             result.name, result.args = "literal", {"value": n.args[0]}
+        if n.target is torch.tensor and n.args and isinstance(n.args[0], range):
+            _be_arange(result, n.args[0])
         if n.op == "placeholder":
             _mark_input(n, result)
         tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
@@ -398,3 +400,9 @@ def is_pure(n: fx.Node) -> bool:
     if target.overloadpacket.__name__ == "scaled_dot_product_attention":
         return args.get("dropout_p", 0.0) == 0
     return args.get("p") == 0 or args.get("train") is False
+
+
+def _be_arange(result: Value, numbers: range) -> None:
+    """A tensor of a Python range is an `arange`."""
+    result.name, result.overload = "arange", "start_step"
+    result.args = {"start": numbers.start, "end": numbers.stop, "step": numbers.step, "dtype": result.dtype}
