@@ -398,6 +398,22 @@ def decay_of_the_scores(q, k, v, g, s):
 
 
 @left
+def part_of_a_longer_sum(q, k, v, g, s):
+    """A decay too, but its sum is not over the tokens alone."""
+    c = F.pad(g, (1, 0), value=-0.3).cumsum(-1)[..., 1:]
+    return ((q @ k.mT) * (c[..., None] - c[..., None, :]).tril().exp().tril()) @ v
+
+
+@left
+def log_linear(q, k, v, g, s):
+    """A weight per level of a tree over the tokens, beside the decay."""
+    c = g.cumsum(-1)
+    decay = (c[..., None] - c[..., None, :]).tril().exp().tril()
+    level = (torch.arange(T)[:, None] ^ torch.arange(T)).double().add(1).log2().floor()
+    return ((q @ k.mT) * decay * torch.where(level > 1, per_head(s), 1.0)) @ v
+
+
+@left
 def stick_breaking(q, k, v, g, s):
     z = q @ k.mT
     log = F.logsigmoid(-z).tril(-1)
@@ -425,9 +441,8 @@ EXPONENTS = {
     "0 * i": True, "c_i - c_j": True, "2 * (c_i - c_j)": True, "s * (c_i - c_j)": True, "f_i - f_j": True,
     "s * (j - i)": True, "(j - i) / 3": True, "c_i - c_j + g_j": True,
     "segsum(g).masked_fill(i < j, 0.0)": True,
-    "f_i - f_j + s": True,
-    "(s / 2) * (f_i - f_j)": True,
-    "c_j - c_i": True, "s * (i - j)": True, "c_i - f_j": False, "g_i + g_j": False, "f_i * c_j": False,
+    "f_i - f_j + s": True, "(s / 2) * (f_i - f_j)": True, "c_j - c_i": True, "s * (i - j)": True,
+    "c_i - f_j": False, "g_i + g_j": False, "f_i * c_j": False,
     "s * (i - j) ** 2 / -9": False, "c_i - c_j + f_i": False,
 }  # fmt: skip
 WRAPPERS = [

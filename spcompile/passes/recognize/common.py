@@ -22,7 +22,8 @@ class Site:
     kind: str
     """"softmax", "linear", or of a recurrence "scan" or "loop"."""
     mask: str
-    """"all", "causal", "general" (a mask that stays data), or "causal and general"."""
+    """"all", "causal", "general" (a mask that stays data), or "causal and general"; of a linear one also
+    "reversed" and "bidirectional", "strictly" where a token does not see itself, and "with decay"."""
     rewritten: bool
     reason: str
     """Why it was left as it is; empty if it was rewritten."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import sympy
@@ -169,6 +170,8 @@ class Decays:
         if found is None or source.summed is not None:
             raise Refused("its decay is made of entries that are not followed")
         dims, ahead = found
+        if abs(ahead) > 1 or source.value.shape != tuple(prod(a.size for a in d) for d in dims):
+            raise Refused("its decay is made of a part of a tensor")
         return editor.operand(Factor(source.value, dims), before), ahead
 
     def log(self, w: Writer, side: Side) -> fx.Node | None:

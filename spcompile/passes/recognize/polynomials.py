@@ -14,21 +14,24 @@ _FEW = 1024
 
 Coefficients = tuple[float, ...]
 """By power, from 0."""
+Known = dict[Value, tuple[Value, Coefficients]]
+_DEEP = 16  # steps back: more than any polynomial of scores has
 
 
 def polynomial(v: Value) -> tuple[Value, Coefficients] | None:
     """(s, a) where `v` is sum_n a_n s^n of one Value s elementwise, n <= 2; None if it is only c s."""
-    base, a = _read(v)
+    base, a = _read(v, {})
     return (base, a) if any(x for n, x in enumerate(a) if n != 1) else None
 
 
 def between(v: Value, base: Value) -> list[Value]:
     """What was computed on the way from the base to the polynomial, itself left out."""
     found: dict[Value, None] = {}
+    known: Known = {}
     todo = [x for x in v.operands() if x is not base]
     while todo:
         x = todo.pop()
-        if x not in found and x.shape == v.shape and _read(x)[0] is base:
+        if x not in found and x.shape == v.shape and _read(x, known)[0] is base:
             found[x] = None
             todo += [y for y in x.operands() if y is not base]
     return list(found)
@@ -45,29 +48,39 @@ def affordable(size: int, a: Coefficients, tokens: int) -> bool:
     return features(size, a) <= max(_FEW, tokens)
 
 
-def _read(v: Value) -> tuple[Value, Coefficients]:
-    whole: tuple[Value, Coefficients] = (v, (0.0, 1.0))
+def _read(v: Value, known: Known, depth: int = 0) -> tuple[Value, Coefficients]:
+    """`v` as a polynomial of one Value, which at last is itself."""
+    if v not in known:
+        found = _step(v, known, depth + 1) if depth < _DEEP else None
+        known[v] = found or (v, (0.0, 1.0))
+    return known[v]
+
+
+def _step(v: Value, known: Known, depth: int) -> tuple[Value, Coefficients] | None:
     if (source := same_values(v)) is not None:
-        return _read(source)
+        return _read(source, known, depth)
     if (found := scaled(v)) is not None:
-        base, a = _read(found[0])
+        base, a = _read(found[0], known, depth)
         return base, tuple(found[1] * x for x in a)
     if v.name == "square" or (v.name == "pow" and scalar(v.args.get("exponent")) == 2):
         x = v.args["self"]
-        return _times(_read(x), _read(x)) or whole if isinstance(x, Value) and x.shape == v.shape else whole
+        if not isinstance(x, Value) or x.shape != v.shape:
+            return None
+        p = _read(x, known, depth)
+        return _times(p, p)
     if v.name in ("mul", "multiply", "add", "sub", "subtract", "rsub") and v.args.get("alpha", 1) == 1:
-        return _of_two(v) or whole
-    return whole
+        return _of_two(v, known, depth)
+    return None
 
 
-def _of_two(v: Value) -> tuple[Value, Coefficients] | None:
+def _of_two(v: Value, known: Known, depth: int) -> tuple[Value, Coefficients] | None:
     """A sum, a difference or a product of polynomials of one Value, or of one and a number."""
     x, y = v.args["self"], v.args["other"]
     if v.name == "rsub":
         x, y = y, x
     if any(isinstance(z, Value) and scalar(z) is None and z.shape != v.shape for z in (x, y)):
         return None
-    parts = [None if scalar(z) is not None else _read(z) for z in (x, y)]
+    parts = [None if scalar(z) is not None else _read(z, known, depth) for z in (x, y)]
     base = next((p[0] for p in parts if p is not None), None)
     if base is None:
         return None
