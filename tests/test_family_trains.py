@@ -1,0 +1,43 @@
+"""Every model of models/ trains on the demo's text, sharded, beside unsharded eager: equal curves.
+
+`python -m demo.family` does the same with real processes and Inductor, for more steps.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import models
+from demo import compare, text
+from spcompile.simulate import simulated
+
+STEPS, LENGTH, RANKS = 6, 24, 2
+
+
+def losses(model: nn.Module, batches: list[Tensor], backend: object = None) -> list[float]:
+    run = model if backend is None else torch.compile(model, backend=backend)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+    found = []
+    for ids in batches:
+        loss = run(ids, labels=ids)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_curves_are_equal(name: str) -> None:
+    batches = text.batches(text.read(None), LENGTH, STEPS, 0)
+    curves = []
+    for backend in (None, simulated(RANKS)):
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        curves.append(losses(models.get(name, pattern="LN", layers=2)(), batches, backend))
+    gap, step = compare.furthest(*curves)
+    assert gap <= compare.ALL, f"the losses differ by {gap:.1e} at step {step + 1}"
+    assert curves[0][-1] < curves[0][0]
