@@ -30,7 +30,7 @@ def losses(model: nn.Module, batches: list[Tensor], backend: object = None) -> l
     return found
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", [n for n in models.names() if n.endswith(":tiny")])
 def test_curves_are_equal(name: str) -> None:
     batches = text.batches(text.read(None), LENGTH, STEPS, 0)
     curves = []
