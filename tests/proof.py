@@ -134,6 +134,7 @@ def capture(model: nn.Module, inputs: Mapping[str, Any], recognize: bool = True)
         )
         return compile_joint(gm, example)
 
+    torch._dynamo.reset()  # all of models/ is one frame's code, and Dynamo gives up on code compiled often
     library.watch()
     try:
         torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(**inputs)

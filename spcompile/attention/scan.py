@@ -21,9 +21,8 @@ def _check(a: Tensor | None, b: Tensor, initial: Tensor | None, matrix: bool) ->
         raise ValueError(f"affine_scan: b {list(b.shape)}, expected [..., steps, K, V]")
     if matrix and (a is None or a.shape != (*b.shape[:-1], b.shape[-2])):
         raise ValueError(f"affine_scan: a is {a if a is None else list(a.shape)}, b {list(b.shape)}")
-    if a is not None and torch.broadcast_shapes(a.shape, b.shape if not matrix else a.shape) != (
-        a.shape if matrix else b.shape
-    ):
+    sizes = zip(a.shape, b.shape) if a is not None and a.dim() == b.dim() else [(0, 1)]
+    if a is not None and not matrix and any(x not in (1, y) for x, y in sizes):
         raise ValueError(f"affine_scan: a {list(a.shape)} does not broadcast to b {list(b.shape)}")
     state = (*b.shape[:-3], *b.shape[-2:])
     if initial is not None and initial.shape != state:
