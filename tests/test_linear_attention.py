@@ -212,6 +212,14 @@ def test_scan_opcheck(name: str) -> None:
     torch.library.opcheck(spc.affine_scan, (*leaves, matrix))
 
 
+def test_states_are_contiguous_whatever_the_operands_are() -> None:
+    """As the fake promises: a triangular solve gives its results column by column."""
+    for name in SCANS:
+        a, b, initial, matrix = scan_operands(name)
+        for result in spc.affine_scan(a, b.mT.contiguous().mT, initial.mT.contiguous().mT, matrix):
+            assert result.is_contiguous()
+
+
 @pytest.mark.parametrize("kind", ["linear_llama3", "gated_deltanet", "gla"])
 def test_variants_under_inductor(kind: str) -> None:
     x, options = draw(KINDS[kind] if kind in KINDS else VARIANTS[kind], 1, 2, 70, 4, 5), Options(True, 0.3)
