@@ -52,8 +52,14 @@ def _parts(keys: int, rows: int, causal: bool, first_row: int) -> list[tuple[int
 
 
 def _widened(x: Tensor, size: int) -> Tensor:
-    """Pad the head dim with zeros, which change nothing: the kernel wants keys and values of one size."""
-    return F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x
+    """Pad the head dim with zeros, which change nothing: the kernel wants keys and values of one size.
+
+    It also takes the head dim's stride to be 1 without looking, and reads beside the tensor where it is not;
+    Inductor chooses layouts freely, and a user's transposed view has such strides too.
+    """
+    if x.shape[-1] < size:
+        return F.pad(x, (0, size - x.shape[-1]))
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _mask_part(mask: Tensor | None, start: int, stop: int, dtype: torch.dtype) -> Tensor | None:
