@@ -58,7 +58,7 @@ def _widened(x: Tensor, size: int) -> Tensor:
     Inductor chooses layouts freely, and a user's transposed view has such strides too.
     """
     if x.shape[-1] < size:
-        return F.pad(x, (0, size - x.shape[-1]))
+        x = F.pad(x, (0, size - x.shape[-1]))  # keeps channels last
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -1,0 +1,151 @@
+"""Every operator means the same for operands of any strides: Inductor chooses them as it likes.
+
+PyTorch's fused kernels do not all look at the strides that they are given: one of them once read beside the
+queries, in compiled code only, for the layouts that one graph in ten has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import spcompile
+from spcompile.attention import softmax
+import spcompile.rules.scans  # noqa: F401 (registers an operator)
+from spcompile.kernels.linear.chunked import Operands, Options
+from tests.threads import close
+from tests.variants import KINDS, cotangents, draw, options_of
+
+spc = torch.ops.spcompile
+
+
+@pytest.fixture(autouse=True)
+def _second_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh memory is NaN, and operators that read their rank are rank 1."""
+    monkeypatch.setattr(softmax, "current_rank", lambda group: 1)
+    mode = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(mode)
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+def attention(mask: Tensor | None, values: int = 4) -> tuple[Any, ...]:
+    """q of 6 tokens, k and v of 12: the operands of rank 1 of 2."""
+    return normal(2, 4, 6, 4), normal(2, 2, 12, 4), normal(2, 2, 12, values), mask
+
+
+def softmax_backward(operator: Any, own: tuple[Any, ...], *options: Any) -> tuple[Any, ...]:
+    out, lse = operator(*own, *options)
+    return normal(*out.shape), *own, out, lse, *options
+
+
+def masks() -> dict[str, Tensor | None]:
+    additive = normal(2, 4, 6, 12)
+    return {"no mask": None, "bool": additive > -0.5, "additive": additive, "one row": additive[:, :1, :1]}
+
+
+WHOLE, LOCAL = (True, 0.3), (0.3, "group", 6)
+
+
+def softmax_samples(operator: str, *options: Any) -> list[tuple[Any, ...]]:
+    operands = [attention(m) for m in masks().values()] + [attention(None, 7)]
+    if not operator.endswith("_backward"):
+        return [(*own, *options) for own in operands]
+    forward = getattr(spc, operator.removesuffix("_backward"))
+    return [softmax_backward(forward, own, *options) for own in operands]
+
+
+def linear() -> list[tuple[Operands, Options]]:
+    rows = [
+        (draw(v, 2, 2, 70, 4, 5), options_of(v, reverse)) for v in KINDS.values() for reverse in (False, True)
+    ]
+    (basic,) = (v for v in KINDS.values() if v.decay == "none" and not v.delta)
+    return [*rows, (draw(basic, 2, 2, 9, 4, 5, initial=False), options_of(basic)._replace(causal=False))]
+
+
+def linear_backward(x: Operands, o: Options) -> tuple[Any, ...]:
+    grad, grad_final = cotangents(x)
+    return grad, grad_final if o.causal else None, *x, *o
+
+
+def scans() -> list[tuple[Any, ...]]:
+    shapes = {False: (2, 9, 3, 4), True: (2, 9, 3, 3)}
+    return [(normal(*a), normal(2, 9, 3, 4), normal(2, 3, 4), matrix) for matrix, a in shapes.items()]
+
+
+SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
+    "softmax_attention": lambda: softmax_samples("softmax_attention", *WHOLE),
+    "softmax_attention_backward": lambda: softmax_samples("softmax_attention_backward", *WHOLE),
+    "local_softmax_attention": lambda: softmax_samples("local_softmax_attention", *LOCAL),
+    "local_softmax_attention_backward": lambda: softmax_samples("local_softmax_attention_backward", *LOCAL),
+    "linear_attention": lambda: [(*x, *o) for x, o in linear()],
+    "linear_attention_backward": lambda: [linear_backward(x, o) for x, o in linear()],
+    "affine_scan": scans,
+    "reverse_cumsum": lambda: [(normal(2, 9, 3), 1)],
+}
+"""Arguments of each operator that takes tensors."""
+
+
+def relaid(x: Tensor, order: list[int], gap: int) -> Tensor:
+    """``x`` with its dims laid out in ``order``, and ``gap`` entries of garbage between neighbours."""
+    order = [d for d in order if d < x.dim()]
+    shape = [x.shape[d] for d in order]
+    room = torch.full((*shape, gap), 7.0).to(x.dtype)
+    room[..., 0] = x.permute(order)
+    return room[..., 0].permute([order.index(d) for d in range(x.dim())])
+
+
+def tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [x for x in result if x.numel()]
+
+
+def check(
+    operator: Callable[..., Any], arguments: tuple[Any, ...], relay: Callable[[Tensor], Tensor]
+) -> None:
+    """As for contiguous operands, and with the strides that the fake promises to the compiler."""
+    moved = tuple(relay(x) if isinstance(x, Tensor) else x for x in arguments)
+    found, wanted = tensors(operator(*moved)), tensors(operator(*arguments))
+    with FakeTensorMode() as mode:
+        promised = tensors(operator(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in moved)))
+    for x, y, fake in zip(found, wanted, promised, strict=True):
+        close(x, y, 1e-12)
+        assert (x.shape, x.stride(), x.dtype) == (fake.shape, fake.stride(), fake.dtype)
+
+
+def test_every_operator_has_samples() -> None:
+    source = "".join(p.read_text() for p in Path(spcompile.__file__).parent.rglob("*.py"))
+    assert {*SAMPLES, "rank"} == set(re.findall(r'custom_op\("spcompile::(\w+)"', source))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_operators_take_any_strides(name: str) -> None:
+    operator, rows = getattr(spc, name), SAMPLES[name]()
+
+    @settings(max_examples=12, deadline=None)
+    @given(st.data())
+    def any_layout(data: st.DataObject) -> None:
+        arguments = rows[data.draw(st.integers(0, len(rows) - 1))]
+        order = st.permutations(range(5))
+        check(operator, arguments, lambda x: relaid(x, data.draw(order), data.draw(st.integers(1, 2))))
+
+    any_layout()
+
+
+@pytest.mark.parametrize("gap", [1, 2])
+@pytest.mark.parametrize("name", SAMPLES)
+def test_operators_take_reversed_strides(name: str, gap: int) -> None:
+    for arguments in SAMPLES[name]():
+        check(getattr(spc, name), arguments, lambda x: relaid(x, [4, 3, 2, 1, 0], gap))
