@@ -59,6 +59,20 @@ def train() -> dict[str, Any]:
     return {"errors": errors, "graphs": len(texts), "same_text": all(t == texts for t in everyone)}
 
 
+def delta() -> dict[str, Any]:
+    """A delta rule on both sides of a softmax layer, one step through Inductor.
+
+    Inductor lays these queries out with the head dim outermost: a kernel that overlooks strides fails here.
+    """
+    torch.manual_seed(0)
+    net = models.get("deltanet:tiny", **SHAPE, pattern="LNL", layers=3)().double()
+    inputs = batch(33)
+    expected = eager(net, inputs)
+    loss = torch.compile(net, backend="spcompile")(**inputs)
+    loss.backward()
+    return {"error": expected.error(loss.detach(), {n: p.grad for n, p in net.named_parameters()})}
+
+
 def waits() -> dict[str, Any]:
     """Inductor's code for a causal linear layer: what stands between each gather and its wait."""
     from torch._inductor.utils import run_and_get_code
@@ -121,7 +135,7 @@ def _error(run: Callable[[], object]) -> dict[str, Any]:
     return {"error": None, "seconds": time.monotonic() - start}
 
 
-_CASES = (train, waits, other_shape_at_once, other_shape_later, other_model, mesh_of_two_axes)
+_CASES = (train, delta, waits, other_shape_at_once, other_shape_later, other_model, mesh_of_two_axes)
 CASES = {f.__name__: f for f in _CASES}
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import spcompile
+import spcompile.rules.scans  # registers an operator
 from spcompile.attention import softmax
-import spcompile.rules.scans  # noqa: F401 (registers an operator)
 from spcompile.kernels.linear.chunked import Operands, Options
 from tests.threads import close
 from tests.variants import KINDS, cotangents, draw, options_of

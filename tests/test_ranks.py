@@ -50,6 +50,13 @@ def test_training_and_inference_are_eager(ranks: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+def test_delta_rules_around_a_softmax_layer_are_eager() -> None:
+    for result in run_ranks("delta", 2):
+        assert result["error"] <= 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_wait_comes_after_the_intra_chunk_products() -> None:
     """One gather forward and one backward; matrix products stand between each and its wait."""
     for order in run_ranks("waits", 2)[0]["codes"]:
