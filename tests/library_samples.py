@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spcompile.library.table import TABLE
-from tests.third_party import fla_naive, load, transformers_function
+from tests.third_party import fla_naive, load, transformers_function, transformers_module
 
 __all__ = ["SAMPLES", "Sample"]
 
@@ -95,6 +95,36 @@ def _() -> list[Sample]:
 @_sample(*_rows("chunk_kimi_delta_attention"), *_rows("recurrent_kimi_delta_attention"))
 def _() -> list[Sample]:
     return _hf_delta(channel=True, groups=1)
+
+
+class _EmptyCache:
+    """Holds no state, and keeps none: a sample is run more than once."""
+
+    def get_linear_cache(self, layer: int) -> None:
+        return None
+
+    def set_linear_cache(self, layer: int, state: Tensor) -> None:
+        assert state.dim() == 4
+
+
+@_sample(*_rows("MiniMaxLightningAttention.forward"))
+def _() -> list[Sample]:
+    """Whole blocks and not, fewer tokens than a block, a mask, a cache, more arguments; buffers of its own."""
+    config = transformers_module("minimax", "configuration").MiniMaxConfig(
+        hidden_size=16, num_attention_heads=4, head_dim=4, num_hidden_layers=4, block_size=16
+    )
+    torch.manual_seed(0)
+    layer = transformers_module("minimax").MiniMaxLightningAttention(config, 1)
+    with torch.no_grad():
+        layer.key_decay.mul_(0.9)
+    more: list[dict[str, Any]] = [
+        {"attention_mask": None},
+        {"attention_mask": (torch.arange(T) < T - 5).expand(B, T)},
+        {"attention_mask": None, "past_key_values": _EmptyCache(), "use_cache": True, "position_ids": None},
+    ]
+    rest = {"self": layer, "position_embeddings": None}
+    whole = [Sample({"hidden_states": _random(B, T, 16)}, rest | m) for m in more]
+    return whole + [Sample({"hidden_states": _random(B, t, 16)}, rest | more[0]) for t in (1, 7, 37)]
 
 
 def _ssd(x: str, groups: int, length: int = T) -> dict[str, Tensor]:

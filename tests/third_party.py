@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import operator
 import os
 import sys
 import warnings
@@ -41,7 +42,8 @@ def transformers_module(model: str, kind: str = "modeling") -> Any:
 
 
 def transformers_function(model: str, name: str) -> Callable[..., Any]:
-    return getattr(transformers_module(model), name)
+    """A function, or a class's method by its dotted name."""
+    return operator.attrgetter(name)(transformers_module(model))
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 import warnings
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spcompile import _torch
-from spcompile.library.row import Row, parameters
+from spcompile.library.row import Row, digest, parameters
 
 __all__ = ["Status", "UnknownVersion", "known", "register", "substitute", "watch"]
 
@@ -32,14 +33,14 @@ class Status:
     problem: str
 
 
-_KNOWN: dict[int, Status] = {}
-# Dynamo finds a substitution by the id of the function: none of them may die.
-_ALIVE: list[Any] = []
+_KNOWN: list[Status] = []
+# The functions that were looked at, by their ids. Dynamo finds a substitution by that: none of them may die.
+_SEEN: dict[int, Any] = {}
 
 
 def known() -> list[Status]:
     """The functions of imported libraries that were found so far, registered or not."""
-    return list(_KNOWN.values())
+    return list(_KNOWN)
 
 
 def register() -> None:
@@ -49,12 +50,12 @@ def register() -> None:
         UnknownVersion: a function has other parameters than we know. It is left alone.
     """
     for name, module, row in _imported():
-        function = vars(module).get(row.name)
-        if not isinstance(function, types.FunctionType) or id(function) in _KNOWN:
+        owner, function = _find(module, row.name)
+        if not isinstance(function, types.FunctionType) or id(function) in _SEEN:
             continue
-        problem = _register(row, function)
-        _KNOWN[id(function)] = Status(row, name, problem)
-        _ALIVE.append(function)
+        problem = _register(row, function) if owner is module else _replace(row, owner, function)
+        _KNOWN.append(Status(row, name, problem))
+        _SEEN.update((id(f), f) for f in (function, _find(module, row.name)[1]))
         if problem:
             warnings.warn(f"spcompile: {name}.{row.name} is left alone: {problem}", UnknownVersion, 2)
 
@@ -95,6 +96,13 @@ def _imported() -> Iterator[tuple[str, types.ModuleType, Row]]:
             yield name, module, row
 
 
+def _find(module: types.ModuleType, name: str) -> tuple[Any, Any]:
+    """What defines the function (a class or the module), and the function, if they are there."""
+    owner, _, last = name.rpartition(".")
+    place = vars(module).get(owner) if owner else module
+    return place, None if place is None else vars(place).get(last)
+
+
 def _end(file: str) -> str:
     """The last two parts of a path, under which the table lists its rows."""
     return "/".join(file.replace("\\", "/").rsplit("/", 2)[-2:])
@@ -129,6 +137,26 @@ def _register(row: Row, function: types.FunctionType) -> str:
     return ""
 
 
+def _replace(row: Row, owner: type, function: types.FunctionType) -> str:
+    """Give a class a method that is the adapter in Dynamo and the library's own everywhere else.
+
+    Dynamo does not ask for substitutions where it calls a module's ``forward``. What is the matter if the
+    method is not one that we know.
+    """
+    if not _fits(function, row.signature):
+        return f"its parameters are ({', '.join(parameters(function))}), expected ({row.signature})"
+    if digest(function) not in row.sources:
+        return "its code is not that of a version that spcompile knows"
+    traceable = substitute(row, function)
+
+    @functools.wraps(function)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return (traceable if torch.compiler.is_dynamo_compiling() else function)(*args, **kwargs)
+
+    setattr(owner, function.__name__, method)
+    return ""
+
+
 def _fits(function: Callable[..., Any], signature: str) -> bool:
     expected, found = parameters(signature), parameters(function)
     return list(expected) == list(found) and all(_same(found[n], expected[n]) for n in found)
@@ -157,6 +185,7 @@ def substitute(row: Row, fallback: Callable[..., Any]) -> Callable[..., Any]:
     """What Dynamo traces in place of the row's function: its adapter where that knows all the arguments."""
     defaults, taken, free, adapter = row.defaults, row.taken, row.free, row.adapter
     order = tuple(parameters(row.signature))
+    any_other = "**kwargs" in free
     start = dict(row.fixed)
     start.update((a, defaults[n]) for n, a in taken.items() if defaults[n] is not _EMPTY)
 
@@ -167,7 +196,9 @@ def substitute(row: Row, fallback: Callable[..., Any]) -> Callable[..., Any]:
         for name, value in given.items():
             if name in taken:
                 mapped[taken[name]] = value
-            elif name not in free and (name not in defaults or not _is_default(value, defaults[name])):
+            elif name in free or (any_other and name not in defaults):
+                continue
+            elif name not in defaults or not _is_default(value, defaults[name]):
                 return fallback(*args, **kwargs)
         result = adapter(**mapped)
         return fallback(*args, **kwargs) if result is None else result

@@ -1,10 +1,11 @@
-"""Rows of transformers: the functions in plain PyTorch that it falls back to without a library of kernels."""
+"""Rows of transformers: what it computes in plain PyTorch, mostly where it has no library of kernels."""
 
 from __future__ import annotations
 
 import torch
 
 from spcompile.library.delta import delta_rule
+from spcompile.library.lightning import minimax
 from spcompile.library.mamba import selective_scan, ssd
 from spcompile.library.row import Row
 
@@ -65,9 +66,19 @@ def _mamba(model: str) -> Row:
     return Row(_module(model), "mamba_selective_scan", _SELECTIVE, selective_scan, names, free=free)
 
 
+_MINIMAX = Row(
+    _module("minimax"),
+    "MiniMaxLightningAttention.forward",
+    "self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs",
+    minimax,
+    free=frozenset({"position_embeddings", "**kwargs"}),
+    sources=("8fdb279575f866ac",),
+)
+
 ROWS = [
     *(row for m in ("olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_next", "qwen4_exp") for row in _gated(m)),
     *(row for m in ("bailing_hybrid", "glm5_next", "kimi_linear") for row in _kimi(m)),
     *map(_mamba2, ("bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2")),
     *map(_mamba, ("falcon_mamba", "jamba", "mamba", "zamba")),
+    _MINIMAX,
 ]
