@@ -46,7 +46,7 @@ def task(args: argparse.Namespace, **fields: Any) -> dict[str, Any]:
     shared = {name: getattr(args, name) for name in names}
     # At 3e-3 the loss spikes, and a spike multiplies float32's rounding a thousandfold in a few steps.
     # A demo of equality trains where training is stable.
-    return shared | {"lr": 5e-4, "warmup": 20} | fields
+    return shared | {"lr": 5e-4, "warmup": 20, "dtype": "float32"} | fields
 
 
 def train(console: Console, label: str, work: dict[str, Any]) -> list[Report]:

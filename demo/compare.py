@@ -1,10 +1,11 @@
-"""Are two loss curves equal to float32 noise? And a picture of them."""
+"""Are two loss curves equal to the noise of their dtype? And a picture of them."""
 
 from __future__ import annotations
 
 import csv
 from pathlib import Path
 
+# Bounds for float32.
 # Before the first optimizer step both runs hold the same weights: only the order of sums differs, a few times
 # the 1.2e-7 relative rounding of float32.
 FIRST = 2e-6
@@ -12,6 +13,9 @@ FIRST = 2e-6
 # Each optimizer step then feeds that rounding back into the weights. Unsharded Inductor, which differs from
 # eager in rounding alone, was 3e-6 away after 80 steps; one wrong token in 2048 is about 1e-3 away.
 ALL = 5e-5
+
+# In float64, rounding starts half a billion times smaller, and training has that much room to multiply it.
+EXACT = 1e-9
 
 
 def furthest(a: list[float], b: list[float]) -> tuple[float, int]:
@@ -21,18 +25,19 @@ def furthest(a: list[float], b: list[float]) -> tuple[float, int]:
     return largest, gaps.index(largest)
 
 
-def verdict(eager: list[float], ranks: list[list[float]]) -> str | None:
+def verdict(eager: list[float], ranks: list[list[float]], dtype: str = "float32") -> str | None:
     """Why the curves of the ranks do not equal eager's; None if they do."""
+    at_first, at_all = (FIRST, ALL) if dtype == "float32" else (EXACT, EXACT)
     if any(losses != ranks[0] for losses in ranks):
         rank, losses = next((r, x) for r, x in enumerate(ranks) if x != ranks[0])
         gap, step = furthest(losses, ranks[0])
         return f"ranks 0 and {rank} differ from each other, by {gap:.1e} at step {step + 1}"
     first = abs(eager[0] - ranks[0][0]) / abs(eager[0])
-    if not first <= FIRST:
-        return f"the first loss is off by a relative {first:.1e}; float32 noise is below {FIRST:.0e}"
+    if not first <= at_first:
+        return f"the first loss is off by a relative {first:.1e}; {dtype} noise is below {at_first:.0e}"
     gap, step = furthest(eager, ranks[0])
-    if not gap <= ALL:
-        return f"the losses differ by {gap:.1e} at step {step + 1}; float32 noise stays below {ALL:.0e}"
+    if not gap <= at_all:
+        return f"the losses differ by {gap:.1e} at step {step + 1}; {dtype} noise stays below {at_all:.0e}"
     if not eager[-1] < eager[0]:
         return f"the curves agree, but the loss did not fall: {eager[0]:.3f} to {eager[-1]:.3f}"
     return None

@@ -32,7 +32,7 @@ def train(work: dict[str, Any]) -> dict[str, Any]:
     equal optimizers stay equal.
     """
     torch.manual_seed(work["seed"])
-    model = models.get(work["model"], pattern=work["pattern"])()
+    model = models.get(work["model"], pattern=work["pattern"])().to(getattr(torch, work["dtype"]))
     steps = work["steps"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=work["lr"])
     windows = text.batches(text.read(work["text"]), work["length"], steps, work["seed"])
