@@ -1,6 +1,6 @@
 """Train every model of the family beside unsharded eager and compare: `python -m demo.family --help`.
 
-In float64: some of these models multiply a rounding of 1e-7 to 1e-3 within twenty steps (gates, RWKV-6), eager
+In float64: some of these models (GLA, RWKV-6) multiply a rounding of 1e-7 to 1e-3 within twenty steps, eager
 beside eager too, and float32 curves that part there say nothing about who is wrong.
 """
 

@@ -109,7 +109,7 @@ class _EmptyCache:
 
 @_sample(*_rows("MiniMaxLightningAttention.forward"))
 def _() -> list[Sample]:
-    """Whole blocks and not, fewer tokens than a block, a mask, a cache, more arguments; buffers of its own."""
+    """Whole blocks and not, fewer tokens than a block, a mask, a cache, more arguments; its own buffers."""
     config = transformers_module("minimax", "configuration").MiniMaxConfig(
         hidden_size=16, num_attention_heads=4, head_dim=4, num_hidden_layers=4, block_size=16
     )

@@ -1,4 +1,4 @@
-"""The adapter for lightning attention as transformers' MiniMax writes it: a module with a loop over blocks."""
+"""The adapter for lightning attention as transformers' MiniMax writes it: a module that loops over blocks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def minimax(
     The tokens behind the last one are zeros, and their rows are cut off.
 
     Returns:
-        the layer's output [B, T, C], and the state after token T [B, H, D, D], which goes into the cache, too.
+        the layer's output [B, T, C], and the state after token T [B, H, D, D], which the cache gets, too.
     """
     if past_key_values is not None and past_key_values.get_linear_cache(self.layer_idx) is not None:
         return None
