@@ -33,11 +33,13 @@ class Partial:
 
 @dataclass(frozen=True)
 class Shard:
-    """Dim ``dim``, seen as [outer, length, inner], holds the sequence; a rank has ``block`` of its positions.
+    """Dim ``dim``, seen as [outer, length], holds the sequence; a rank has ``block`` of its positions.
 
-    Element i of the sequence stands at position start + i. ``outer`` and ``inner`` are what a view merged
-    into the dim ([B, T] -> [B * T] has outer = B). A local tensor's dim has outer * block * inner entries;
-    those at positions outside [start, start + length) are padding.
+    Element i of the sequence stands at position start + i. ``outer`` is what a view merged into the dim from
+    before ([B, T] -> [B * T] has outer = B). What it merged from behind makes the positions finer ([T, H] ->
+    [T * H] is a sequence of T * H, in blocks of H times as many), and a view into chunks makes them coarser:
+    the ranks' parts stay the same memory. A local tensor's dim has outer * block entries; those at positions
+    outside [start, start + length) are padding.
     """
 
     dim: int
@@ -45,10 +47,9 @@ class Shard:
     block: int
     start: int = 0
     outer: int = 1
-    inner: int = 1
 
     def __str__(self) -> str:
-        merged = f", outer={self.outer}" * (self.outer > 1) + f", inner={self.inner}" * (self.inner > 1)
+        merged = f", outer={self.outer}" * (self.outer > 1)
         shifted = f", start={self.start}" * (self.start != 0)
         return f"Shard({self.dim}, {self.length}/{self.block}{merged}{shifted})"
 
@@ -78,7 +79,7 @@ Placement = Replicate | Shard | Partial
 
 def same_blocks(a: Shard, b: Shard) -> bool:
     """Whether two placements of a tensor differ by a shift at most."""
-    return (a.dim, a.block, a.outer, a.inner) == (b.dim, b.block, b.outer, b.inner)
+    return (a.dim, a.block, a.outer) == (b.dim, b.block, b.outer)
 
 
 def local_shape(shape: tuple[int, ...], placement: Placement) -> tuple[int, ...]:
@@ -86,8 +87,8 @@ def local_shape(shape: tuple[int, ...], placement: Placement) -> tuple[int, ...]
     if not isinstance(placement, Shard):
         return tuple(shape)
     dim = placement.dim
-    assert shape[dim] == placement.outer * placement.length * placement.inner, (shape, placement)
-    return (*shape[:dim], placement.outer * placement.block * placement.inner, *shape[dim + 1 :])
+    assert shape[dim] == placement.outer * placement.length, (shape, placement)
+    return (*shape[:dim], placement.outer * placement.block, *shape[dim + 1 :])
 
 
 def reshape_shard(shard: Shard, source: tuple[int, ...], target: tuple[int, ...]) -> Shard | None:
@@ -95,15 +96,19 @@ def reshape_shard(shard: Shard, source: tuple[int, ...], target: tuple[int, ...]
 
     Row-major order makes the flat index (o * T + t) * I + i, with O entries of o before the sequence and I of
     i after. A target dim with b entries before it and a after it holds the sequence whole iff b divides O and
-    a divides I. A sequence of length 1 could be any dim of length 1, so it is never matched.
+    I / a times as many positions are a whole number, of the sequence and of each rank: fewer where a view
+    cuts the sequence into chunks (which the blocks must be multiples of), more where it merges dims into it.
+    A sequence of length 1 could be any dim of length 1, so it is never matched.
     """
     if shard.length <= 1:
         return None
     before = prod(source[: shard.dim]) * shard.outer
-    after = shard.inner * prod(source[shard.dim + 1 :])
+    after = prod(source[shard.dim + 1 :])
     for dim, size in enumerate(target):
-        outer, cut_outer = divmod(before, max(prod(target[:dim]), 1))
-        inner, cut_inner = divmod(after, max(prod(target[dim + 1 :]), 1))
-        if not cut_outer and not cut_inner and size == outer * shard.length * inner:
-            return replace(shard, dim=dim, outer=outer, inner=inner)
+        outer, cut = divmod(before, max(prod(target[:dim]), 1))
+        behind = max(prod(target[dim + 1 :]), 1)
+        scaled = [divmod(x * after, behind) for x in (shard.length, shard.block, shard.start)]
+        (length, _), (block, _), (start, _) = scaled
+        if not cut and not any(rest for _, rest in scaled) and size == outer * length and length > 1:
+            return Shard(dim, length, block, start, outer)
     return None

@@ -223,7 +223,7 @@ def _formula(t: Transfer) -> tuple[str, dict[str, int]]:
     shape, mark = p.shapes[0], next((x for x in (p.have, p.want, p.mark) if isinstance(x, Shard)), None)
     if mark is None:
         return f"{factor} N w", values | {"N": t.elements}
-    rest = prod(shape[: mark.dim] + shape[mark.dim + 1 :]) * mark.outer * mark.inner
+    rest = prod(shape[: mark.dim] + shape[mark.dim + 1 :]) * mark.outer
     values |= {"N": rest, "b": mark.block}
     if isinstance(p.have, Shard) and isinstance(p.want, Shard) and t.elements < rest * mark.block:
         return f"{factor} N w", values | {"N": t.elements}

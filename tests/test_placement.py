@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from fractions import Fraction
 from math import prod
 
 import pytest
@@ -30,13 +31,13 @@ def sharded(
 ) -> tuple[tuple[int, ...], Shard, int]:
     """A shape, how one of its dims is sharded, and over how many ranks."""
     ranks, length = draw(st.integers(1, 5)), draw(st.integers(1, longest))
-    outer, inner = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (1, 3), (2, 2)]))
+    outer, unit = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (1, 3), (2, 2)]))
     block = -(-length // ranks) + draw(st.integers(0, 2))
     room = max(ranks * block - length, 0)
     start = draw(st.integers(0 if whole else -1, room if whole else room + 1)) if shifted else 0
     before, after = (draw(st.lists(st.integers(1, 3), max_size=2)) for _ in range(2))
-    shape = (*before, outer * length * inner, *after)
-    return shape, Shard(len(before), length, block, start, outer, inner), ranks
+    shape = (*before, outer * length * unit, *after)
+    return shape, Shard(len(before), length * unit, block * unit, start * unit, outer), ranks
 
 
 # ------------------------------------------------------------------------------------------------ the algebra
@@ -63,7 +64,7 @@ def test_what_a_shard_holds(case):
 
 def _sequence_index(shape: tuple[int, ...], shard: Shard) -> Tensor:
     """For every entry of a tensor, its index in the sequence."""
-    own = torch.arange(shape[shard.dim]) // shard.inner % shard.length
+    own = torch.arange(shape[shard.dim]) % shard.length
     return own.reshape([-1 if d == shard.dim else 1 for d in range(len(shape))]).expand(shape)
 
 
@@ -74,27 +75,50 @@ def _factorizations(size: int, parts: int) -> list[tuple[int, ...]]:
     return [(d, *rest) for d in divisors for rest in _factorizations(size // d, parts - 1)]
 
 
+def _homes(shape: tuple[int, ...], shard: Shard) -> Tensor:
+    """For every entry of a tensor, the rank that holds it, and its number among what stands before it."""
+    index = _sequence_index(shape, shard)
+    rank = torch.div(index + shard.start, shard.block, rounding_mode="floor")
+    runs = torch.arange(shape[shard.dim]) // shard.length
+    runs = runs.reshape([-1 if d == shard.dim else 1 for d in range(len(shape))]).expand(shape)
+    ahead = shape[: shard.dim]
+    first = torch.arange(prod(ahead)).reshape(*ahead, *[1] * (len(shape) - shard.dim)).expand(shape)
+    return torch.stack([rank, first * shard.outer + runs]).reshape(2, -1)
+
+
 @quick
 @given(sharded(), st.data())
 def test_a_view_keeps_the_sequence_or_cuts_it(case, data):
     shape, shard, _ = case
     target = data.draw(st.sampled_from(_factorizations(prod(shape), data.draw(st.integers(1, 4)))))
-    index = _sequence_index(shape, shard).reshape(target)
     found = reshape_shard(shard, shape, target)
-    # Every way in which a dim of the target might be seen as [outer, length, inner], tried by enumeration.
+    # Every way in which a dim of the target might be seen as [outer, length], in blocks of any size.
     right = {
-        (dim, outer, inner)
+        candidate
         for dim, size in enumerate(target)
-        for outer, length, inner in _factorizations(size, 3)
-        if length == shard.length > 1
-        and torch.equal(_sequence_index(target, Shard(dim, length, 1, 0, outer, inner)), index)
+        for outer, length in _factorizations(size, 2)
+        if shard.length > 1 < length
+        for ratio in [Fraction(length, shard.length)]
+        if (ratio * shard.block).denominator == (ratio * shard.start).denominator == 1
+        for candidate in [Shard(dim, length, int(ratio * shard.block), int(ratio * shard.start), outer)]
+        if torch.equal(_homes(target, candidate), _homes(shape, shard))
     }
     if found is None:
         assert not right
     else:
-        assert {(found.dim, found.outer, found.inner)} == right
-        assert (found.length, found.block, found.start) == (shard.length, shard.block, shard.start)
+        assert found in right
         assert reshape_shard(found, target, shape) == shard
+
+
+@pytest.mark.parametrize("block", [4, 8, 12])
+def test_chunks_of_the_sequence(block):
+    """Whole chunks on every rank: a view into chunks and back moves nothing; else it cuts the sequence."""
+    tokens = Shard(1, 32, block)
+    chunks = reshape_shard(tokens, (2, 32, 5), (2, 8, 4, 5))
+    assert chunks == Shard(1, 8, block // 4)
+    assert reshape_shard(chunks, (2, 8, 4, 5), (2, 32, 5)) == tokens
+    coarser = Shard(1, 4, 1) if block == 8 else None
+    assert reshape_shard(tokens, (2, 32, 5), (2, 4, 8, 5)) == coarser
 
 
 def test_a_sequence_of_one_is_never_matched():

@@ -146,7 +146,7 @@ class _WrongReshape(views.Reshape):
             return split
         out = split.outputs[0]
         return dataclasses.replace(
-            split, outputs=(dataclasses.replace(out, outer=out.inner, inner=out.outer),)
+            split, outputs=(dataclasses.replace(out, outer=1, length=out.outer * out.length),)
         )
 
 
@@ -155,8 +155,8 @@ def _plain_iota(call):
         (shard,) = split.outputs
 
         def values(context: Context, operands: list[Tensor]) -> Tensor:
-            index = context.clamped_index(shard, torch.device("cpu")).reshape(1, -1, 1)
-            return (3 - 2 * index.expand(shard.outer, -1, shard.inner)).reshape(-1)
+            index = context.clamped_index(shard, torch.device("cpu"))
+            return (3 - 2 * index.expand(shard.outer, -1)).reshape(-1)
 
         return values
 
@@ -266,7 +266,10 @@ PLANTED = {
         Sample(aten.expand.default, (x(1, 5), [6, 5])),
         _of(views.expand, emit=None),
     ),
-    "view with outer and inner swapped": (Sample(aten.view.default, (x(4, 6, 5), [24, 5])), _WrongReshape),
+    "view that forgets what it merged": (
+        Sample(aten.view.default, (x(4, 6, 5), [24, 5])),
+        _WrongReshape,
+    ),
     "permute to another order": (
         Sample(aten.permute.default, (x(6, 6, 6), [1, 2, 0])),
         _rule("a b c -> c a b"),

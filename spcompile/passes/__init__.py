@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from spcompile import _torch
@@ -17,16 +16,13 @@ from spcompile.emit import Emitter
 from spcompile.passes.context import GraphContext
 from spcompile.passes.localize import GatherNote, Localizer
 from spcompile.passes.lower import lower_attention
-from spcompile.passes.propagate import Plan, Value, propagate
+from spcompile.passes.propagate import Plan
+from spcompile.passes.sequences import plan_sequences
 from spcompile.passes.specialise import specialise
 from spcompile.passes.verify import check_outputs, verify
 from spcompile.passes.windows import move_windows
-from spcompile.placement import Shard
-from spcompile.rules import attention
 
-__all__ = ["Sharded", "find_sequences", "shard_joint_graph"]
-
-aten = torch.ops.aten
+__all__ = ["Sharded", "shard_joint_graph"]
 
 
 @dataclass
@@ -51,7 +47,7 @@ def shard_joint_graph(
         _erase_dead(graph, emitter.emitted)
     else:
         move_windows(graph, emitter.fake_mode)
-        sharded.plan = propagate(graph, group.size, find_sequences(graph, group.size, hints or {}))
+        sharded.plan = plan_sequences(graph, group.size, hints or {})
         localizer = Localizer(graph, sharded.plan, context, config.nan_padding)
         localizer.run()
         _erase_dead(graph, emitter.emitted)
@@ -64,38 +60,6 @@ def shard_joint_graph(
 def _fake_mode(graph: fx.Graph) -> Any:
     leaves = (x for n in graph.nodes for x in tree_leaves(n.meta.get("val")))
     return next(x.fake_mode for x in leaves if hasattr(x, "fake_mode"))
-
-
-def find_sequences(graph: fx.Graph, ranks: int, hints: Mapping[str, int]) -> dict[Value, Shard]:
-    """The tensors from which the sequence axis is known.
-
-    They are attention's queries and keys; without any attention, the indices of embeddings. A hint by
-    placeholder name overrides both.
-    """
-
-    def shard(value: Tensor, dim: int) -> Shard:
-        length = int(value.shape[dim])
-        return Shard(dim % value.dim(), length, -(-length // ranks))
-
-    def found(target: Any, position: int, dim: int) -> dict[Value, Shard]:
-        seeds: dict[Value, Shard] = {}
-        for node in graph.nodes:
-            if node.op == "call_function" and node.target is target:
-                operand = node.args[position]
-                value = operand.meta["val"]
-                if value.dim() >= -dim and value.shape[dim] > 1:
-                    seeds[(operand, 0)] = shard(value, dim)
-        return seeds
-
-    hinted = {
-        (node, 0): shard(node.meta["val"], hints[node.name])
-        for node in graph.nodes
-        if node.op == "placeholder" and node.name in hints
-    }
-    by_attention: dict[Value, Shard] = {}
-    for (target, position), dim in attention.FORWARD.items():
-        by_attention |= found(target, position, dim)
-    return hinted or by_attention or found(aten.embedding.default, 1, -1)
 
 
 def _returned(graph: fx.Graph) -> list[Any]:

@@ -43,13 +43,13 @@ def redistribute(
 
 
 def _split(x: Tensor, shard: Shard, sequence: int) -> Tensor:
-    """View the sharded dim as [outer, sequence, inner]."""
-    return x.reshape(*x.shape[: shard.dim], shard.outer, sequence, shard.inner, *x.shape[shard.dim + 1 :])
+    """View the sharded dim as [outer, sequence]."""
+    return x.reshape(*x.shape[: shard.dim], shard.outer, sequence, *x.shape[shard.dim + 1 :])
 
 
 def _merge(x: Tensor, shard: Shard) -> Tensor:
     """Undo :func:`_split`."""
-    return x.reshape(*x.shape[: shard.dim], -1, *x.shape[shard.dim + 3 :])
+    return x.reshape(*x.shape[: shard.dim], -1, *x.shape[shard.dim + 2 :])
 
 
 def _gather(context: Context, x: Tensor, have: Shard) -> Tensor:
@@ -57,7 +57,7 @@ def _gather(context: Context, x: Tensor, have: Shard) -> Tensor:
     ranks = context.group.size
     assert have.holds_all(ranks), have
     blocks = collectives.all_gather(_split(x, have, have.block), context.group)
-    at = have.dim + 1  # [P, ..., outer, block, inner, ...] -> [..., outer, P, block, inner, ...]
+    at = have.dim + 1  # [P, ..., outer, block, ...] -> [..., outer, P, block, ...]
     whole = blocks.movedim(0, at).flatten(at, at + 1)
     whole = whole.narrow(at, have.start, have.length) if have.padded(ranks) else whole
     return _merge(whole, have)

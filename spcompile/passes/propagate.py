@@ -130,7 +130,7 @@ def _mark(plan: Plan, seeds: Mapping[Value, Shard]) -> None:
     def add(value: Value, shard: Shard) -> None:
         shard = shard.unshifted()
         known = plan.marks.setdefault(value, [])
-        if all((m.dim, m.outer, m.inner) != (shard.dim, shard.outer, shard.inner) for m in known):
+        if all((m.dim, m.outer) != (shard.dim, shard.outer) for m in known):
             known.append(shard)
             todo.append((value, shard))
 

@@ -34,7 +34,7 @@ def is_operand(argument: Any) -> bool:
 
 
 def _is_sequence(shard: Shard) -> bool:
-    return shard.dim == 2 and shard.start == 0 and shard.outer * shard.inner == 1
+    return shard.dim == 2 and shard.start == 0 and shard.outer == 1
 
 
 _OPERANDS = ("q", "k", "v", "log_decay", "beta", "initial_state")
@@ -257,7 +257,7 @@ class AffineScan:
 
 
 def _is_steps(shard: Shard) -> bool:
-    return shard.start == 0 and shard.outer * shard.inner == 1
+    return shard.start == 0 and shard.outer == 1
 
 
 RULES: dict[Any, type[LinearAttention] | type[SoftmaxAttention] | type[AffineScan]] = {

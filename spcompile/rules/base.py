@@ -115,11 +115,10 @@ class Context:
     def flat_index(self, shard: Shard, device: torch.device) -> Tensor:
         """The index in the whole dim of each entry held, merged dims included; padding as above."""
         index = self.clamped_index(shard, device)
-        if shard.outer * shard.inner == 1:
+        if shard.outer == 1:
             return index
-        outer = torch.arange(shard.outer, device=device).reshape(-1, 1, 1)
-        inner = torch.arange(shard.inner, device=device)
-        return ((outer * shard.length + index.reshape(1, -1, 1)) * shard.inner + inner).reshape(-1)
+        outer = torch.arange(shard.outer, device=device).reshape(-1, 1)
+        return (outer * shard.length + index).reshape(-1)
 
     def next_seed(self, device: torch.device) -> Tensor:
         """A seed that no other draw of this graph has and that all ranks share, 0-dim int64."""
@@ -130,8 +129,8 @@ class Context:
 
         def mask() -> Tensor:
             valid = self.valid(shard, x.device)
-            if shard.outer * shard.inner != 1:
-                valid = valid.reshape(1, -1, 1).expand(shard.outer, shard.block, shard.inner).reshape(-1)
+            if shard.outer != 1:
+                valid = valid.expand(shard.outer, shard.block).reshape(-1)
             return valid.reshape([-1 if d == shard.dim else 1 for d in range(x.dim())])
 
         valid = self.cached(("mask", shard, x.dim(), x.device), mask)

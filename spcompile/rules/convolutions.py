@@ -80,7 +80,7 @@ class Convolution:
             inputs = tuple(("n" if t is x else None, *(None,) * (t.dim() - 1)) for t in self.call.operands)
             return Factors(self.call, inputs, (inputs[0],)).split(side, index, shard)
         window = _Window.of(x, self.call.outputs[0], weight, self.call.args[3:])
-        if index != 0 or shard.dim != 2 or window is None or shard.outer * shard.inner != 1:
+        if index != 0 or shard.dim != 2 or window is None or shard.outer != 1:
             return None
         before = shard if side == "in" else window.input(shard)
         after = window.output(shard) if side == "in" else shard
@@ -124,7 +124,7 @@ class ConvolutionBackward:
             factors = Factors(self.call, (*names, whole[0]), outputs, mixed=True)
             return _asked_for(self.call, factors.split(side, index, shard))
         window = _Window.of(x, dy, weight, self.call.args[4:])
-        if shard.dim != 2 or window is None or shard.outer * shard.inner != 1:
+        if shard.dim != 2 or window is None or shard.outer != 1:
             return None
         before = shard if given == 1 else window.input(shard)
         after = window.output(shard) if given == 1 else shard

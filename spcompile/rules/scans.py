@@ -48,7 +48,7 @@ class Cumsum:
         if shard.dim != dim:
             split = along(self.call, {dim}).split(side, index, shard)
             return None if split is None else replace(split, emit=self.whole_emit())
-        if shard.start != 0 or shard.outer * shard.inner != 1:
+        if shard.start != 0 or shard.outer != 1:
             return None
 
         backwards = self.call.op is reverse_cumsum

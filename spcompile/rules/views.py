@@ -118,7 +118,7 @@ class Select:
         dim, entry = self.call.argument(1, "dim") % x.dim(), self.call.argument(2, "index")
         if side == "out" or shard.dim != dim:
             return unbind(self.call).split(side, index, shard)
-        if shard.outer * shard.inner != 1:
+        if shard.outer != 1:
             return None
         return _of_one_rank(shard, entry % x.shape[dim], lambda local, at: local.select(dim, at))
 
@@ -137,7 +137,7 @@ class SelectScatter:
         if (side, index) == ("in", 1) or shard.dim != dim:
             dims, kept, whole = _without(self.call, dim)
             return Factors(self.call, (dims, kept), (dims,), whole).split(side, index, shard)
-        if shard.outer * shard.inner != 1:
+        if shard.outer != 1:
             return None
         place = shard.window(shard.start + entry % base.shape[dim], 1)
         return Split(
@@ -183,7 +183,7 @@ class Window:
         dim, start, step = self._bounds()
         if shard.dim != dim or x.shape[dim] == out.shape[dim]:
             return Split((shard,), (shard,), (None,), self._on_other_dim(shard))
-        if step != 1 or shard.outer * shard.inner != 1:
+        if step != 1 or shard.outer != 1:
             return None
         if side == "in" and out.shape[dim] == 1:
             return _of_one_rank(shard, start, lambda local, at: local.narrow(dim, at, 1))
@@ -234,7 +234,7 @@ class Pad:
         pads = list(self.call.args[1])
         pads += [0] * (2 * x.dim() - len(pads))
         left, right = pads[2 * (x.dim() - 1 - shard.dim) :][:2]
-        if (left or right) and shard.outer * shard.inner != 1:
+        if (left or right) and shard.outer != 1:
             return None
         origin = shard.start if side == "out" else shard.start - left
         before = shard.window(origin + left, x.shape[shard.dim]) if left or right else shard
@@ -281,7 +281,7 @@ class SliceScatter:
             return Split(
                 (shard, shard), (shard,), (None, None), lambda context, operands: self.call.run(operands)
             )
-        if step != 1 or shard.outer * shard.inner != 1:
+        if step != 1 or shard.outer != 1:
             return None
         start = slice(start, stop, step).indices(base.shape[dim])[0]
         origin = shard.start - start if (side, index) == ("in", 1) else shard.start
@@ -309,7 +309,7 @@ class Concatenation:
         dim = self.call.argument(1, "dim", 0) % max(out.dim(), 1)
         if shard.dim != dim:
             return along_dim(self.call).split(side, index, shard)
-        if shard.outer * shard.inner != 1 or any(x.dim() != out.dim() for x in xs):
+        if shard.outer != 1 or any(x.dim() != out.dim() for x in xs):
             return None
         starts = [0, *accumulate(x.shape[dim] for x in xs)]
         origin = shard.start - starts[index] if side == "in" else shard.start
