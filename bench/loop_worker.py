@@ -1,0 +1,47 @@
+"""One cold training step of a third-party model, timed and compared with eager."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from typing import Any
+
+import torch
+
+from bench.launch import report, task
+from tests.proof import eager, loss_of
+from tests.zoo import FUNCTIONS, MODELS
+
+# What tests/test_zoo.py asserts for code that computes in float32 inside.
+BOUND = 2e-4
+
+
+def processor_seconds() -> float:
+    """Of this process and of those that it started: compilers."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def measure(work: dict[str, Any]) -> dict[str, Any]:
+    model, inputs = {**MODELS, **FUNCTIONS}[work["model"]](work["T"])
+    expected = eager(model, inputs)
+    function = torch.compile(model, backend=work["backend"])
+    used, began = processor_seconds(), time.perf_counter()
+    loss = loss_of(function(**inputs))
+    loss.backward()
+    spent = {"cpu": processor_seconds() - used, "seconds": time.perf_counter() - began}
+    error = expected.error(loss.detach(), {n: p.grad for n, p in model.named_parameters()})
+    if not error <= BOUND:
+        return {"note": f"WRONG: error {error:.1e}", "error": error}
+    return spent | {"error": error}
+
+
+def main() -> None:
+    work = task()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    report(**measure(work))
+
+
+if __name__ == "__main__":
+    main()
