@@ -66,17 +66,28 @@ def test_outside_dynamo_it_is_the_library_s() -> None:
     torch.testing.assert_close(compiled(module, inputs), expected[0])
 
 
-def test_what_a_user_wraps_around_it_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", [False, True], ids=["wrapped after", "wrapped before"])
+@pytest.mark.filterwarnings("ignore::spcompile.library.UnknownVersion")
+def test_what_a_user_wraps_around_it_is_traced(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with the library's own parameters, and before it is looked at: it is another method."""
     module, inputs = layer()
-    own = type(module).forward
+    own = type(module).forward.__wrapped__ if first else type(module).forward
 
     @functools.wraps(own)
-    def twice(*args: Any, **kwargs: Any) -> Any:
-        out, state = own(*args, **kwargs)
+    def twice(
+        self: Any,
+        hidden_states: Any,
+        position_embeddings: Any,
+        attention_mask: Any,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        out, state = own(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         return 2 * out, state
 
     expected = 2 * module(**inputs)[0]
     monkeypatch.setattr(type(module), "forward", twice)
+    library.register()
     torch.testing.assert_close(compiled(module, inputs), expected)
 
 

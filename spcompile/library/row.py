@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,10 +83,13 @@ def parameters(function: str | Callable[..., Any]) -> dict[str, Any]:
     return {stars.get(p.kind, "") + p.name: p.default for p in found}
 
 
-def digest(function: Callable[..., Any]) -> str:
-    """Of the function's code without its white space; empty where there is no source to read."""
+def digest(function: types.FunctionType) -> str:
+    """Of the function's code without its white space; empty where there is no source to read.
+
+    Its own code: of a function, ``inspect.getsource`` would give that of what it wraps.
+    """
     try:
-        code = inspect.getsource(function)
-    except (OSError, TypeError):
+        code = inspect.getsource(function.__code__)
+    except OSError:
         return ""
     return hashlib.sha256("".join(code.split()).encode()).hexdigest()[:16]
