@@ -23,6 +23,9 @@ __all__ = ["Plan", "Step", "call_of", "propagate", "value_of"]
 # Up to so many single entries of a sequence are summed one by one; more are gathered with all the others.
 FEW = 2
 
+# A shifted tensor is computed where it lies if no more than so many are computed from it.
+SOON = 32
+
 Value = tuple[fx.Node, int]
 """One tensor: a node, and which of its outputs (0 unless it returns several)."""
 
@@ -168,7 +171,7 @@ def _choose(plan: Plan, node: fx.Node, step: Step) -> None:
         if node.target in PULLED and _pull(plan, node, step, naturals):
             return
     if step.rule is not None:
-        if _stays_partial(plan, step, naturals):
+        if _stays_partial(plan, node, step, naturals):
             assert step.call is not None
             step.native = tuple(Partial("sum") for _ in step.call.outputs)
             return
@@ -177,11 +180,18 @@ def _choose(plan: Plan, node: fx.Node, step: Step) -> None:
         step.gathers = "no rule" if step.rule is None else "no dim of it can be sharded so"
 
 
-def _stays_partial(plan: Plan, step: Step, naturals: list[Placement | None]) -> bool:
-    """Whether a call on terms of a sum gives terms of a sum: it is linear in them, or in them and zeros."""
-    assert step.rule is not None
+def _stays_partial(plan: Plan, node: fx.Node, step: Step, naturals: list[Placement | None]) -> bool:
+    """Whether a call on terms of a sum gives terms of a sum: it is linear in them, or in them and zeros.
+
+    What is expanded along the sequence is summed before: the gradient of a mean over tokens is one entry.
+    """
+    assert step.rule is not None and step.call is not None
     terms = {i for i, p in enumerate(naturals) if isinstance(p, Partial)}
     if not terms or any(p not in (None, Replicate(), Partial("sum")) for p in naturals):
+        return False
+    if (node, 0) in plan.marks and step.call.outputs[0].numel() > sum(
+        step.call.operands[i].numel() for i in terms
+    ):
         return False
     zeros = {i for i, v in enumerate(step.operands) if _is_zero(plan, v)}
     return any(terms <= linear <= terms | zeros for linear in step.rule.linear)
@@ -200,7 +210,7 @@ def _pull(plan: Plan, node: fx.Node, step: Step, naturals: list[Placement | None
     taken, one gather of them all is less.
     """
     assert step.rule is not None
-    native: Placement = Partial("sum") if _stays_partial(plan, step, naturals) else Replicate()
+    native: Placement = Partial("sum") if _stays_partial(plan, node, step, naturals) else Replicate()
     for index, placement in enumerate(naturals):
         if isinstance(placement, Shard):
             split = step.rule.split("in", index, placement)
@@ -250,14 +260,14 @@ def _loses_nothing(plan: Plan, node: fx.Node, step: Step, split: Split) -> bool:
 
     A tensor that sticks out of the ranks loses entries. Those of an operand may go that are what its padding
     is filled with anyway; those of an output that nobody uses. An output that does not begin at position 0 is
-    used by windows only, lest the shift travels on.
+    used by windows only, or comes to an end soon, lest the shift travels on.
     """
     for value, placement, fill in zip(step.operands, split.inputs, split.fills, strict=True):
         if isinstance(placement, Shard) and not placement.holds_all(plan.ranks):
             if fill is None or not _is_beyond(plan, value, placement, fill):
                 return False
     return all(
-        _is_settled(plan, p) or _only_windows_use(plan, (node, index), p)
+        _is_settled(plan, p) or _only_windows_use(plan, (node, index), p) or _ends(plan, (node, index), p)
         for index, p in enumerate(split.outputs)
         if isinstance(p, Shard)
     )
@@ -286,11 +296,7 @@ def _is_beyond(plan: Plan, value: Value, shard: Shard, number: float) -> bool:
 
 def _only_windows_use(plan: Plan, value: Value, shard: Shard) -> bool:
     """Whether all that is used of ``value``, placed as ``shard``, are views that the ranks hold entirely."""
-    node, index = value
-    users = list(node.users)
-    if len(plan.steps[node].call.outputs) > 1:  # type: ignore[union-attr]
-        users = [u for g in users if g.target is getitem and g.args[1] == index for u in g.users]
-    for user in users:
+    for user in _users(plan, value):
         step = plan.steps.get(user)
         if step is None or step.rule is None or user.target not in PULLED or len(step.operands) != 1:
             return False
@@ -300,6 +306,40 @@ def _only_windows_use(plan: Plan, value: Value, shard: Shard) -> bool:
             return False
         if not _is_settled(plan, after) and not _only_windows_use(plan, (user, 0), after):
             return False
+    return True
+
+
+def _users(plan: Plan, value: Value) -> list[fx.Node]:
+    node, index = value
+    if len(plan.steps[node].call.outputs) == 1:  # type: ignore[union-attr]
+        return list(node.users)
+    return [u for g in node.users if g.target is getitem and g.args[1] == index for u in g.users]
+
+
+def _shifted(have: Placement | None, want: Placement) -> bool:
+    return isinstance(have, Shard) and isinstance(want, Shard) and have.start != want.start
+
+
+def _ends(plan: Plan, value: Value, shard: Shard) -> bool:
+    """Whether a shift is over within a few operators: all that is computed from ``value`` is summed, or put
+    back where it was cut from, before it meets anything that lies otherwise."""
+    if not shard.holds_all(plan.ranks):
+        return False
+    todo, seen = [(value, shard)], {value}
+    while todo:
+        value, shard = todo.pop()
+        for user in _users(plan, value):
+            step = plan.steps.get(user)
+            if step is None or step.rule is None or len(seen) > SOON:
+                return False
+            split = step.rule.split("in", step.operands.index(value), shard)
+            if split is None or any(
+                _shifted(plan.natural(v), p) for v, p in zip(step.operands, split.inputs) if v != value
+            ):
+                return False
+            found = [((user, i), p) for i, p in enumerate(split.outputs) if isinstance(p, Shard) and p.start]
+            todo += [(v, p) for v, p in found if v not in seen]
+            seen |= {v for v, _ in found}
     return True
 
 

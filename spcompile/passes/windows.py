@@ -1,18 +1,21 @@
 """Windows and shifts along a dim, moved to where they are views of what has been computed anyway.
 
-Three rewrites of the joint graph, none of which changes a value:
+Four rewrites of the joint graph, none of which changes a value:
 
+    split(x, [a, b])[1]                   ->  x[a:a+b]
     f(x, y)[a:b]                          ->  f(x[a:b], y[a:b])                f pointwise, used but there
     pad(x * w)                            ->  pad(x) * w                       w the same all along the dim
     flip(cumsum(flip(x)))                 ->  spcompile::reverse_cumsum(x)     and flip(flip(x)) -> x
 
-By the first, what sticks out of a sequence (the tail of a padded convolution) is cut off at its source. By
-the second, the terms of a sum of shifted products are shifts of one tensor, which share one halo. The third
-is the backward of a cumulative sum; a flipped sequence would lie on other ranks.
+By the first, a part of a sequence is a window like any other. By the second, what sticks out of a sequence
+(the tail of a padded convolution) is cut off at its source. By the third, the terms of a sum of shifted
+products are shifts of one tensor, which share one halo. The fourth is the backward of a cumulative sum; a
+flipped sequence would lie on other ranks.
 """
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -47,7 +50,8 @@ def move_windows(graph: fx.Graph, fake_mode: Any) -> None:
     while todo:  # from the last node backwards, so that a window travels through all of a chain
         node = todo.pop()
         if node.op == "call_function" and not node._erased:
-            todo += _hoist_crop(writer, node) or _hoist_factor(writer, node) or _reverse(writer, node)
+            found = (rewrite(writer, node) for rewrite in (_unsplit, _hoist_crop, _hoist_factor, _reverse))
+            todo += next(filter(None, found), [])
     graph.lint()
 
 
@@ -92,6 +96,23 @@ def _alike(a: fx.Node, b: fx.Node) -> bool:
 
 def _used_once(node: Any) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and node.op == "call_function" and len(node.users) == 1
+
+
+# -------------------------------------------------------------------------------------- split(x, sizes)
+
+
+def _unsplit(writer: _Writer, node: fx.Node) -> list[fx.Node]:
+    """split(x, sizes)[i] -> the slice that it is; the new slices."""
+    if node.target not in (aten.split.Tensor, aten.split_with_sizes.default):
+        return []
+    dim = call_of(node).argument(2, "dim", 0)
+    ends = [0, *accumulate(part.shape[dim] for part in node.meta["val"])]
+    slices = []
+    for part in list(node.users):
+        start, stop = ends[part.args[1] :][:2]
+        slices.append(writer.call(part, part, aten.slice.Tensor, node.args[0], dim, start, stop))
+        writer.replace(part, slices[-1])
+    return slices
 
 
 # ------------------------------------------------------------------------------------------ f(x)[a:b]

@@ -1,21 +1,26 @@
-"""Reading and writing at computed indices: what is indexed is needed whole, what indexes passes."""
+"""Reading and writing at computed indices: what is indexed is needed whole, what indexes passes.
+
+Where few entries of a sequence are read (the last token of each row) nothing is gathered: each rank has those
+that it holds, and zeros for the others. So it is with entries that are added to a sequence.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from spcompile.placement import Partial, Shard
-from spcompile.rules.base import Call, Dims, Factors, Side, Split
+from spcompile.placement import Partial, Replicate, Shard
+from spcompile.rules.base import Call, Context, Dims, Factors, Rule, Side, Split
 
 __all__ = ["gather", "index", "index_put", "scatter", "scatter_add", "searchsorted"]
 
 aten = torch.ops.aten
 
 
-def gather(call: Call) -> Factors:
+def gather(call: Call) -> Rule:
     """out[i, j] = x[i, index[i, j]]: the indexed dim of x is needed whole."""
     x, index = call.operands
     dim = call.args[1] % max(x.dim(), 1)
@@ -26,7 +31,7 @@ def gather(call: Call) -> Factors:
     whole = frozenset(n for n in source if n.startswith("x")) | frozenset(
         out[i] for i, ok in enumerate(same) if not ok and i != dim
     )
-    return Factors(call, (source, out), (out,), whole)
+    return Picked(Factors(call, (source, out), (out,), whole), {dim: 1})
 
 
 def scatter(call: Call) -> Factors:
@@ -39,7 +44,7 @@ def scatter(call: Call) -> Factors:
     return Factors(call, tuple(names for _ in call.operands), (names,), frozenset(whole))
 
 
-def scatter_add(call: Call) -> Accumulate:
+def scatter_add(call: Call) -> Rule:
     """x plus src summed at index along a dim: x has that dim whole, index and src are summed over it."""
     dim = call.args[1] % max(call.operands[0].dim(), 1)
     rule = scatter(call)
@@ -48,9 +53,8 @@ def scatter_add(call: Call) -> Accumulate:
     index, src = call.operands[1:]
     if index.dim() and index.shape[dim] != src.shape[dim]:
         rule.whole |= {"s"}
-    return Accumulate(
-        Factors(call, (names, summed, summed), (names,), rule.whole, linear=(frozenset({0, 2}),))
-    )
+    factors = Factors(call, (names, summed, summed), (names,), rule.whole, linear=(frozenset({0, 2}),))
+    return Accumulate(factors, {dim: 1} if index.shape == src.shape else {}, summed)
 
 
 def searchsorted(call: Call) -> Factors | None:
@@ -65,14 +69,20 @@ def searchsorted(call: Call) -> Factors | None:
     return Factors(call, (bounds, names) if first else (names, bounds), (names,), frozenset({"b"}))
 
 
-def index(call: Call) -> Factors | None:
+def index(call: Call) -> Rule | None:
     """x[i, :, j]: indexed dims of x are needed whole; dims of the index tensors, broadcast together, pass."""
     x, tensors = call.operands[0], list(call.args[1])
     if _by_mask(tensors):
         return None
     source, picked, result = _index_dims(x, tensors)
     whole = frozenset(n for n in source if n is not None and n.startswith("x"))
-    return Factors(call, (source, *picked), (result,), whole)
+    return Picked(Factors(call, (source, *picked), (result,), whole), _indexed(tensors, first=1))
+
+
+def _indexed(tensors: list[Tensor | None], first: int) -> dict[int, int]:
+    """Each indexed dim, and which operand indexes it; the first index tensor is operand ``first``."""
+    at = [d for d, t in enumerate(tensors) if t is not None]
+    return {d: first + i for i, d in enumerate(at)}
 
 
 def _by_mask(tensors: list[Tensor | None]) -> bool:
@@ -100,11 +110,68 @@ def _index_dims(x: Tensor, tensors: list[Tensor | None]) -> tuple[Dims, list[Dim
     return source, picked, (*kept[:where], *names, *kept[where:])
 
 
+def _in_block(context: Context, index: Tensor, shard: Shard, wraps: bool) -> tuple[Tensor, Tensor]:
+    """Where in this rank's block each index points, and which of them point there.
+
+    An index that the sequence does not have becomes one that no block has: it stays an error. ``wraps``:
+    negative ones count from the end.
+    """
+    index = torch.where(index < 0, index + shard.length, index) if wraps else index
+    position = index + (shard.start - context.rank(index.device) * shard.block)
+    held = (position >= 0) & (position < shard.block)
+    exists = (index >= 0) & (index < shard.length)
+    return torch.where(exists, position.clamp(0, shard.block - 1), shard.block), held
+
+
 @dataclass
-class Accumulate:
-    """x plus values summed at indices: shards of the indices give partial sums, to which x belongs once."""
+class Picked:
+    """Entries of a sequence at computed indices: a rank's term has those that it holds, and zeros elsewhere.
+
+    Only where they are so few that their sum sends less than a gather of the sequence. ``indexed``: each
+    indexed dim of operand 0, and the operand with its indices.
+    """
 
     factors: Factors
+    indexed: dict[int, int]
+    linear: tuple[frozenset[int], ...] = ()
+
+    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+        """See :class:`spcompile.rules.base.Rule`."""
+        (x, *_), (out,) = self.factors.call.operands, self.factors.call.outputs
+        if (side, index) != ("in", 0) or shard.dim not in self.indexed:
+            return self.factors.split(side, index, shard)
+        if shard.outer != 1 or 2 * out.numel() > x.numel():
+            return None
+        others = [Replicate() for _ in self.factors.inputs[1:]]
+
+        def emit(context: Context, operands: list[Tensor]) -> Any:
+            at = self.indexed[shard.dim]
+            wraps = self.factors.call.op is not aten.gather.default
+            local, held = _in_block(context, operands[at], shard, wraps)
+            entries = self.factors.call.run([*operands[:at], local, *operands[at + 1 :]])
+            held = _aligned(held, self.factors.inputs[at], self.factors.outputs[0])
+            return torch.where(held, entries, entries.new_zeros(()))
+
+        return Split((shard, *others), (Partial("sum"),), (None,) * (1 + len(others)), emit)
+
+
+def _aligned(flags: Tensor, names: Dims, entries: Dims) -> Tensor:
+    """``flags``, whose dims are ``names``, for broadcasting to a tensor whose dims are ``entries``."""
+    sizes = dict(zip(names, flags.shape, strict=True))
+    return flags.reshape([1 if n is None else sizes.get(n, 1) for n in entries])
+
+
+@dataclass
+class Accumulate:
+    """x plus values summed at indices: shards of the indices give partial sums, to which x belongs once.
+
+    Where x is a sequence, a rank adds what falls into its block. ``indexed`` is that of :class:`Picked`,
+    ``entries`` are the dims of what is added.
+    """
+
+    factors: Factors
+    indexed: dict[int, int]
+    entries: Dims
 
     @property
     def linear(self) -> tuple[frozenset[int], ...]:
@@ -113,6 +180,8 @@ class Accumulate:
 
     def split(self, side: Side, index: int, shard: Shard) -> Split | None:
         """See :class:`spcompile.rules.base.Rule`."""
+        if (side == "out" or index == 0) and shard.dim in self.indexed:
+            return self._of_block(shard) if shard.outer == 1 else None
         split = self.factors.split(side, index, shard)
         if split is None or not isinstance(split.outputs[0], Partial):
             return split
@@ -121,8 +190,21 @@ class Accumulate:
         fills = (*(None for _ in split.inputs[1:]), 0.0)
         return replace(split, inputs=(Partial("sum"), *split.inputs[1:]), fills=fills)
 
+    def _of_block(self, shard: Shard) -> Split:
+        others = [Replicate() for _ in self.factors.inputs[1:]]
 
-def index_put(call: Call) -> Accumulate | Factors | None:
+        def emit(context: Context, operands: list[Tensor]) -> Any:
+            at, values = self.indexed[shard.dim], operands[-1]
+            wraps = self.factors.call.op is not aten.scatter_add.default
+            local, held = _in_block(context, operands[at], shard, wraps)
+            held = _aligned(held, self.factors.inputs[at], self.entries)
+            added = torch.where(held, values, values.new_zeros(()))
+            return self.factors.call.run([*operands[:at], local, *operands[at + 1 : -1], added])
+
+        return Split((shard, *others), (shard,), (None,) * (1 + len(others)), emit)
+
+
+def index_put(call: Call) -> Rule | None:
     """index_put, and the masked form that an embedding's backward is; the accumulating form is a sum."""
     masked = call.op is aten._unsafe_masked_index_put_accumulate.default
     x, values = call.operands[0], call.operands[-1]
@@ -150,7 +232,9 @@ def index_put(call: Call) -> Accumulate | Factors | None:
         whole,
         reduce="sum" if accumulate else None,
     )
-    return Accumulate(factors) if accumulate else factors
+    if not accumulate:
+        return factors
+    return Accumulate(factors, {} if masked else _indexed(tensors, first=1), result)
 
 
 def _result_shape(x: Tensor, tensors: list[Tensor | None]) -> tuple[int, ...]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spcompile.placement import Partial
-from spcompile.rules.base import Call, Context, Dims, Emit, Factors, Split, along
+from spcompile import collectives
+from spcompile.placement import Partial, Shard
+from spcompile.rules.base import Call, Context, Dims, Emit, Factors, Side, Split, along
 
-__all__ = ["REDUCED_BY", "mean", "reduction", "rowwise"]
+__all__ = ["REDUCED_BY", "Variance", "mean", "reduction", "rowwise"]
 
 aten = torch.ops.aten
 
@@ -102,6 +104,41 @@ def mean(call: Call) -> Factors:
     return rule
 
 
+@dataclass
+class Variance:
+    """var, var_mean: over the sequence, the sum of squared distances from the mean of all ranks' tokens.
+
+    The mean is all-reduced first: a difference of mean squares would cancel.
+    """
+
+    call: Call
+    linear: tuple[frozenset[int], ...] = ()
+
+    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+        """See :class:`spcompile.rules.base.Rule`."""
+        if side == "out" or shard.dim not in _reduced_dims(self.call):
+            return reduction(self.call).split(side, index, shard)
+        if self.call.operands[0].is_complex():
+            return None
+        terms = tuple(Partial("sum") for _ in self.call.outputs)
+        # Padding is as far from the mean as what fills it, so it is the squares that must be masked.
+        return Split((shard,), terms, (None,), lambda context, ops: self._terms(context, ops[0], shard))
+
+    def _terms(self, context: Context, x: Tensor, shard: Shard) -> Any:
+        dims, padded = sorted(_reduced_dims(self.call)), shard.padded(context.group.size)
+        count = math.prod(self.call.operands[0].shape[d] for d in dims)
+        correction = self.call.kwargs.get("correction")
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        valid = context.where_valid(wide, shard, 0.0) if padded else wide
+        mean = valid.sum(dims, keepdim=True) / count
+        squares = (wide - collectives.all_reduce(mean, context.group)).square()
+        squares = context.where_valid(squares, shard, 0.0) if padded else squares
+        var = squares.sum(dims, keepdim=True) / max(count - (1 if correction is None else correction), 0)
+        outs = [out.reshape(like.shape).to(x.dtype) for out, like in zip((var, mean), self.call.outputs)]
+        return outs if len(outs) > 1 else outs[0]
+
+
 def rowwise(call: Call) -> Factors:
-    """Sorts and scans along one dim: it is needed whole, the others pass."""
-    return along(call, {call.argument(2 if call.op is aten.topk.default else 1, "dim", -1)})
+    """Sorts, scans and the like along one dim: it is needed whole, the others pass."""
+    names = [a.name for a in call.op._schema.arguments]
+    return along(call, {call.argument(names.index("dim"), "dim", -1)})

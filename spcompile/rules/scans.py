@@ -33,10 +33,11 @@ reverse_cumsum = torch.ops.spcompile.reverse_cumsum.default
 
 @dataclass
 class Cumsum:
-    """cumsum: a rank's own sums plus the totals of the ranks before it, which one all-gather brings.
+    """cumsum: a rank's own sums plus the totals of all before them, which one all-gather brings.
 
     Padding is zero, so behind the last valid entry the sums repeat it. A reverse_cumsum begins at the end:
-    its totals are those of the ranks behind.
+    its totals are those of what lies behind. Where the batch is merged into the dim, a rank holds a part of
+    each sequence.
     """
 
     call: Call
@@ -48,29 +49,43 @@ class Cumsum:
         if shard.dim != dim:
             split = along(self.call, {dim}).split(side, index, shard)
             return None if split is None else replace(split, emit=self.whole_emit())
-        if shard.start != 0 or shard.outer != 1:
+        if shard.start != 0:
             return None
 
-        backwards = self.call.op is reverse_cumsum
-
         def emit(context: Context, operands: list[Tensor]) -> Any:
-            own = self._run(operands)
-            if context.group.size == 1:
-                return own
-            total = own.narrow(dim, 0 if backwards else shard.block - 1, 1)
-            totals = collectives.all_gather(total, context.group)
-            ranks, rank = torch.arange(context.group.size, device=own.device), context.rank(own.device)
-            counts = (ranks > rank if backwards else ranks < rank).reshape(-1, *(1,) * own.dim())
-            return own + torch.where(counts, totals, torch.zeros_like(totals)).sum(0, dtype=own.dtype)
+            (x,) = operands
+            parts = x.unflatten(dim, (shard.outer, shard.block))
+            own = self._run([parts], dim + 1)
+            return (own + self._carry(context, own, dim)).flatten(dim, dim + 1)
 
         return Split((shard,), (shard,), (0.0,), emit)
 
+    def _carry(self, context: Context, own: Tensor, dim: int) -> Tensor:
+        """What comes before (or, backwards, behind) each of this rank's parts, [..., outer, 1, ...].
+
+        ``own`` are the sums of the parts, [..., outer, block, ...]; a part's last is its total. The parts of
+        all ranks stand in the order outer, rank.
+        """
+        ranks, (outer, block) = context.group.size, own.shape[dim : dim + 2]
+        backwards = self.call.op is reverse_cumsum
+        totals = own.select(dim + 1, 0 if backwards else block - 1)
+        flat = collectives.all_gather(totals, context.group).movedim(0, dim + 1).flatten(dim, dim + 1)
+        nothing = torch.zeros_like(flat.narrow(dim, 0, 1))
+        if backwards:
+            sums = torch.cat([flat.narrow(dim, 1, flat.shape[dim] - 1), nothing], dim)
+            sums = sums.flip(dim).cumsum(dim, dtype=own.dtype).flip(dim)
+        else:
+            sums = torch.cat([nothing, flat.narrow(dim, 0, flat.shape[dim] - 1)], dim)
+            sums = sums.cumsum(dim, dtype=own.dtype)
+        mine = torch.arange(outer, device=own.device) * ranks + context.rank(own.device)
+        return sums[(slice(None),) * dim + (mine,)].unsqueeze(dim + 1)
+
     def whole_emit(self) -> Emit:
         """The sums without a carry."""
-        return lambda context, operands: self._run(operands)
+        return lambda context, operands: self._run(operands, self.call.args[1])
 
-    def _run(self, operands: list[Tensor]) -> Any:
-        if self.call.op is not reverse_cumsum:
-            return self.call.run(operands)
-        (x,), dim = operands, self.call.args[1]
-        return x.flip(dim).cumsum(dim).flip(dim)
+    def _run(self, operands: list[Tensor], dim: int) -> Any:
+        (x,) = operands
+        if self.call.op is reverse_cumsum:
+            return x.flip(dim).cumsum(dim).flip(dim)
+        return x.cumsum(dim, **self.call.kwargs)

@@ -158,10 +158,8 @@ def repeat(call: Call) -> Factors:
 
 
 def along_dim(call: Call) -> Factors:
-    """split, flip: the dim (or dims) named is needed whole, the others pass. All are linear."""
+    """flip, cat: the dim (or dims) named is needed whole, the others pass. All are linear."""
     named = call.argument(1, "dims" if call.op in (aten.flip.default, prims.rev.default) else "dim", 0)
-    if call.op in (aten.split.Tensor, aten.split_with_sizes.default):
-        named = call.argument(2, "dim", 0)
     rule = along(call, set(named) if isinstance(named, (list, tuple)) else {named})
     rule.linear = (frozenset(range(len(call.operands))),)
     return rule
