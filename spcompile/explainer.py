@@ -18,9 +18,10 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor, fx
 
-from spcompile import _torch, frontend, library
+from spcompile import _torch, frontend, inductor, library
 from spcompile.collectives import Group
 from spcompile.config import Config
+from spcompile.errors import SpcompileError
 from spcompile.groups import sequence_group
 from spcompile.memory import measure
 from spcompile.passes import shard_joint_graph
@@ -41,9 +42,15 @@ def explain(model: Callable[..., Any], ranks: int | None = None, **options: Any)
         A function that takes the model's arguments, whole and on any device (also meta), and returns the
         :class:`~spcompile.report.Report`. Under ``torch.no_grad()`` it is that of inference.
     Raises:
-        SpcompileError: bad options.
+        SpcompileError: bad options, or a model that cannot be called.
     """
     config = Config.of({**options, **({} if ranks is None else {"ranks": ranks})})
+    inductor.patches(config.mode, config.inductor)
+    if not callable(model):
+        raise SpcompileError(
+            f"explain({type(model).__name__}): nothing to call. Remedy: give a module or a function, "
+            "then its arguments: explain(model, ranks=8)(input_ids)."
+        )
     group = sequence_group(config)
     model = getattr(model, "_orig_mod", model)
 
