@@ -33,7 +33,7 @@ def sequence_group(config: Config) -> Group:
             )
         if config.mesh.get_coordinate() is None:
             raise SpcompileError(
-                f"option mesh={config.mesh!r}: this process, rank {dist.get_rank()} of the job, is not in it. "
+                f"option mesh={config.mesh!r}: this process, rank {dist.get_rank()}, is not in it. "
                 "Remedy: take an axis of a mesh over all ranks, for instance mesh['sp'], so that each rank "
                 "is in one; or compile on the ranks of the mesh only."
             )

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from spcompile.traffic import Collective
+from spcompile import budget
+from spcompile.traffic import Collective, short_source
 
 if TYPE_CHECKING:
     from spcompile.report import Report
@@ -23,7 +24,8 @@ WIDTH = 118
 def render(report: Report) -> str:
     """The whole report."""
     parts = [_header(report), _sites(report), _refused(report), _collectives(report), _gathers(report)]
-    return "\n\n".join(filter(None, [*parts, _memory(report), _passes(report)]))
+    parts += [_memory(report), _fits(report), _largest(report), _choices(report)]
+    return "\n\n".join(filter(None, [*parts, _passes(report)]))
 
 
 def human(size: float) -> str:
@@ -198,22 +200,57 @@ def _memory(report: Report) -> str:
     trains = here.saved or here.backward
     if trains and report.trained:
         rows.append(("their gradients", report.trained, report.trained))
+        state = report.trained * budget.OPTIMIZERS[report.optimizer]
+        if state:
+            rows.append((f"optimizer state ({report.optimizer})", state, state))
+    if report.inputs:
+        rows.append(("inputs (on every rank)", report.inputs, report.inputs))
     if trains:
         rows.append(("activations saved for the backward", alone.saved, here.saved))
     rows.append(("peak of the forward" if trains else "peak", alone.forward, here.forward))
     if trains:
         rows.append(("peak of the backward", alone.backward, here.backward))
+    rows.append(("total", budget.total(report, alone), budget.total(report, here)))
     table: list[Sequence[str]] = [
         (what, human(one), human(each), _ratio(one, each)) for what, one, each in rows
     ]
     note = (
-        "Peaks are of activations alive at once, each operator's result counted: "
-        "a bound from above, before Inductor's fusion."
+        "Peaks are of activations alive at once, saved ones too, each operator's result counted: a bound "
+        "from above, before Inductor's fusion. The total has the higher peak."
     )
     headers: Sequence[str] = ("memory", "1 rank", f"each of {report.ranks} ranks", "ratio")
     if report.ranks == 1:
         headers, table = headers[:2], [row[:2] for row in table]
     return _table("memory per rank", headers, table, "|".join(headers[1:]), note)
+
+
+def _fits(report: Report) -> str:
+    """Whether a rank's device has room, and on how few ranks each would."""
+    limit, needed = report.device_memory, report.total
+    if limit is None or needed is None:
+        return ""
+    room = f"{human(limit - needed)} to spare" if needed <= limit else f"{human(needed - limit)} too much"
+    text = f"device memory {human(limit)}: {'fits' if needed <= limit else 'does not fit'}, {room}; "
+    fewest = budget.fewest_ranks(report, limit)
+    if fewest is None:
+        return text + "no number of ranks does, because of what each rank holds whole"
+    return text + f"the fewest ranks that do: {fewest:,}"
+
+
+def _largest(report: Report) -> str:
+    """The five largest tensors alive at the peak, equal ones in one row."""
+    counts = Counter(report.largest)
+    rows = [
+        (n, human(x.bytes), f"{x.dtype}{list(x.shape)}", _cut(x.op, 36), _cut(short_source(x.stack), 44))
+        for x, n in sorted(counts.items(), key=lambda item: -item[0].bytes)[:5]
+    ]
+    headers = ("count", "each", "tensor", "operator", "source")
+    return _table("largest tensors at the peak of a rank", headers, rows, "count|each") if rows else ""
+
+
+def _choices(report: Report) -> str:
+    rows = budget.choices(report)
+    return _table("what could be otherwise", ("now", "costs", "instead"), rows) if rows else ""
 
 
 def _ratio(one: int, each: int) -> str:
