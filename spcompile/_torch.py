@@ -53,6 +53,9 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.inductor_prims import random as inductor_random
 from torch._inductor.inductor_prims import seed as inductor_seed
 
+# Artifacts of TORCH_TRACE: the reports and graphs that tlparse shows.
+from torch._logging import trace_structured
+
 # The classes of operators, by which the passes that read a graph tell an ATen call from a Python function.
 from torch._ops import HigherOrderOperator, OpOverload
 
@@ -106,6 +109,7 @@ __all__ = [
     "resolve_process_group",
     "select_decomp_table",
     "tensor_metadata",
+    "trace_structured",
     "traced_frame",
     "tracing_metadata",
     "track_tensor_tree",

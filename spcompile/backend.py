@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from spcompile import _torch, inductor, library
+from spcompile import _torch, inductor, library, watch
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.errors import SpcompileError
@@ -72,6 +72,7 @@ def spcompile(
         "post_grad_custom_post_pass": WaitPass(record),
     }
     compiled = _torch.compile_fx(gm, example_inputs, config_patches=patches)
+    watch.compiled(record)
     if group.size == 1:
         return compiled
 
@@ -107,8 +108,10 @@ class JointPass(_torch.CustomGraphPass):
         self.group, self.config, self.hints, self.record = group, config, hints, record
 
     def __call__(self, graph: fx.Graph) -> None:
+        watch.graph("before", graph)
         with self.record.timed("shard"):
             localizer = shard_joint_graph(graph, self.group, self.config, self.hints)
+        watch.graph("after", graph)
         self.record.saw_joint(graph, localizer)
         tell_gathers(localizer.gathers, self.config)
 

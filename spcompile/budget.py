@@ -46,8 +46,8 @@ def total(report: Report, memory: Memory) -> int:
 def fewest_ranks(report: Report, limit: int) -> int | None:
     """The fewest ranks of which each takes at most ``limit`` bytes; None if no number does.
 
-    A number is tried by sharding the graphs for it; the next to try is the one at which a + b / P, through the
-    two last tries, meets the limit.
+    A number is tried by sharding the graphs for it; the next to try is the one at which whole + shared / P
+    meets the limit.
     """
     here, alone = report.memory, report.alone
     assert here is not None and alone is not None, "only a report of explain knows its memory"

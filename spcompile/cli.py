@@ -25,14 +25,17 @@ _EXAMPLE = "spcompile explain spcompile.example:tiny --ranks 64 --seq 1048576 pa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, or 2 after a message on stderr."""
+    """Run the command; returns its exit status: 1 for a fault that doctor found, 2 for a wrong command."""
     parser = _parser()
     args, unknown = parser.parse_known_args(argv)
     try:
-        print(args.run(args, unknown))
+        result = args.run(args, unknown)
     except (_Usage, SpcompileError) as error:
         print(f"spcompile: {error}", file=sys.stderr)
         return 2
+    if isinstance(result, int):
+        return result
+    print(result)
     return 0
 
 
@@ -88,7 +91,18 @@ def _parser() -> argparse.ArgumentParser:
     explain.set_defaults(run=_explain)
     variants = commands.add_parser("variants", help="the variants of linear attention, and what ranks send")
     variants.set_defaults(run=_variants)
+    doctor = commands.add_parser("doctor", help="is all there that a run needs? with a test on two ranks")
+    doctor.add_argument("--no-self-test", action="store_true", help="leave out the test on two ranks")
+    doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _doctor(args: argparse.Namespace, unknown: list[str]) -> int:
+    from spcompile.doctor import report
+
+    if unknown:
+        raise _Usage(f"{' '.join(unknown)}: no such option; doctor has --no-self-test")
+    return report(not args.no_self_test)
 
 
 def _variants(args: argparse.Namespace, unknown: list[str]) -> str:
@@ -100,10 +114,9 @@ def _variants(args: argparse.Namespace, unknown: list[str]) -> str:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number, at least 1, got {text!r}")
+    return int(text)
 
 
 def _size(text: str) -> int:

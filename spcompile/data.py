@@ -33,7 +33,7 @@ def replicas(mesh: Any = None, sequence: str = "sp") -> tuple[int, int]:
     if sequence not in names:
         known = f"its axes are {', '.join(names)}" if names else "init_device_mesh takes mesh_dim_names"
         raise SpcompileError(
-            f"the mesh {mesh} has no axis {sequence!r}. Remedy: give its sequence axis, sequence=...; {known}."
+            f"the mesh {mesh} has no axis {sequence!r}. Remedy: name another, sequence=...; {known}."
         )
     place = mesh.get_coordinate()
     if place is None:

@@ -24,7 +24,7 @@ from spcompile.traffic import Collective, Transfer, rows, transfers
 __all__ = ["RECORDS", "Record", "Report", "last", "pass_seconds", "strategy_names"]
 
 
-@dataclass
+@dataclass(repr=False)
 class Record:
     """One compiled graph.
 
@@ -86,13 +86,16 @@ class Record:
             graph, self.group.size, phase, self.batch
         )
 
+    def __repr__(self) -> str:
+        return f"<Record: {Report(self.group.size, [self]).summary()}>"
+
     def text(self, name: str) -> str:
         """A kept graph ("before", "after", "forward", "backward") with the user's source lines."""
         graph = self.graphs.get(name)
         return "" if graph is None else graph.print_readable(print_output=False)
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """Graphs that were compiled: as tables (``print(report)``), as data (its fields), as text of the graphs.
 
@@ -239,6 +242,30 @@ class Report:
             "pass_seconds": self.pass_seconds,
             "seconds": self.seconds,
         }
+
+    def summary(self) -> str:
+        """One line: how much was found, and how much moves."""
+        from spcompile.tables import human
+
+        counts = {
+            "graph": len(self.records),
+            "attention": sum(s.rewritten for s in self.sites),
+            "forced gather": len(self.gathers),
+            "collective": sum(c.count for c in self.collectives),
+        }
+        parts = [f"{n} {what}{'' if n == 1 else 's'}" for what, n in counts.items() if n]
+        moved = sum(c.count * c.bytes for c in self.collectives)
+        parts += [f"{human(moved)} received by a rank"] if moved else []
+        parts += [f"{human(self.total)} on each rank"] if self.total is not None else []
+        return f"{self.name or 'compiled'} on {self.ranks} rank{'s'[: self.ranks > 1]}: {', '.join(parts)}"
+
+    def __repr__(self) -> str:
+        return f"<Report: {self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        from spcompile.tables import render_html
+
+        return render_html(self)
 
     def __str__(self) -> str:
         from spcompile.tables import render

@@ -163,6 +163,7 @@ CALLED = {
     "select_decomp_table": [],
     "ShapeEnv": [],
     "tensor_metadata": ["result"],
+    "trace_structured": ["name", "metadata_fn", "payload_fn"],
     "traced_frame": [],
     "track_tensor_tree": ["inner_res", "proxy_res", "constant", "tracer"],
 }
