@@ -18,6 +18,9 @@ from torch._dynamo.backends.common import aot_autograd
 # Functions that Dynamo calls when it is about to trace: the table of library calls looks for new imports.
 from torch._dynamo.callback import callback_handler
 
+# The frame that Dynamo is compiling: its code and arguments tell which names `sequence_dims` can have.
+from torch._dynamo.symbolic_convert import InstructionTranslator as _InstructionTranslator
+
 # The graph breaks that Dynamo has counted in this process, by reason: `explain` reports them.
 from torch._dynamo.utils import counters
 from torch._functorch.partitioners import (
@@ -29,6 +32,11 @@ from torch._functorch.partitioners import (
 # that it mutates), which `explain` asks for.
 from torch._guards import TracingContext as _TracingContext
 from torch._guards import detect_fake_mode
+
+# What `mode=` of torch.compile means to Inductor, and the names and types of its options, which are checked
+# before they are handed on.
+from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options
 
 # The compile entry that takes config patches with a hook on the joint graph; the public
 # `torch.compile(backend="inductor")` gives no way to edit Dynamo's graph first.
@@ -44,6 +52,9 @@ from torch._inductor.decomposition import select_decomp_table
 # checkpointing.
 from torch._inductor.inductor_prims import random as inductor_random
 from torch._inductor.inductor_prims import seed as inductor_seed
+
+# Artifacts of TORCH_TRACE: the reports and graphs that tlparse shows.
+from torch._logging import trace_structured
 
 # The classes of operators, by which the passes that read a graph tell an ATen call from a Python function.
 from torch._ops import HigherOrderOperator, OpOverload
@@ -89,13 +100,17 @@ __all__ = [
     "flash_attention_cpu_backward",
     "get_proxy_mode",
     "get_proxy_slot",
+    "inductor_config",
     "inductor_random",
     "inductor_seed",
+    "list_mode_options",
     "make_fx",
     "min_cut_rematerialization_partition",
     "resolve_process_group",
     "select_decomp_table",
     "tensor_metadata",
+    "trace_structured",
+    "traced_frame",
     "tracing_metadata",
     "track_tensor_tree",
 ]
@@ -129,3 +144,12 @@ def tracing_metadata() -> Any:
     """AOTAutograd's metadata of the graph being compiled; None outside a compilation."""
     context = _TracingContext.try_get()
     return context.fw_metadata if context is not None else None
+
+
+def traced_frame() -> tuple[Any, dict[str, Any]] | None:
+    """The code that Dynamo is compiling and its variables by name; None outside Dynamo."""
+    try:
+        frame = _InstructionTranslator.current_tx()
+    except AttributeError:  # outside Dynamo there is none
+        return None
+    return frame.f_code, frame.f_locals

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from spcompile import _torch, library
+from spcompile import _torch, inductor, library, watch
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.errors import SpcompileError
@@ -42,14 +42,15 @@ def spcompile(
 ) -> Callable[..., Any]:
     """Compile Dynamo's graph to run sharded along the sequence.
 
-    The options are those of :class:`spcompile.config.Config`.
+    The options are those of :class:`spcompile.config.Config`; the modes are Inductor's.
 
     Raises:
         SpcompileError: bad options, no process group, ranks that disagree; always before a collective of
             the model.
     """
     library.watch()
-    config = Config.of(options)
+    config = Config.of({**(options or {}), "mode": mode} if mode is not None else options)
+    chosen = inductor.patches(config.mode, config.inductor)
     if config.ranks is not None:
         raise SpcompileError(
             f"option ranks={config.ranks}: what is compiled for ranks that are not there cannot run. "
@@ -65,11 +66,13 @@ def spcompile(
     agree(group, key, f"a graph of {len(gm.graph.nodes)} nodes for inputs {_brief(shapes)}")
     RECORDS.append(record)
     patches: dict[str, Any] = {
+        **(SCHEDULER if group.size > 1 else {}),
+        **chosen,
         "joint_custom_pre_pass": JointPass(group, config, frontend.hints, record),
         "post_grad_custom_post_pass": WaitPass(record),
-        **(SCHEDULER if group.size > 1 else {}),
     }
     compiled = _torch.compile_fx(gm, example_inputs, config_patches=patches)
+    watch.compiled(record)
     if group.size == 1:
         return compiled
 
@@ -105,8 +108,10 @@ class JointPass(_torch.CustomGraphPass):
         self.group, self.config, self.hints, self.record = group, config, hints, record
 
     def __call__(self, graph: fx.Graph) -> None:
+        watch.graph("before", graph)
         with self.record.timed("shard"):
             localizer = shard_joint_graph(graph, self.group, self.config, self.hints)
+        watch.graph("after", graph)
         self.record.saw_joint(graph, localizer)
         tell_gathers(localizer.gathers, self.config)
 

@@ -6,29 +6,36 @@ import argparse
 import ast
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+# Nothing here may import torch: arguments are checked before that takes its seconds.
 from spcompile import __version__
+from spcompile.budget import OPTIMIZERS, parse_size
+from spcompile.config import Config
 from spcompile.errors import SpcompileError
 
 __all__ = ["main"]
 
-_EXAMPLE = "spcompile explain models.linear_llama3:tiny --ranks 64 --seq 1048576 pattern=LLLN"
+_EXAMPLE = "spcompile explain spcompile.example:tiny --ranks 64 --seq 1048576 pattern=LLLN"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, or 2 after a message on stderr."""
+    """Run the command; returns its exit status: 1 for a fault that doctor found, 2 for a wrong command."""
     parser = _parser()
     args, unknown = parser.parse_known_args(argv)
     try:
-        print(args.run(args, unknown))
+        result = args.run(args, unknown)
     except (_Usage, SpcompileError) as error:
         print(f"spcompile: {error}", file=sys.stderr)
         return 2
+    if isinstance(result, int):
+        return result
+    print(result)
     return 0
 
 
@@ -67,12 +74,35 @@ def _parser() -> argparse.ArgumentParser:
         "--option", action="append", default=[], metavar="key=value", help="an option of the backend"
     )
     explain.add_argument(
+        "--optimizer",
+        choices=list(OPTIMIZERS),
+        default="adamw",
+        help="whose state counts in the total (adamw); sgd is with momentum",
+    )
+    explain.add_argument(
+        "--device-memory",
+        type=_size,
+        metavar="80GB",
+        help="what a rank has: does it fit, and on how few ranks would it",
+    )
+    explain.add_argument(
         "--save", metavar="FOLDER", help="write the report and the graphs before and after there"
     )
     explain.set_defaults(run=_explain)
     variants = commands.add_parser("variants", help="the variants of linear attention, and what ranks send")
     variants.set_defaults(run=_variants)
+    doctor = commands.add_parser("doctor", help="is all there that a run needs? with a test on two ranks")
+    doctor.add_argument("--no-self-test", action="store_true", help="leave out the test on two ranks")
+    doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _doctor(args: argparse.Namespace, unknown: list[str]) -> int:
+    from spcompile.doctor import report
+
+    if unknown:
+        raise _Usage(f"{' '.join(unknown)}: no such option; doctor has --no-self-test")
+    return report(not args.no_self_test)
 
 
 def _variants(args: argparse.Namespace, unknown: list[str]) -> str:
@@ -84,10 +114,16 @@ def _variants(args: argparse.Namespace, unknown: list[str]) -> str:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number, at least 1, got {text!r}")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _overrides(words: list[str], unknown: list[str]) -> dict[str, Any]:
@@ -119,15 +155,18 @@ def _pair(word: str) -> tuple[str, Any]:
 
 
 def _explain(args: argparse.Namespace, unknown: list[str]) -> str:
+    args.overrides = _overrides(args.overrides, unknown)
+    options = dict(_pair(word) for word in args.option)
+    if "ranks" in options:
+        raise _Usage("--option ranks=...: say it as --ranks")
+    Config.of(options)
+    _look_for(args.model)
+
     import torch
 
     from spcompile import _torch
     from spcompile.explainer import explain
 
-    args.overrides = _overrides(args.overrides, unknown)
-    options = dict(_pair(word) for word in args.option)
-    if "ranks" in options:
-        raise _Usage("--option ranks=...: say it as --ranks")
     factory = _factory(args.model)
     # Fake tensors rather than meta ones: they allocate nothing either, and every operator knows their device.
     with _torch.FakeTensorMode(allow_non_fake_inputs=True, shape_env=_torch.ShapeEnv()):
@@ -137,18 +176,26 @@ def _explain(args: argparse.Namespace, unknown: list[str]) -> str:
             model.eval()
         with torch.no_grad() if args.inference else contextlib.nullcontext():
             report = explain(model, ranks=args.ranks, **options)(**inputs)
+    report.optimizer, report.device_memory = args.optimizer, args.device_memory
     report.name = f"{args.model} (batch {args.batch}, {'inference' if args.inference else 'training'})"
     if args.save:
         report.save(Path(args.save))
     return str(report) + (f"\nwritten to {args.save}" if args.save else "")
 
 
-def _factory(path: str) -> Callable[..., Any]:
+def _look_for(path: str) -> None:
+    """That the path is a module and a name, and that there is such a package; nothing is imported."""
     module_name, colon, name = path.partition(":")
     if not colon or not module_name or not name:
-        raise _Usage(f"{path!r}: the model is given as module:factory, for example models.linear_llama3:tiny")
+        raise _Usage(f"{path!r}: the model is given as module:factory, for example spcompile.example:tiny")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
+    if importlib.util.find_spec(module_name.partition(".")[0]) is None:
+        raise _Usage(f"no module {module_name!r} in this folder or in the environment")
+
+
+def _factory(path: str) -> Callable[..., Any]:
+    module_name, _, name = path.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

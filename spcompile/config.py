@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,28 @@ _CHOICES = {
     "on_gather": ("warn", "error", "ignore"),
     "regather": (True, False),
     "recognize": (True, False),
+    "nan_padding": (True, False),
+}
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _names(x: Any) -> bool:
+    return isinstance(x, Mapping) and all(isinstance(name, str) for name in x)
+
+
+# Options of many values: whether a value is of the right kind, and what that is.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "ranks": (lambda x: _number(x) and x >= 1, "a number of ranks, at least 1"),
+    "sequence_dims": (
+        lambda x: _names(x) and all(map(_number, x.values())),
+        "a dict of an argument's name to the number of its dim, for instance {'input_ids': 1}",
+    ),
+    "inductor": (_names, "a dict of Inductor's options, for instance {'max_autotune': True}"),
+    "mode": (lambda x: isinstance(x, str), "the name of a mode, for instance 'max-autotune'"),
+    "mesh": (lambda x: hasattr(x, "get_group"), "a DeviceMesh, for instance mesh['sp']"),
 }
 
 
@@ -36,6 +58,8 @@ class Config:
         sequence_dims: argument name -> the dim that is the sequence, where it is not to be inferred.
         ranks: compile for this many ranks without a process group (to inspect; such code is not run).
         nan_padding: a debugging mode: padding is filled with NaN, which must never reach a result.
+        mode: as ``torch.compile(mode=...)``, which takes no options beside it: a mode of Inductor.
+        inductor: Inductor's own options, by their names in ``torch._inductor.config``.
     """
 
     mesh: Any = None
@@ -47,6 +71,8 @@ class Config:
     sequence_dims: Mapping[str, int] = field(default_factory=dict)
     ranks: int | None = None
     nan_padding: bool = False
+    mode: str | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, options: Mapping[str, Any] | None) -> Config:
@@ -55,22 +81,27 @@ class Config:
         Raises:
             SpcompileError: an option that does not exist, or a value that it does not take.
         """
+        if not isinstance(options, Mapping | None):
+            raise SpcompileError(f"options={options!r}: must be a dict of the backend's options.")
         options = dict(options or {})
         names = [f.name for f in dataclasses.fields(cls)]
         for name in options:
             if name not in names:
-                close = difflib.get_close_matches(name, names, 1)
+                close = difflib.get_close_matches(str(name), names, 1)
                 hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names)}."
                 raise SpcompileError(f"spcompile has no option {name!r}; {hint}")
         for name, choices in _CHOICES.items():
-            if name in options and options[name] not in choices:
+            value = options.get(name, choices[0])
+            # True == 1, so the type counts too.
+            if not any(type(value) is type(c) and value == c for c in choices):
                 allowed = ", ".join(map(repr, choices))
-                raise SpcompileError(f"option {name}={options[name]!r}: must be one of {allowed}.")
-        config = cls(**options)
-        if config.ranks is not None and (not isinstance(config.ranks, int) or config.ranks < 1):
-            raise SpcompileError(f"option ranks={config.ranks!r}: must be a number of ranks, at least 1.")
-        return config
+                raise SpcompileError(f"option {name}={value!r}: must be one of {allowed}.")
+        for name, (fits, wanted) in _KINDS.items():
+            if options.get(name) is not None and not fits(options[name]):
+                raise SpcompileError(f"option {name}={options[name]!r}: must be {wanted}.")
+        return cls(**{name: value for name, value in options.items() if value is not None})
 
     def key(self) -> str:
         """A text that is equal for configs that compile alike (the mesh is told by its group)."""
-        return repr(dataclasses.replace(self, mesh=None))
+        inductor = dict(sorted(self.inductor.items()))
+        return repr(dataclasses.replace(self, mesh=None, inductor=inductor))

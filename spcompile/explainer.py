@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
-from spcompile import _torch, frontend, library
+from spcompile import _torch, frontend, inductor, library
 from spcompile.collectives import Group
 from spcompile.config import Config
+from spcompile.errors import SpcompileError
 from spcompile.groups import sequence_group
-from spcompile.memory import measure
+from spcompile.memory import Memory, largest, measure
 from spcompile.passes import shard_joint_graph
 from spcompile.passes.overlap import erase_dead_waits
 from spcompile.report import Record, Report, strategy_names
@@ -41,9 +43,15 @@ def explain(model: Callable[..., Any], ranks: int | None = None, **options: Any)
         A function that takes the model's arguments, whole and on any device (also meta), and returns the
         :class:`~spcompile.report.Report`. Under ``torch.no_grad()`` it is that of inference.
     Raises:
-        SpcompileError: bad options.
+        SpcompileError: bad options, or a model that cannot be called.
     """
     config = Config.of({**options, **({} if ranks is None else {"ranks": ranks})})
+    inductor.patches(config.mode, config.inductor)
+    if not callable(model):
+        raise SpcompileError(
+            f"explain({type(model).__name__}): nothing to call. Remedy: give a module or a function, "
+            "then its arguments: explain(model, ranks=8)(input_ids)."
+        )
     group = sequence_group(config)
     model = getattr(model, "_orig_mod", model)
 
@@ -71,11 +79,13 @@ def explain(model: Callable[..., Any], ranks: int | None = None, **options: Any)
             trained,
             seconds,
             name,
+            sum(x.nbytes for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)),
         )
 
     return run
 
 
+_LARGEST = 20
 _COMPILE = inspect.signature(torch.compile).parameters
 
 
@@ -135,6 +145,16 @@ class _Compilers:
         self.record.graphs["after"] = _copied(joint)
         return alone
 
+    def on(self, ranks: int) -> fx.GraphModule:
+        """The graph that this was made of, sharded for another number of ranks."""
+        other = _copied(self.record.graphs["before"])
+        shard_joint_graph(
+            other.graph, Group(ranks, "explained"), replace(self.config, ranks=ranks), self.hints
+        )
+        erase_dead_waits(other.graph)
+        other.recompile()
+        return other
+
     def partition(self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
         """AOTAutograd's partition_fn."""
 
@@ -146,10 +166,15 @@ class _Compilers:
                 half.recompile()
             return forward, backward
 
-        one = halves(self.shard(joint))
-        self.record.alone = measure(one[0].graph, one[1].graph, num_fwd_outputs)
+        def memory(module: fx.GraphModule) -> Memory:
+            forward, backward = halves(module)
+            return measure(forward.graph, backward.graph, num_fwd_outputs)
+
+        self.record.alone = memory(self.shard(joint))
+        self.record.measure = lambda ranks: memory(self.on(ranks))
         forward, backward = halves(joint)
         self.record.memory = measure(forward.graph, backward.graph, num_fwd_outputs)
+        self.record.largest = largest(forward.graph, backward.graph)[:_LARGEST]
         for half in (forward, backward):
             self.record.saw_final(half.graph)
         self.record.graphs |= {"forward": forward, "backward": backward}
@@ -158,8 +183,10 @@ class _Compilers:
     def inference(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         """AOTAutograd's inference_compiler."""
         self.record.alone = measure(self.shard(gm).graph)
+        self.record.measure = lambda ranks: measure(self.on(ranks).graph)
         erase_dead_waits(gm.graph)
         self.record.memory = measure(gm.graph)
+        self.record.largest = largest(gm.graph)[:_LARGEST]
         self.record.saw_final(gm.graph)
         return self.forward(gm, example_inputs)
 

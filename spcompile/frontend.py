@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import fx
 
 from spcompile.config import Config
+from spcompile.hints import find
 from spcompile.passes.recognize import Site, recognize
 from spcompile.passes.recognize.common import source_of
 
@@ -40,11 +40,6 @@ def _called(gm: fx.GraphModule) -> list[Site]:
 
 def prepare(gm: fx.GraphModule, config: Config) -> Frontend:
     """Edit Dynamo's graph in place."""
+    hints = find(gm, config.sequence_dims)
     sites = _called(gm) + (recognize(gm) if config.recognize else [])
-    hints: dict[str, int] = {}
-    for index, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
-        for name, dim in config.sequence_dims.items():
-            # Dynamo names the argument x of forward L_x_, and an entry of **kwargs L_kwargs_x_.
-            if re.fullmatch(rf"[Ll]_(kwargs_)?{re.escape(name)}_", node.name):
-                hints[f"primals_{index + 1}"] = dim
     return Frontend(sites, hints)

@@ -31,6 +31,12 @@ def sequence_group(config: Config) -> Group:
                 f"{getattr(config.mesh, 'ndim', 'no')} dims. "
                 "Remedy: pass one axis of it, for instance mesh['sp']."
             )
+        if config.mesh.get_coordinate() is None:
+            raise SpcompileError(
+                f"option mesh={config.mesh!r}: this process, rank {dist.get_rank()}, is not in it. "
+                "Remedy: take an axis of a mesh over all ranks, for instance mesh['sp'], so that each rank "
+                "is in one; or compile on the ranks of the mesh only."
+            )
         return _named(config.mesh.get_group())
     if dist.is_available() and dist.is_initialized():
         return _named(dist.group.WORLD)

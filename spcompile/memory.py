@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from spcompile._torch import OpOverload
 
-__all__ = ["Memory", "measure", "timeline"]
+__all__ = ["Large", "Memory", "largest", "measure", "timeline"]
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,68 @@ def measure(forward: fx.Graph, backward: fx.Graph | None = None, outputs: int | 
     first = _Storages(forward)
     theirs = first.of(n for n in forward.nodes if n.op == "placeholder")
     if backward is None:
-        return Memory(0, _peak(forward, first, set(theirs)), 0)
+        return Memory(0, _total(_peak(forward, first, set(theirs))), 0)
     kept = first.of(_returned(forward)[outputs:])
     saved = sum(size for key, size in kept.items() if key not in theirs)
+    ahead, back = _peaks(forward, backward, first, theirs)
+    return Memory(saved, _total(ahead), _total(back))
+
+
+class Large(NamedTuple):
+    """A tensor that is alive when the most memory is.
+
+    Args:
+        bytes: of its storage.
+        shape, dtype, op: of the node that made it.
+        stack: the user's lines that it comes from.
+    """
+
+    bytes: int
+    shape: tuple[int, ...]
+    dtype: str
+    op: str
+    stack: str
+
+
+def largest(forward: fx.Graph, backward: fx.Graph | None = None) -> list[Large]:
+    """The tensors alive at the peak of the forward, or of the backward if that is higher; largest first."""
+    first = _Storages(forward)
+    theirs = first.of(n for n in forward.nodes if n.op == "placeholder")
+    if backward is None:
+        alive = _peak(forward, first, set(theirs))
+    else:
+        alive = max(_peaks(forward, backward, first, theirs), key=_total)
+    # What the forward saved is a placeholder of the backward; the forward's node has the user's line.
+    made = {n.name: n for n in forward.nodes if n.op != "placeholder"}
+    found = [
+        Large(
+            size,
+            tuple(map(int, value.shape)),
+            str(value.dtype).removeprefix("torch."),
+            str((origin := made.get(node.name, node)).target),
+            origin.meta.get("stack_trace") or "",
+        )
+        for size, node in alive
+        for value in _tensors(node)[:1]
+    ]
+    return sorted(found, key=lambda large: -large.bytes)
+
+
+_Alive = list[tuple[int, fx.Node]]
+
+
+def _total(alive: _Alive) -> int:
+    return sum(size for size, _ in alive)
+
+
+def _peaks(
+    forward: fx.Graph, backward: fx.Graph, first: _Storages, theirs: dict[int, int]
+) -> tuple[_Alive, _Alive]:
     # The backward is given parameters, inputs and views of them by the names that they have in the forward.
     names = {n.name for n in forward.nodes if (own := first.of([n])) and own.keys() <= theirs.keys()}
     second = _Storages(backward)
     owned = second.of(n for n in backward.nodes if n.op == "placeholder" and n.name in names)
-    return Memory(saved, _peak(forward, first, set(theirs)), _peak(backward, second, set(owned)))
+    return _peak(forward, first, set(theirs)), _peak(backward, second, set(owned))
 
 
 def timeline(calls: list[Memory]) -> Memory:
@@ -103,25 +158,22 @@ def _tensors(node: Any) -> list[Tensor]:
     return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
 
 
-def _peak(graph: fx.Graph, storages: _Storages, theirs: set[int]) -> int:
-    """The most bytes alive at once; storages in ``theirs`` belong to the caller and do not count."""
+def _peak(graph: fx.Graph, storages: _Storages, theirs: set[int]) -> _Alive:
+    """What is alive when most bytes are: (bytes, node that made it); storages in ``theirs`` do not count."""
     nodes = list(graph.nodes)
-    made = [storages.of([n]) if n.op != "output" else {} for n in nodes]
+    born: dict[int, tuple[int, int]] = {}  # storage -> (when, bytes)
     last: dict[int, int] = {}
     for i, node in enumerate(nodes):
-        for key in (*made[i], *storages.of(node.all_input_nodes)):
+        made = storages.of([node]) if node.op != "output" else {}
+        for key, size in made.items():
+            if key not in theirs:
+                born.setdefault(key, (i, size))
+        for key in (*made, *storages.of(node.all_input_nodes)):
             last[key] = i
-    dying: dict[int, list[int]] = {}
-    for key, i in last.items():
-        dying.setdefault(i, []).append(key)
-    alive: dict[int, int] = {}
-    total = peak = 0
-    for i in range(len(nodes)):
-        for key, size in made[i].items():
-            if key not in alive and key not in theirs:
-                alive[key] = size
-                total += size
-        peak = max(peak, total)
-        for key in dying.get(i, ()):
-            total -= alive.pop(key, 0)
-    return peak
+    change = [0] * (len(nodes) + 1)
+    for key, (i, size) in born.items():
+        change[i] += size
+        change[last[key] + 1] -= size
+    alive = list(accumulate(change))
+    peak = max(range(len(alive)), key=alive.__getitem__)
+    return [(size, nodes[i]) for key, (i, size) in born.items() if i <= peak <= last[key]]

@@ -6,23 +6,25 @@ import contextlib
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from torch import fx
 
+from spcompile import budget
 from spcompile.collectives import Group
 from spcompile.config import Config
-from spcompile.memory import Memory, timeline
+from spcompile.memory import Large, Memory, timeline
 from spcompile.placement import Shard
 from spcompile.traffic import Collective, Transfer, rows, transfers
 
 __all__ = ["RECORDS", "Record", "Report", "last", "pass_seconds", "strategy_names"]
 
 
-@dataclass
+@dataclass(repr=False)
 class Record:
     """One compiled graph.
 
@@ -33,7 +35,9 @@ class Record:
         gathers: gathers that a missing rule forced (``spcompile.passes.localize.GatherNote``).
         transfers: the collectives of the graph.
         sequence: (tokens, tokens per rank) of most of its sharded tensors; None if nothing is sharded.
+        batch: of the inputs that carry the sequence; None if there are none.
         memory, alone: on each rank, and were one rank to run it all; known to ``explain`` only.
+        largest: tensors alive at the peak, largest first; measure: the memory on so many ranks. As above.
         graphs: what :attr:`before`, :attr:`after` and the like print; kept by ``explain`` only.
         seconds: wall time by pass.
         sharded: whether our pass ran on it; if not, Inductor's cache served a graph compiled before.
@@ -45,8 +49,11 @@ class Record:
     gathers: list[Any] = field(default_factory=list)
     transfers: list[Transfer] = field(default_factory=list)
     sequence: tuple[int, int] | None = None
+    batch: int | None = None
     memory: Memory | None = None
     alone: Memory | None = None
+    largest: list[Large] = field(default_factory=list)
+    measure: Callable[[int], Memory] | None = None
     graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     sharded: bool = False
@@ -68,15 +75,19 @@ class Record:
         placements = [p for step in steps for p in step.native if isinstance(p, Shard)]
         lengths = Counter((p.length, p.block) for p in placements if p.start == 0)
         self.sequence = lengths.most_common(1)[0][0] if lengths else None
-        self.transfers = transfers(graph, self.group.size)
+        self.batch = _batch(sharded.plan) if sharded.plan is not None else None
+        self.transfers = transfers(graph, self.group.size, batch=self.batch)
 
     def saw_final(self, graph: fx.Graph) -> None:
         """Take the collectives of the forward or the backward as they are really run, not as in the joint."""
         tangents = any(n.op == "placeholder" and n.name.startswith("tangents") for n in graph.nodes)
         phase = "backward" if tangents else "forward"
         self.transfers = [t for t in self.transfers if t.phase != phase] + transfers(
-            graph, self.group.size, phase
+            graph, self.group.size, phase, self.batch
         )
+
+    def __repr__(self) -> str:
+        return f"<Record: {Report(self.group.size, [self]).summary()}>"
 
     def text(self, name: str) -> str:
         """A kept graph ("before", "after", "forward", "backward") with the user's source lines."""
@@ -84,7 +95,7 @@ class Record:
         return "" if graph is None else graph.print_readable(print_output=False)
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """Graphs that were compiled: as tables (``print(report)``), as data (its fields), as text of the graphs.
 
@@ -96,6 +107,10 @@ class Report:
         parameters: bytes of parameters and buffers; trained: of those that get a gradient. 0 if not known.
         seconds: the whole time that it took; 0 if not known.
         name: of the model.
+        inputs: bytes of the arguments; 0 if not known.
+        optimizer: whose state counts in the total: "adamw" (two tensors of a parameter's size), "sgd" (with
+            momentum: one) or "none".
+        device_memory: bytes that a rank has; None if that is not to be told.
     """
 
     ranks: int
@@ -106,6 +121,9 @@ class Report:
     trained: int = 0
     seconds: float = 0.0
     name: str = ""
+    inputs: int = 0
+    optimizer: str = "adamw"
+    device_memory: int | None = None
 
     def _called(self) -> list[tuple[Record, int]]:
         return list(zip(self.records, self.calls or [1] * len(self.records), strict=True))
@@ -135,6 +153,28 @@ class Report:
     def alone(self) -> Memory | None:
         """Activations if one rank ran it all, lowered the same way."""
         return self._timeline([r.alone for r in self._runs()])
+
+    def memory_on(self, ranks: int) -> Memory:
+        """Activations on each of another number of ranks; only ``explain`` can tell."""
+        measured = {id(r): r.measure(ranks) for r in self.records if r.measure is not None}
+        found = self._timeline([measured.get(id(r)) for r in self._runs()])
+        assert found is not None, "only a report of explain knows its memory"
+        return found
+
+    @property
+    def total(self) -> int | None:
+        """Bytes on each rank in all: parameters, gradients, optimizer state, inputs, peak of activations."""
+        return None if self.memory is None else budget.total(self, self.memory)
+
+    @property
+    def largest(self) -> list[Large]:
+        """The largest tensors alive at the peak of a graph, each graph once."""
+        found = [large for record in self.records for large in record.largest]
+        return sorted(found, key=lambda large: -large.bytes)
+
+    def fewest_ranks(self, device_memory: int) -> int | None:
+        """The fewest ranks on each of which it fits so many bytes; None if no number does."""
+        return budget.fewest_ranks(self, device_memory)
 
     def _runs(self) -> list[Record]:
         return [record for record, times in self._called() for _ in range(times)]
@@ -192,16 +232,55 @@ class Report:
             "gathers": [dict(g._asdict()) for g in self.gathers],
             "parameters": self.parameters,
             "trained": self.trained,
+            "inputs": self.inputs,
+            "optimizer": self.optimizer,
+            "total": self.total,
+            "largest": [large._asdict() for large in self.largest[:5]],
+            "choices": [choice._asdict() for choice in budget.choices(self)],
             "memory": memory and memory.to_dict(),
             "memory_on_one_rank": alone and alone.to_dict(),
             "pass_seconds": self.pass_seconds,
             "seconds": self.seconds,
         }
 
+    def summary(self) -> str:
+        """One line: how much was found, and how much moves."""
+        from spcompile.tables import human
+
+        counts = {
+            "graph": len(self.records),
+            "attention": sum(s.rewritten for s in self.sites),
+            "forced gather": len(self.gathers),
+            "collective": sum(c.count for c in self.collectives),
+        }
+        parts = [f"{n} {what}{'' if n == 1 else 's'}" for what, n in counts.items() if n]
+        moved = sum(c.count * c.bytes for c in self.collectives)
+        parts += [f"{human(moved)} received by a rank"] if moved else []
+        parts += [f"{human(self.total)} on each rank"] if self.total is not None else []
+        return f"{self.name or 'compiled'} on {self.ranks} rank{'s'[: self.ranks > 1]}: {', '.join(parts)}"
+
+    def __repr__(self) -> str:
+        return f"<Report: {self.summary()}>"
+
+    def _repr_html_(self) -> str:
+        from spcompile.tables import render_html
+
+        return render_html(self)
+
     def __str__(self) -> str:
         from spcompile.tables import render
 
         return render(self)
+
+
+def _batch(plan: Any) -> int | None:
+    """How many sequences the inputs hold: what lies before the sequence's dim."""
+    found: dict[fx.Node, int] = {}
+    for (node, _), marks in plan.marks.items():
+        if node.op == "placeholder" and not node.name.startswith("tangents") and marks:
+            shape = tuple(map(int, node.meta["val"].shape))
+            found[node] = min(prod(shape[: mark.dim]) * mark.outer for mark in marks)
+    return max(found.values(), default=None)
 
 
 RECORDS: deque[Record] = deque(maxlen=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -10,20 +11,34 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from spcompile.traffic import Collective
+from spcompile import budget
+from spcompile.traffic import Collective, short_source
 
 if TYPE_CHECKING:
     from spcompile.report import Report
 
-__all__ = ["human", "render"]
+__all__ = ["human", "render", "render_html"]
 
 WIDTH = 118
 
 
 def render(report: Report) -> str:
     """The whole report."""
-    parts = [_header(report), _sites(report), _refused(report), _collectives(report), _gathers(report)]
-    return "\n\n".join(filter(None, [*parts, _memory(report), _passes(report)]))
+    return "\n\n".join(_parts(report))
+
+
+def render_html(report: Report) -> str:
+    """The whole report for a notebook."""
+    return "\n".join(
+        part.html if isinstance(part, _Table) else f"<pre>{html.escape(part)}</pre>"
+        for part in _parts(report)
+    )
+
+
+def _parts(report: Report) -> list[str]:
+    parts = [_header(report), _sites(report), _refused(report), *_collectives(report), _gathers(report)]
+    parts += [_memory(report), _fits(report), _largest(report), _choices(report), _passes(report)]
+    return [part for part in parts if part]
 
 
 def human(size: float) -> str:
@@ -35,14 +50,27 @@ def human(size: float) -> str:
     return f"{size:.3g} TiB" if size < 1000 else f"{size:,.0f} TiB"
 
 
+class _Table(str):
+    """A table as text, and as HTML too."""
+
+    html: str
+
+
 def _table(
     title: str, headers: Sequence[str], rows: Iterable[Sequence[Any]], right: str = "", note: str = ""
-) -> str:
+) -> _Table:
     """One titled table; ``right`` names the columns to align right."""
+    rows = list(rows)
     align = ["right" if h in right.split("|") else "left" for h in headers]
-    table = tabulate(list(rows), headers=headers, tablefmt="simple", colalign=align, disable_numparse=True)
-    body = "\n".join(line.rstrip() for line in table.splitlines())
-    return "\n".join(filter(None, [title, body, textwrap.fill(note, WIDTH)]))
+    plain, marked = (
+        tabulate(rows, headers=headers, tablefmt=kind, colalign=align, disable_numparse=True)
+        for kind in ("simple", "html")
+    )
+    body = "\n".join(line.rstrip() for line in plain.splitlines())
+    table = _Table("\n".join(filter(None, [title, body, textwrap.fill(note, WIDTH)])))
+    below = f"<p>{html.escape(note)}</p>" if note else ""
+    table.html = f"<p><b>{html.escape(title)}</b></p>{marked}{below}"
+    return table
 
 
 def _cut(text: str, width: int) -> str:
@@ -95,27 +123,28 @@ def _refused(report: Report) -> str:
     return _table("seen and not rewritten", ("count", "kind", "why", "source"), rows, "count")
 
 
-def _collectives(report: Report) -> str:
+def _collectives(report: Report) -> list[str]:
     if report.ranks == 1:
-        return ""
+        return []
     found = report.collectives
     if not found:
-        return "collectives: none"
+        return ["collectives: none"]
     shared: dict[str, set[int]] = {}
     for c in found:
         for name, value in c.values.items():
             shared.setdefault(name, set()).add(value)
     letters = {name: values.pop() for name, values in shared.items() if len(values) == 1 and name in _LEGEND}
-    tables = [
-        _phase(phase, [c for c in found if c.phase == phase], letters) for phase in ("forward", "backward")
-    ]
     legend = ", ".join(
         f"{name} = {letters[name]:,} ({what})" for name, what in _LEGEND.items() if name in letters
     )
-    return "\n\n".join(filter(None, tables)) + (f"\n{textwrap.fill(legend, WIDTH)}" if legend else "")
+    last = found[-1].phase
+    return [
+        _phase(phase, [c for c in found if c.phase == phase], letters, legend if phase == last else "")
+        for phase in ("forward", "backward")
+    ]
 
 
-def _phase(phase: str, found: list[Collective], letters: dict[str, int]) -> str:
+def _phase(phase: str, found: list[Collective], letters: dict[str, int], legend: str) -> str:
     if not found:
         return ""
     buckets = [c for c in found if c.purpose.startswith("gradients (")]
@@ -127,7 +156,7 @@ def _phase(phase: str, found: list[Collective], letters: dict[str, int]) -> str:
     total = human(sum(c.count * c.bytes for c in found))
     rows.append(("all", sum(c.count for c in found), "", "", total, "", ""))
     headers = ("collective", "count", "what for", "each", "total", "formula", "with T")
-    return _table(f"{phase} collectives, bytes received by a rank", headers, rows, "count|each|total")
+    return _table(f"{phase} collectives, bytes received by a rank", headers, rows, "count|each|total", legend)
 
 
 def _collective(c: Collective, letters: dict[str, int]) -> tuple[Any, ...]:
@@ -198,22 +227,63 @@ def _memory(report: Report) -> str:
     trains = here.saved or here.backward
     if trains and report.trained:
         rows.append(("their gradients", report.trained, report.trained))
+        state = report.trained * budget.OPTIMIZERS[report.optimizer]
+        if state:
+            rows.append((f"optimizer state ({report.optimizer})", state, state))
+    if report.inputs:
+        rows.append(("inputs (on every rank)", report.inputs, report.inputs))
     if trains:
         rows.append(("activations saved for the backward", alone.saved, here.saved))
     rows.append(("peak of the forward" if trains else "peak", alone.forward, here.forward))
     if trains:
         rows.append(("peak of the backward", alone.backward, here.backward))
+    rows.append(("total", budget.total(report, alone), budget.total(report, here)))
     table: list[Sequence[str]] = [
         (what, human(one), human(each), _ratio(one, each)) for what, one, each in rows
     ]
     note = (
-        "Peaks are of activations alive at once, each operator's result counted: "
-        "a bound from above, before Inductor's fusion."
+        "Peaks are of activations alive at once, saved ones too, each operator's result counted: a bound "
+        "from above, before Inductor's fusion. The total has the higher peak."
     )
     headers: Sequence[str] = ("memory", "1 rank", f"each of {report.ranks} ranks", "ratio")
     if report.ranks == 1:
         headers, table = headers[:2], [row[:2] for row in table]
     return _table("memory per rank", headers, table, "|".join(headers[1:]), note)
+
+
+def _fits(report: Report) -> str:
+    """Whether a rank's device has room, and on how few ranks each would."""
+    limit, needed = report.device_memory, report.total
+    if limit is None or needed is None:
+        return ""
+    room = f"{human(limit - needed)} to spare" if needed <= limit else f"{human(needed - limit)} too much"
+    text = f"device memory {human(limit)}: {'fits' if needed <= limit else 'does not fit'}, {room}; "
+    fewest = budget.fewest_ranks(report, limit)
+    if fewest is None:
+        return text + "no number of ranks does, because of what each rank holds whole"
+    return text + f"the fewest ranks that do: {fewest:,}"
+
+
+def _largest(report: Report) -> str:
+    """The five largest tensors alive at the peak, equal ones in one row."""
+    counts = Counter(report.largest)
+    rows = [
+        (
+            n,
+            human(x.bytes),
+            _cut(f"{x.dtype}{list(x.shape)}", 32),
+            _cut(x.op, 26),
+            _cut(short_source(x.stack), 38),
+        )
+        for x, n in sorted(counts.items(), key=lambda item: -item[0].bytes)[:5]
+    ]
+    headers = ("count", "each", "tensor", "operator", "source")
+    return _table("largest tensors at the peak of a rank", headers, rows, "count|each") if rows else ""
+
+
+def _choices(report: Report) -> str:
+    rows = budget.choices(report)
+    return _table("what could be otherwise", ("now", "costs", "instead"), rows) if rows else ""
 
 
 def _ratio(one: int, each: int) -> str:

@@ -57,6 +57,8 @@ class Transfer(NamedTuple):
     itemsize: int
     purpose: Purpose | None
     stack: str
+    batch: int | None = None
+    """Of the model, where it is known."""
 
     @property
     def bytes(self) -> int:
@@ -98,12 +100,15 @@ class Collective:
         return asdict(self)
 
 
-def transfers(graph: fx.Graph, ranks: int, phase: str | None = None) -> list[Transfer]:
+def transfers(
+    graph: fx.Graph, ranks: int, phase: str | None = None, batch: int | None = None
+) -> list[Transfer]:
     """The collectives of a graph.
 
     Args:
         graph: local, with fake values.
         phase: of all of them; None for a joint graph, where what depends on tangents is backward.
+        batch: of the model.
     """
     found, backward = [], set()
     for node in graph.nodes:
@@ -118,7 +123,7 @@ def transfers(graph: fx.Graph, ranks: int, phase: str | None = None) -> list[Tra
             when = phase or ("backward" if node in backward else "forward")
             elements = prod(int(s) for s in value.shape)
             why, stack = node.meta.get("spcompile"), node.meta.get("stack_trace") or ""
-            found.append(Transfer(name, when, ranks, elements, value.dtype.itemsize, why, stack))
+            found.append(Transfer(name, when, ranks, elements, value.dtype.itemsize, why, stack, batch))
     return found
 
 
@@ -242,6 +247,9 @@ def _attention_formula(t: Transfer, p: Purpose, values: dict[str, int]) -> tuple
     first = (2 if op.startswith("linear") else 1) if op.endswith("_backward") else 0
     q, k, v = p.shapes[first : first + 3]
     sizes = {"B": q[0], "H": q[1], "G": k[1], "K": q[3], "V": v[3], "b": p.mark.block}
+    # A model may fold its heads into the batch that it gives to the operator.
+    if t.batch and q[0] != t.batch and not (q[0] * q[1] % t.batch or k[0] * k[1] % t.batch):
+        sizes |= {"B": t.batch, "H": q[0] * q[1] // t.batch, "G": k[0] * k[1] // t.batch}
     if op.startswith("linear"):
         text = text.replace("(K V+A)", _summary(*p.shapes[first + 3 : first + 5]))
         sizes["D"] = (p.shapes[first + 3] or (0,))[-1]

@@ -15,7 +15,7 @@ from torch._dynamo import list_backends
 from torch._inductor import comms
 from torch._inductor import config as inductor_config
 
-from spcompile import _torch
+from spcompile import _torch, inductor
 from spcompile.backend import JointPass, WaitPass
 from spcompile.passes.overlap import SCHEDULER
 
@@ -157,11 +157,14 @@ CALLED = {
     "FakeTensorMode": ["allow_non_fake_inputs", "shape_env"],
     "get_proxy_mode": [],
     "get_proxy_slot": ["obj", "tracer", "default"],
+    "list_mode_options": [],
     "make_fx": ["f", "tracing_mode", "pre_dispatch"],
     "min_cut_rematerialization_partition": ["joint_module", "_joint_inputs", "num_fwd_outputs"],
     "select_decomp_table": [],
     "ShapeEnv": [],
     "tensor_metadata": ["result"],
+    "trace_structured": ["name", "metadata_fn", "payload_fn"],
+    "traced_frame": [],
     "track_tensor_tree": ["inner_res", "proxy_res", "constant", "tracer"],
 }
 
@@ -217,6 +220,7 @@ def test_all_names_are_expected_here() -> None:
         "UNTAGGED_POINTWISE",
         "callback_handler",
         "counters",
+        "inductor_config",
         "resolve_process_group",
         "tracing_metadata",
     }
@@ -295,6 +299,33 @@ def test_dynamo_calls_back_before_it_traces() -> None:
     finally:
         callbacks.pop()
     assert seen[0] == "called", moved("callback_handler.start_callbacks", f"are called late: {seen}")
+
+
+def test_the_frame_that_dynamo_compiles() -> None:
+    assert _torch.traced_frame() is None, moved("InstructionTranslator.current_tx", "is one outside Dynamo")
+    seen: list[Any] = []
+
+    def keep(gm: Any, inputs: Any) -> Any:
+        seen.append(_torch.traced_frame())
+        return gm
+
+    def called(x: Any) -> Any:
+        return x + 1
+
+    torch.compile(called, backend=keep)(torch.zeros(1))
+    ((code, variables),) = seen
+    assert code is called.__code__ and isinstance(variables["x"], torch.Tensor), moved(
+        "InstructionTranslator.f_code or f_locals", f"are {code} and {variables}"
+    )
+
+
+def test_options_of_inductor() -> None:
+    known, modes = _torch.inductor_config.get_config_copy(), _torch.list_mode_options()
+    for mode in ("default", "lite", "max-autotune"):
+        assert mode in modes, moved("list_mode_options", f"has no mode {mode!r} but {sorted(modes)}")
+    for name in {*inductor._OURS, *(name for options in modes.values() for name in options)}:
+        assert name in known, moved(f"torch._inductor.config.{name}", "is gone")
+    assert _torch.inductor_config.get_type("max_autotune") is bool, moved("get_type", "gives no type")
 
 
 def test_group_of_a_name() -> None:
