@@ -63,6 +63,12 @@ from torch.distributed.distributed_c10d import _resolve_process_group as resolve
 # is still going on; the public make_fx only gives the finished graph.
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, track_tensor_tree
 
+# torch.vmap and torch.func.grad wrap tensors and push levels on a stack: which tensors are wrapped, how deep
+# the stack is, and how it is brought back to a depth after an error.
+from torch._C._functorch import get_dynamic_layer_stack_depth as transform_depth
+from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
+from torch._C._functorch import pop_dynamic_layer_stack_and_undo_to_depth as undo_transforms
+
 # What a fake mode needs for sizes that Dynamo makes symbolic.
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -91,6 +97,7 @@ __all__ = [
     "get_proxy_slot",
     "inductor_random",
     "inductor_seed",
+    "is_wrapped",
     "make_fx",
     "min_cut_rematerialization_partition",
     "resolve_process_group",
@@ -98,6 +105,8 @@ __all__ = [
     "tensor_metadata",
     "tracing_metadata",
     "track_tensor_tree",
+    "transform_depth",
+    "undo_transforms",
 ]
 
 # ---- operators ------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._higher_order_ops.associative_scan import associative_scan
 
 VOCAB, DIM, TOKENS, STEPS = 20, 8, 13, 2
 
@@ -98,7 +99,7 @@ def counter(self: Any, x: Tensor) -> Tensor:
 def old_and_new(self: Any, x: Tensor) -> Tensor:
     """What was read before the write is the old value."""
     old = self.steps * 0.5
-    self.steps.mul_(3)
+    self.steps *= 3
     self.steps += x.detach().mean()
     return x + old + self.steps
 
@@ -237,3 +238,25 @@ def cholesky(self: Any, x: Tensor) -> Tensor:
 @sample()
 def inverse_and_solution(self: Any, x: Tensor) -> Tensor:
     return x @ torch.linalg.inv(_gram(x)) + x @ torch.linalg.solve(_gram(x), torch.ones(DIM, 1).double())
+
+
+# ---- transforms, which Dynamo writes out as levels of functorch
+
+
+@sample()
+def vmap(self: Any, x: Tensor) -> Tensor:
+    return torch.vmap(torch.sin)(x)
+
+
+@sample()
+def per_token_gradient(self: Any, x: Tensor) -> Tensor:
+    energy = torch.vmap(torch.func.grad(lambda y: y.sin().sum()))(x.flatten(0, 1)).view_as(x)
+    return x + energy + torch.func.jvp(torch.sin, (x,), (x * 2,))[1]
+
+
+@sample()
+def recurrence(self: Any, x: Tensor) -> Tensor:
+    def combine(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return a[0] * b[0], b[0] * a[1] + b[1]
+
+    return x + associative_scan(combine, (x.sigmoid(), x), dim=1, combine_mode="generic")[1]
