@@ -9,6 +9,12 @@ from typing import Any
 
 import torch
 
+# torch.vmap and torch.func.grad wrap tensors and push levels on a stack: which tensors are wrapped, how deep
+# the stack is, and how it is brought back to a depth after an error.
+from torch._C._functorch import get_dynamic_layer_stack_depth as transform_depth
+from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
+from torch._C._functorch import pop_dynamic_layer_stack_and_undo_to_depth as undo_transforms
+
 # ---- AOTAutograd and Inductor ---------------------------------------------------------------------------
 # Simulated ranks (spcompile.simulate) and `explain` stop before Inductor: they need AOTAutograd's joint
 # graph and its partition into forward and backward. The proofs in tests/ want a partition that recomputes
@@ -103,6 +109,7 @@ __all__ = [
     "inductor_config",
     "inductor_random",
     "inductor_seed",
+    "is_wrapped",
     "list_mode_options",
     "make_fx",
     "min_cut_rematerialization_partition",
@@ -113,6 +120,8 @@ __all__ = [
     "traced_frame",
     "tracing_metadata",
     "track_tensor_tree",
+    "transform_depth",
+    "undo_transforms",
 ]
 
 # ---- operators ------------------------------------------------------------------------------------------

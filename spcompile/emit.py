@@ -126,6 +126,7 @@ class Emitter(TorchDispatchMode):
         return self._record(func, args, kwargs, out)
 
     def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        assert not func._schema.is_mutable, f"{func} writes: what is emitted only computes"
         # An operator may answer with one of its inputs (an alias, a no-op cast): it stays that input's node.
         if isinstance(out, Tensor) and id(out) in self._nodes:
             return out

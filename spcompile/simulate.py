@@ -1,7 +1,17 @@
 """All ranks in one process: run a graph that was localized for P ranks as P ranks would, without any.
 
 Used by tests and for debugging. It is fx's own interpreter with a list of P values per node; where the graph
-has a collective, the P values are exchanged.
+has a collective, the P values are exchanged. An input that the graph writes to is each rank's own while it
+runs; at the end the ranks' values are compared bit for bit and written to the real one, once.
+
+NOTE [What a simulation leaves out], and which test on real ranks (tests/test_ranks.py) covers it:
+  * Inductor: its code, layouts, reinplacing of mutating operators, random numbers
+    (``test_training_and_inference_are_eager``, ``test_all_that_a_step_leaves_behind``);
+  * the process group: real collectives, their order and waiting (the same two, and ``test_the_wait_...``);
+  * what ranks tell each other before a call (``test_ranks_that_differ_get_an_error_on_every_rank``);
+  * differences between processes, as here one process traces for all ranks (``same_text`` in the first);
+  * the runtime's own state: ordered effects reach Inductor's scheduler as tokens only there
+    (``test_all_that_a_step_leaves_behind`` factorizes a matrix).
 """
 
 from __future__ import annotations
@@ -18,6 +28,7 @@ from torch.utils._pytree import tree_map
 from spcompile import _torch, collectives, frontend, library
 from spcompile.config import Config
 from spcompile.passes import shard_joint_graph
+from spcompile.passes.copies import written
 
 __all__ = ["RanksDisagree", "run_on_ranks", "simulated"]
 
@@ -51,12 +62,22 @@ class _Ranks(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, ranks: int) -> None:
         super().__init__(module)
         self.ranks = ranks
+        self.writes = _written_inputs(module.graph)
+        self.written: list[tuple[Any, _PerRank]] = []
+
+    def write(self) -> None:
+        """Leave in the inputs what the ranks have written; raises if they have not written alike."""
+        for real, own in self.written:
+            real.copy_(_agreed(own))
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op in ("placeholder", "output", "get_attr"):
             if n.op == "output":
                 return super().run_node(n)
             value = super().run_node(n)
+            if n.name in self.writes:
+                self.written.append((value, _PerRank(value.clone() for _ in range(self.ranks))))
+                return self.written[-1][1]
             return value if isinstance(value, _PerRank) else _PerRank([value] * self.ranks)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         exchange = _EXCHANGES.get(n.target)
@@ -76,6 +97,12 @@ class _Ranks(fx.Interpreter):
             return _AS_COMPILED.get(n.target, n.target)(*mine[0], **mine[1])
         finally:
             collectives._simulated_rank.pop()
+
+
+def _written_inputs(graph: fx.Graph, tag: str | None = None) -> set[str]:
+    """The names of the placeholders that a graph writes to (that its nodes of one partitioner tag do)."""
+    nodes = [n for n in graph.nodes if tag is None or n.meta.get("partitioner_tag") == tag]
+    return {x.name for n in nodes for x in written(n) if x.op == "placeholder"}
 
 
 class _PerRank(list[Any]):
@@ -118,13 +145,16 @@ def _agreed(value: Any) -> Any:
 
 
 def run_on_ranks(module: fx.GraphModule, ranks: int, *args: Any) -> list[Any]:
-    """What every one of ``ranks`` ranks returns for the same ``args``.
+    """What every one of ``ranks`` ranks returns for the same ``args``; what the graph writes to is written.
 
     Raises:
-        RanksDisagree: two ranks return different values.
+        RanksDisagree: two ranks return, or write, different values.
     """
+    interpreter = _Ranks(module, ranks)
     with torch.no_grad():
-        return [_agreed(x) for x in _Ranks(module, ranks).run(*args, enable_io_processing=False)]
+        outputs = [_agreed(x) for x in interpreter.run(*args, enable_io_processing=False)]
+        interpreter.write()
+    return outputs
 
 
 def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
@@ -146,6 +176,7 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
             inference_compiler=run.inference,
             partition_fn=run.partition,
             decompositions=_torch.select_decomp_table(),
+            keep_inference_input_mutations=True,  # as Inductor has it: writes are nodes of the graph
         )(gm, example_inputs)
 
     return backend
@@ -157,6 +188,8 @@ class _AotRanks:
     def __init__(self, group: collectives.Group, config: Config, hints: Mapping[str, int]) -> None:
         self.group, self.config, self.hints = group, config, hints
         self.outputs = 0
+        self.inputs: dict[str, Any] = {}  # those that the backward writes to
+        self.late: set[str] = set()
 
     def shard(self, gm: fx.GraphModule) -> None:
         shard_joint_graph(gm.graph, self.group, self.config, self.hints)
@@ -165,13 +198,19 @@ class _AotRanks:
     def partition(self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
         self.shard(joint)
         self.outputs = num_fwd_outputs
+        self.late = _written_inputs(joint.graph, "must_be_in_backward")
         split = _torch.min_cut_rematerialization_partition
         return split(joint, inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
 
     def forward(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
+
         def run(*args: Any) -> Any:
-            outputs = _Ranks(gm, self.group.size).run(*args, enable_io_processing=False)
+            self.inputs = {n: x for n, x in zip(names, args, strict=True) if n in self.late}
+            interpreter = _Ranks(gm, self.group.size)
+            outputs = interpreter.run(*args, enable_io_processing=False)
             user = [_agreed(x) for x in outputs[: self.outputs]]
+            interpreter.write()
             return [*user, *(torch.stack(list(x)) for x in outputs[self.outputs :])]
 
         return make_boxed_func(run)
@@ -180,8 +219,12 @@ class _AotRanks:
         names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
 
         def run(*args: Any) -> Any:
-            mine = [x if "tangents" in n else _PerRank(x.unbind()) for n, x in zip(names, args, strict=True)]
-            return run_on_ranks(gm, self.group.size, *mine)
+            def own(name: str, saved: Any) -> Any:
+                if name in self.inputs:
+                    return self.inputs[name]
+                return saved if "tangents" in name else _PerRank(saved.unbind())
+
+            return run_on_ranks(gm, self.group.size, *map(own, names, args))
 
         return make_boxed_func(run)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from spcompile.config import Config
 from spcompile.passes import Sharded, shard_joint_graph
 from spcompile.simulate import run_on_ranks
 
-__all__ = ["Eager", "Joint", "capture", "eager", "loss_of", "relative_error"]
+__all__ = ["Eager", "Joint", "capture", "eager", "left_behind", "loss_of", "relative_error"]
 
 
 def loss_of(output: Any) -> Tensor:
@@ -28,19 +28,27 @@ def loss_of(output: Any) -> Tensor:
 
 @dataclass
 class Eager:
-    """The only reference: the unsharded eager model's loss and gradients."""
+    """The only reference: what a step of the unsharded eager model leaves behind.
+
+    ``written`` are the buffers and arguments that it changes, as "buffer NAME" and "argument NAME".
+    """
 
     loss: Tensor
     gradients: dict[str, Tensor]
+    written: dict[str, Tensor] = field(default_factory=dict)
 
-    def error(self, loss: Tensor, gradients: Mapping[str, Tensor | None]) -> float:
-        """The largest relative error of the loss and of all gradients (design, section 7)."""
+    def error(self, loss: Tensor, left: Mapping[str, Tensor | None]) -> float:
+        """The largest relative error of the loss and of all in ``left``: gradients, and what is written."""
         top = max(float(g.abs().max()) for g in self.gradients.values())
         worst = relative_error(loss, self.loss)
         for name, expected in self.gradients.items():
-            found = gradients[name]
+            found = left[name]
             assert found is not None, f"{name} got no gradient"
             worst = max(worst, relative_error(found, expected, 1e-6 * top))
+        for name, expected in self.written.items():
+            found = left.get(name)
+            assert found is not None, f"{name} is not written"
+            worst = max(worst, relative_error(found, expected))
         return worst
 
 
@@ -52,14 +60,32 @@ def relative_error(found: Tensor, expected: Tensor, floor: float = 0.0) -> float
     return worst if worst == worst else float("inf")
 
 
+def _state(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a step may write to: buffers and arguments, by name."""
+    arguments = {f"argument {n}": x for n, x in inputs.items() if isinstance(x, Tensor)}
+    return {f"buffer {n}": b for n, b in model.named_buffers()} | arguments
+
+
+def left_behind(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor | None]:
+    """What a step has left: every gradient, buffer and argument."""
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    return gradients | {n: x.detach().clone() for n, x in _state(model, inputs).items()}
+
+
 def eager(model: nn.Module, inputs: Mapping[str, Any]) -> Eager:
-    """Loss and gradients of the eager model; leaves no gradients behind."""
+    """What a step of the eager model leaves behind; the model and the inputs are then as before."""
     model.zero_grad()
+    state = _state(model, inputs)
+    before = {n: x.detach().clone() for n, x in state.items()}
     loss = loss_of(model(**inputs))
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return Eager(loss.detach(), gradients)
+    written = {n: x.detach().clone() for n, x in state.items() if not torch.equal(x, before[n])}
+    with torch.no_grad():
+        for n in written:
+            state[n].copy_(before[n])
+    return Eager(loss.detach(), gradients, written)
 
 
 @dataclass
@@ -69,6 +95,7 @@ class Joint:
     module: fx.GraphModule
     primals: list[Any]
     names: list[str | None]
+    state: dict[int, str]  # the position among the primals of each buffer and argument
     outputs: int
     sites: list[Any]
     operators: Counter[str]  # spcompile's own, in Dynamo's graph after recognition
@@ -82,14 +109,19 @@ class Joint:
         return local, sharded
 
     def run(self, ranks: int, **options: Any) -> tuple[Tensor, dict[str, Tensor | None]]:
-        """The loss and gradients that every rank gets; raises if the ranks disagree."""
+        """The loss, and the gradients and state that every rank is left with; raises if the ranks disagree.
+
+        The model itself is left as it is.
+        """
         local, _ = self.shard(ranks, **options)
+        primals = [x.clone() if i in self.state else x for i, x in enumerate(self.primals)]
         # Of all that a model returns, the gradient is that of the loss: the scalar.
         tangents = [torch.full(x.shape, float(x.dim() == 0), dtype=x.dtype) for x in self._tangents()]
-        results = run_on_ranks(local, ranks, *self.primals, *tangents)
+        results = run_on_ranks(local, ranks, *primals, *tangents)
         gradients = dict(zip(self.names, results[self.outputs :], strict=True))
         loss = next(x for x in results[: self.outputs] if isinstance(x, Tensor) and x.dim() == 0)
-        return loss, {n: g for n, g in gradients.items() if n is not None}
+        state = {name: primals[i] for i, name in self.state.items()}
+        return loss, {n: g for n, g in gradients.items() if n is not None} | state
 
     def _tangents(self) -> list[Tensor]:
         nodes = [n for n in self.module.graph.nodes if n.op == "placeholder"]
@@ -130,7 +162,10 @@ def capture(model: nn.Module, inputs: Mapping[str, Any], recognize: bool = True)
         )
         found["nodes"] = len(nodes)
         compile_joint = _torch.aot_autograd(
-            fw_compiler=forward, partition_fn=partition, decompositions=_torch.select_decomp_table()
+            fw_compiler=forward,
+            partition_fn=partition,
+            decompositions=_torch.select_decomp_table(),
+            keep_inference_input_mutations=True,
         )
         return compile_joint(gm, example)
 
@@ -144,5 +179,7 @@ def capture(model: nn.Module, inputs: Mapping[str, Any], recognize: bool = True)
         torch._dynamo.reset()
     parameters = {id(p): n for n, p in model.named_parameters()}
     names = [parameters.get(id(x)) for x in found["primals"]]
+    state = {id(x): n for n, x in _state(model, inputs).items()}
+    places = {i: state[id(x)] for i, x in enumerate(found["primals"]) if id(x) in state}
     kept = [found[n] for n in ("outputs", "sites", "operators", "nodes")]
-    return Joint(found["module"], found["primals"], names, *kept)
+    return Joint(found["module"], found["primals"], names, places, *kept)

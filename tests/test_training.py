@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import models
 from spcompile.simulate import simulated
-from tests.proof import Eager, eager, relative_error
+from tests.proof import Eager, eager, left_behind, relative_error
 
 RANKS, LENGTH, VOCAB = 3, 13, 50
 
@@ -38,7 +38,7 @@ def step(
     model.zero_grad()
     loss = compiled(**inputs)
     loss.backward()
-    return loss.detach(), {n: p.grad for n, p in model.named_parameters()}
+    return loss.detach(), left_behind(model, inputs)
 
 
 def test_whole_logits_come_back_with_eager_strides() -> None:

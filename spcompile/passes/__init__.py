@@ -14,6 +14,7 @@ from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.emit import Emitter
 from spcompile.passes.context import GraphContext
+from spcompile.passes.copies import effects
 from spcompile.passes.localize import GatherNote, Localizer
 from spcompile.passes.lower import lower_attention
 from spcompile.passes.propagate import Plan
@@ -48,10 +49,11 @@ def shard_joint_graph(
     else:
         move_windows(graph, emitter.fake_mode)
         sharded.plan = plan_sequences(graph, group.size, hints or {})
+        done = effects(graph)
         localizer = Localizer(graph, sharded.plan, context, config.nan_padding)
         localizer.run()
         _erase_dead(graph, emitter.emitted)
-        verify(graph, localizer)
+        verify(graph, localizer, done)
         sharded.gathers = localizer.gathers
     check_outputs(before, graph)
     return sharded

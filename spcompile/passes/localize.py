@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from spcompile import collectives
-from spcompile.errors import SpcompileError
+from spcompile.passes import copies
 from spcompile.passes.communicate import redistribute, shifted, surrounded
 from spcompile.passes.context import GraphContext
+from spcompile.passes.copies import source_line
 from spcompile.passes.propagate import Plan, Step, Value, value_of
 from spcompile.passes.reach import reaches
 from spcompile.placement import Partial, Placement, Replicate, Shard, same_blocks
@@ -52,6 +52,7 @@ class Localizer:
         self.versions: dict[tuple[Value, Placement, float | None], Tensor] = {}
         self.gathers: list[GatherNote] = []
         self.originals = list(graph.nodes)
+        self.last_writes = copies.last_writes(self.originals)
         self._pending: list[tuple[Value, Tensor]] = []
         self._reach = reaches(plan)
         self._around: dict[Value, Tensor] = {}
@@ -61,7 +62,7 @@ class Localizer:
         outputs = next(n for n in self.originals if n.op == "output")
         wanted = {value_of(x) for x in tree_leaves(outputs.args) if isinstance(x, fx.Node)}
         self._backward = _depends_on_tangents(self.originals)
-        for node in self.originals:
+        for node in (n for n in self.originals if n not in self.last_writes):
             self._consumer = node
             with self.graph.inserting_before(node):
                 if node.op in ("placeholder", "get_attr"):
@@ -71,6 +72,7 @@ class Localizer:
                 elif node.op == "output":
                     self._flush()
                     self._finish(node)
+                    self._write()
                 self._collect(node, wanted)
         for node in reversed(self.originals):
             if node.op == "call_function":
@@ -187,7 +189,7 @@ class Localizer:
         if step.kind != "computed":
             return
         if step.call is None:
-            self._copy(node)
+            copies.copy(self, node)
             return
         if step.native and step.native[0] == Partial("sum") and step.split is None:
             naturals = [(v, self.plan.natural(v)) for v in step.operands]
@@ -217,38 +219,6 @@ class Localizer:
         if whole is not None:
             return self._run(node, whole(), self.context, operands)
         return self._run(node, step.call.run, operands)
-
-    def _copy(self, node: fx.Node) -> None:
-        """A node that is no operator on tensors: a higher-order one, an assertion, a mutation.
-
-        It stays as it was, on whole operands in their own strides, with its own value.
-        """
-        if _draws(node):
-            raise SpcompileError(
-                f"{node.target} (node {node.name}) draws random numbers, and no rule says how ranks draw "
-                f"alike.\n{source_line(node)}\nRemedy: switch the dropout of this operator off, or write it "
-                "with torch.nn.functional.dropout, which has a rule."
-            )
-
-        def whole(x: fx.Node) -> Any:
-            if not isinstance(x.meta.get("val"), Tensor):
-                return x
-            local = self.version(value_of(x), Replicate())
-            return self.emitter.node_of(self._restrided(x, local))
-
-        args, kwargs = fx.map_arg((node.args, node.kwargs), whole)
-        copy = self.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
-        copy.meta = dict(node.meta)
-        self.emitter.emitted.append(copy)
-        node.meta["spcompile_copy"] = copy
-        value = node.meta.get("val")
-        values = value if isinstance(value, (tuple, list)) else (value,)
-        for index, item in enumerate(values):
-            if isinstance(item, Tensor):
-                local = self.emitter.bind(self.emitter.fresh(item), copy)
-                if isinstance(value, (tuple, list)):
-                    local = self.emitter.getitem(copy, index, item)
-                self.versions[((node, index), Replicate(), None)] = local
 
     def _run(self, node: fx.Node, function: Any, *args: Any) -> Any:
         with self.emitter.serving(node, spcompile=self._purpose(node, function, args)):
@@ -321,11 +291,17 @@ class Localizer:
             if not isinstance(x.meta.get("val"), Tensor):
                 return x.meta.get("spcompile_copy", x)
             local = self.version(value_of(x), Replicate())
-            return self.emitter.node_of(self._restrided(x, local))
+            return self.emitter.node_of(self.restrided(x, local))
 
         outputs.args = fx.map_arg(outputs.args, returned)
 
-    def _restrided(self, node: fx.Node, local: Tensor) -> Tensor:
+    def _write(self) -> None:
+        """The writes with which the graph ends, once whatever reads an old value has been written out."""
+        for write in (copies.arguments, copies.copy):
+            for self._consumer in self.last_writes:
+                write(self, self._consumer)
+
+    def restrided(self, node: fx.Node, local: Tensor) -> Tensor:
         """``local`` in the strides that eager gives ``node``."""
         strides = tuple(int(s) for s in node.meta["val"].stride())
         if same_strides(local, strides):
@@ -349,27 +325,6 @@ def same_strides(x: Tensor, strides: tuple[int, ...]) -> bool:
         expected *= size
     pairs = zip(x.stride(), strides, x.shape, strict=True)
     return all(have == want for have, want, size in pairs if size != 1)
-
-
-def source_line(node: fx.Node) -> str:
-    """The user's line that ``node`` comes from: "file:line in function: code"."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
-    places = [i for i, line in enumerate(lines) if line.startswith("File ")]
-    if not places:
-        return "no source line"
-    code = lines[places[-1] + 1] if places[-1] + 1 < len(lines) else ""
-    return f"{lines[places[-1]].removeprefix('File ')}: {code}"
-
-
-def _draws(node: fx.Node) -> bool:
-    """Whether a node without a rule draws other numbers on each rank; attention without dropout doesn't."""
-    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-        return False
-    names = [a.name for a in node.target._schema.arguments]
-    if "dropout_p" not in names:
-        return True
-    at = names.index("dropout_p")
-    return (node.args[at] if len(node.args) > at else node.kwargs.get("dropout_p", 0.0)) != 0.0
 
 
 def _depends_on_tangents(nodes: list[fx.Node]) -> set[fx.Node]:

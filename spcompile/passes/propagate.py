@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
+from spcompile._torch import OpOverload
 from spcompile.placement import Partial, Placement, Replicate, Shard
 from spcompile.rules import PULLED, Call, Rule, Split, commits, rule_for
 
@@ -32,9 +33,14 @@ Value = tuple[fx.Node, int]
 
 def value_of(node: fx.Node) -> Value:
     """The tensor that ``node`` stands for: a getitem is an output of the node it reads."""
-    if node.target is getitem and isinstance(node.args[0], fx.Node):
-        return node.args[0], int(node.args[1])
+    if is_output(node):
+        return node.args[0], node.args[1]  # type: ignore[return-value]
     return node, 0
+
+
+def is_output(node: fx.Node) -> bool:
+    """Whether ``node`` is one tensor of those that another returns (and no entry of a dict, nor a number)."""
+    return node.target is getitem and type(node.args[1]) is int and isinstance(node.meta.get("val"), Tensor)
 
 
 @dataclass
@@ -84,7 +90,7 @@ def propagate(graph: fx.Graph, ranks: int, seeds: Mapping[Value, Shard]) -> Plan
     """
     plan = Plan(ranks)
     for node in graph.nodes:
-        if node.op == "call_function" and node.target is not getitem:
+        if node.op == "call_function" and not is_output(node):
             plan.steps[node] = _step(node)
     _mark(plan, seeds)
     for node, step in plan.steps.items():
@@ -95,10 +101,16 @@ def propagate(graph: fx.Graph, ranks: int, seeds: Mapping[Value, Shard]) -> Plan
 def _step(node: fx.Node) -> Step:
     leaves = tree_leaves((node.args, node.kwargs))
     operands = [x for x in leaves if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor)]
-    if len(operands) != sum(isinstance(x, fx.Node) for x in leaves) or not _returns_tensors(node):
+    numbers = len(operands) != sum(isinstance(x, fx.Node) for x in leaves)
+    if numbers or not _returns_tensors(node) or not _only_computes(node):
         return Step(None, None, tuple(map(value_of, operands)))
     call = call_of(node)
     return Step(call, rule_for(call), tuple(map(value_of, operands)))
+
+
+def _only_computes(node: fx.Node) -> bool:
+    """Whether ``node`` is a function of tensors, and not a write, nor an operator with a body of its own."""
+    return isinstance(node.target, OpOverload) and not node.target._schema.is_mutable
 
 
 def call_of(node: fx.Node) -> Call:

@@ -44,6 +44,7 @@ from spcompile.passes.shadow_values import (
     mark_live,
     values_in,
 )
+from spcompile.passes.transforms import Inside, Transforms, clean_state
 
 __all__ = ["Record", "Shadow", "Value", "is_pure", "trace"]
 
@@ -103,7 +104,7 @@ def trace(gm: fx.GraphModule) -> Shadow | None:
         for e, f in zip(examples, fakes, strict=True):
             if isinstance(e, torch.Tensor):
                 builder.alias_inputs(e, f)
-        with torch.enable_grad():
+        with torch.enable_grad(), clean_state():
             make_fx(builder.run, tracing_mode="real", pre_dispatch=True)(*fakes)
     return builder.finish(mode)
 
@@ -144,6 +145,7 @@ class _Builder:
         self.time = 0
         self.roots: list[Value] = []
         self.written_values: list[tuple[int, Value]] = []
+        self.transforms = Transforms()
 
     # ---- running
 
@@ -316,7 +318,9 @@ class _Interpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         b = self.builder
         begin = b.time
-        if n.op == "call_function" and isinstance(n.target, HigherOrderOperator):
+        if b.transforms.enclose(n):
+            out = self.transformed(n)
+        elif n.op == "call_function" and isinstance(n.target, HigherOrderOperator):
             out = self.higher_order(n)
         else:
             out = super().run_node(n)
@@ -345,7 +349,15 @@ class _Interpreter(fx.Interpreter):
             return self.builder.interpret(args[0], *args[1:])
         return self.opaque_call(n, args, kwargs)
 
-    def opaque_call(self, n: fx.Node, args: tuple, kwargs: dict) -> Any:
+    def transformed(self, n: fx.Node) -> Any:
+        """A call inside torch.vmap or the like, which is not run."""
+        transforms = self.builder.transforms
+        given = transforms.reads(self.fetch_args_kwargs_from_env(n))
+        if transforms.leaves(n):
+            return self.opaque_call(n, tuple(given), {}, transforms.writes)
+        return None if n.meta.get("example_value") is None else Inside(tuple(given))
+
+    def opaque_call(self, n: fx.Node, args: tuple, kwargs: dict, writes: bool = True) -> Any:
         """An op whose body is not read: fresh outputs, and any tensor that it was given may be written."""
         b = self.builder
         b.new_nodes()
@@ -359,7 +371,7 @@ class _Interpreter(fx.Interpreter):
             b.absorb(a, n)
         called = b.value_of[proxy.node]
         b.roots.append(called)
-        for t, p in zip(given, reads, strict=True):
+        for t, p in zip(given, reads, strict=True) if writes else ():
             held = Value("opaque", {"call": called}, tuple(t.shape), t.dtype, time=b.time, node=n, fake=t)
             b.write(p.node, b.add(held))
         return out

@@ -8,17 +8,19 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from spcompile.errors import SpcompileError
+from spcompile.passes.copies import Effect, effects
 from spcompile.passes.localize import Localizer, same_strides
 from spcompile.placement import local_shape
 
 __all__ = ["check_outputs", "verify"]
 
 
-def verify(graph: fx.Graph, localizer: Localizer) -> None:
+def verify(graph: fx.Graph, localizer: Localizer, before: list[Effect]) -> None:
     """Check the local graph.
 
     Every version of every tensor has the shape and dtype that its placement gives the global tensor; no
-    operator is left that Inductor would have decomposed.
+    operator is left that Inductor would have decomposed; what the graph did ``before`` besides computing (the
+    inputs that it writes) it still does, once and in order.
 
     Raises:
         SpcompileError: names the node, the user's source line and what is wrong.
@@ -41,7 +43,18 @@ def verify(graph: fx.Graph, localizer: Localizer) -> None:
             _fail(node, "was left behind")
         if node.target in decomposed and node.target not in allowed:
             _fail(node, f"{node.target} is decomposed by Inductor")
+    _check_effects(graph, before)
     graph.lint()
+
+
+def _check_effects(graph: fx.Graph, before: list[Effect]) -> None:
+    after = effects(graph)
+    if after == before:
+        return
+    lost = [e for e in before if before.count(e) != after.count(e)] or [e for e in after if e not in before]
+    what = f"{lost[0].target} on {', '.join(lost[0].inputs) or 'no input'} is not there as often as it was"
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    _fail(output, what if lost else "what the graph does besides computing is in another order")
 
 
 def check_outputs(before: list[Any], graph: fx.Graph) -> None:

@@ -44,7 +44,9 @@ _LINEAR: dict[Any, tuple[set[int], ...]] = {
 def is_pointwise(op: Any) -> bool:
     """Whether each output entry depends only on the operands' entries at its place, and not on chance."""
     tags = getattr(op, "tags", ())
-    return (torch.Tag.pointwise in tags or op in UNTAGGED) and torch.Tag.nondeterministic_seeded not in tags
+    if torch.Tag.nondeterministic_seeded in tags or getattr(getattr(op, "_schema", None), "is_mutable", False):
+        return False
+    return torch.Tag.pointwise in tags or op in UNTAGGED
 
 
 def broadcast_dims(shape: tuple[int, ...], out_shape: tuple[int, ...]) -> Dims:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from torch import fx
 
 import spcompile.attention  # noqa: F401  (registers the ops that are emitted)
+from spcompile.errors import SpcompileError
 from spcompile.passes.recognize import linear, loops, softmax
 from spcompile.passes.recognize.common import Site, source_of
 from spcompile.passes.recognize.edit import Editor, Refused
 from spcompile.passes.recognize.masks import Prover
+from spcompile.passes.recognize.safety import Snapshot, failed
 from spcompile.passes.recognize.softmax_masks import Found
 from spcompile.passes.shadow import Shadow, Value, trace
 
@@ -26,10 +28,22 @@ def recognize(gm: fx.GraphModule, *, enabled: bool = True) -> list[Site]:
         gm: Dynamo's forward graph; placeholders carry `example_value`.
         enabled: False leaves the graph alone (and returns no sites).
     Returns:
-        One Site for every attention that was seen, rewritten or not, in order of execution.
+        One Site for every attention that was seen, rewritten or not, in order of execution. If recognition
+        fails the graph is as it was, and one Site tells why.
     """
     if not enabled:
         return []
+    before = Snapshot(gm)
+    try:
+        return _recognize(gm)
+    except SpcompileError:
+        raise
+    except Exception as why:  # only speed is lost, and the report says so
+        before.restore()
+        return [failed(why)]
+
+
+def _recognize(gm: fx.GraphModule) -> list[Site]:
     shadow, sites = _reroll(gm)
     if shadow is None:
         return []
