@@ -18,6 +18,10 @@ from torch._dynamo.backends.common import aot_autograd
 # Functions that Dynamo calls when it is about to trace: the table of library calls looks for new imports.
 from torch._dynamo.callback import callback_handler
 
+# Dynamo lets an exception of this class through to the user as it is; others come out of a backend wrapped,
+# and then a rank that compiles and one that calls would raise different types for one fault.
+from torch._dynamo.exc import ShortenTraceback
+
 # The graph breaks that Dynamo has counted in this process, by reason: `explain` reports them.
 from torch._dynamo.utils import counters
 from torch._functorch.partitioners import (
@@ -46,10 +50,10 @@ from torch._inductor.inductor_prims import random as inductor_random
 from torch._inductor.inductor_prims import seed as inductor_seed
 
 # The classes of operators, by which the passes that read a graph tell an ATen call from a Python function.
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
-# The command builds its model of fake tensors, which allocate nothing.
-from torch._subclasses.fake_tensor import FakeTensorMode
+# The command builds its model of fake tensors, which allocate nothing; their values can't be compared.
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 # The two calls by which Dynamo writes autocast into its graph: what replaces a loop under autocast has its
 # casts written out, and switches autocast off around itself.
@@ -72,10 +76,13 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata as tensor_metada
 __all__ = [
     "UNTAGGED_POINTWISE",
     "CustomGraphPass",
+    "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
     "OpOverload",
+    "OpOverloadPacket",
     "ShapeEnv",
+    "ShortenTraceback",
     "aot_autograd",
     "callback_handler",
     "compile_fx",
@@ -89,12 +96,15 @@ __all__ = [
     "flash_attention_cpu_backward",
     "get_proxy_mode",
     "get_proxy_slot",
+    "hint",
     "inductor_random",
     "inductor_seed",
     "make_fx",
     "min_cut_rematerialization_partition",
     "resolve_process_group",
     "select_decomp_table",
+    "set_grad_enabled",
+    "source_name",
     "tensor_metadata",
     "tracing_metadata",
     "track_tensor_tree",
@@ -115,6 +125,9 @@ flash_attention_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attentio
 # What dispatch keys are on outside every operator and mode.
 _OUTSIDE = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
+# How Dynamo writes no_grad and enable_grad into its graph; what is between two of them keeps its mode.
+set_grad_enabled = torch._C._set_grad_enabled
+
 
 def differentiable() -> Any:
     """A context in which torch.func can differentiate inside an operator's kernel.
@@ -129,3 +142,20 @@ def tracing_metadata() -> Any:
     """AOTAutograd's metadata of the graph being compiled; None outside a compilation."""
     context = _TracingContext.try_get()
     return context.fw_metadata if context is not None else None
+
+
+def source_name(node: torch.fx.Node) -> str:
+    """Where Dynamo took an input from, as code: ``L['self']._parameters['weight']``; "" if it does not say.
+
+    It is a method in some versions and a property in others.
+    """
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    return name() if callable(name) else name
+
+
+def hint(x: Any) -> Any:
+    """The number that a symbolic one was traced with, without a guard on it; others as they are."""
+    return x.node.hint if isinstance(x, torch.SymInt | torch.SymFloat) else x

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from spcompile import _torch, collectives, frontend, library
 from spcompile.config import Config
 from spcompile.passes import shard_joint_graph
+from spcompile.passes.canonical import canonicalise, in_their_order
 
 __all__ = ["RanksDisagree", "run_on_ranks", "simulated"]
 
@@ -138,15 +139,17 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
     group = collectives.Group(ranks, "simulated")
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
+        places = canonicalise(gm)
         hints = frontend.prepare(gm, config).hints
         run = _AotRanks(group, config, hints)
-        return _torch.aot_autograd(
+        compiled = _torch.aot_autograd(
             fw_compiler=run.forward,
             bw_compiler=run.backward,
             inference_compiler=run.inference,
             partition_fn=run.partition,
             decompositions=_torch.select_decomp_table(),
-        )(gm, example_inputs)
+        )(gm, [example_inputs[i] for i in places])
+        return in_their_order(compiled, places)
 
     return backend
 
