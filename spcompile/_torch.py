@@ -24,6 +24,10 @@ from torch._dynamo.backends.common import aot_autograd
 # Functions that Dynamo calls when it is about to trace: the table of library calls looks for new imports.
 from torch._dynamo.callback import callback_handler
 
+# Dynamo lets an exception of this class through to the user as it is; others come out of a backend wrapped,
+# and then a rank that compiles and one that calls would raise different types for one fault.
+from torch._dynamo.exc import ShortenTraceback
+
 # The frame that Dynamo is compiling: its code and arguments tell which names `sequence_dims` can have.
 from torch._dynamo.symbolic_convert import InstructionTranslator as _InstructionTranslator
 
@@ -63,10 +67,10 @@ from torch._inductor.inductor_prims import seed as inductor_seed
 from torch._logging import trace_structured
 
 # The classes of operators, by which the passes that read a graph tell an ATen call from a Python function.
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
-# The command builds its model of fake tensors, which allocate nothing.
-from torch._subclasses.fake_tensor import FakeTensorMode
+# The command builds its model of fake tensors, which allocate nothing; their values can't be compared.
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 # The two calls by which Dynamo writes autocast into its graph: what replaces a loop under autocast has its
 # casts written out, and switches autocast off around itself.
@@ -89,10 +93,13 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata as tensor_metada
 __all__ = [
     "UNTAGGED_POINTWISE",
     "CustomGraphPass",
+    "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
     "OpOverload",
+    "OpOverloadPacket",
     "ShapeEnv",
+    "ShortenTraceback",
     "aot_autograd",
     "callback_handler",
     "compile_fx",
@@ -106,6 +113,7 @@ __all__ = [
     "flash_attention_cpu_backward",
     "get_proxy_mode",
     "get_proxy_slot",
+    "hint",
     "inductor_config",
     "inductor_random",
     "inductor_seed",
@@ -115,6 +123,8 @@ __all__ = [
     "min_cut_rematerialization_partition",
     "resolve_process_group",
     "select_decomp_table",
+    "set_grad_enabled",
+    "source_name",
     "tensor_metadata",
     "trace_structured",
     "traced_frame",
@@ -139,6 +149,9 @@ flash_attention_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attentio
 # What dispatch keys are on outside every operator and mode.
 _OUTSIDE = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
+# How Dynamo writes no_grad and enable_grad into its graph; what is between two of them keeps its mode.
+set_grad_enabled = torch._C._set_grad_enabled
+
 
 def differentiable() -> Any:
     """A context in which torch.func can differentiate inside an operator's kernel.
@@ -162,3 +175,18 @@ def traced_frame() -> tuple[Any, dict[str, Any]] | None:
     except AttributeError:  # outside Dynamo there is none
         return None
     return frame.f_code, frame.f_locals
+def source_name(node: torch.fx.Node) -> str:
+    """Where Dynamo took an input from, as code: ``L['self']._parameters['weight']``; "" if it does not say.
+
+    It is a method in some versions and a property in others.
+    """
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    return name() if callable(name) else name
+
+
+def hint(x: Any) -> Any:
+    """The number that a symbolic one was traced with, without a guard on it; others as they are."""
+    return x.node.hint if isinstance(x, torch.SymInt | torch.SymFloat) else x

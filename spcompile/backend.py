@@ -9,16 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
 
 from spcompile import _torch, inductor, library, watch
+from spcompile.agreement import Agreement
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.errors import SpcompileError
 from spcompile.frontend import prepare
-from spcompile.groups import agree, fingerprint, sequence_group
+from spcompile.groups import sequence_group
 from spcompile.passes import shard_joint_graph
+from spcompile.passes.canonical import canonicalise, in_their_order
 from spcompile.passes.overlap import SCHEDULER, erase_dead_waits
 from spcompile.report import RECORDS, Record, strategy_names
 
@@ -58,12 +59,14 @@ def spcompile(
         )
     group = sequence_group(config)
     record = Record(group, strategy_names(group, config))
+    with record.timed("canonical"):
+        places = canonicalise(gm)
+        example_inputs = [example_inputs[i] for i in places]
     with record.timed("recognize"):
         frontend = prepare(gm, config)
     record.sites = frontend.sites
-    shapes = [(tuple(map(int, x.shape)), str(x.dtype)) for x in example_inputs if isinstance(x, torch.Tensor)]
-    key = fingerprint(gm.code, shapes, config.key(), source_hash(), torch.__version__)
-    agree(group, key, f"a graph of {len(gm.graph.nodes)} nodes for inputs {_brief(shapes)}")
+    agreement = Agreement.of(gm, example_inputs, group, config, {"spcompile's sources": source_hash()})
+    agreement.before_compiling(example_inputs)
     RECORDS.append(record)
     patches: dict[str, Any] = {
         **(SCHEDULER if group.size > 1 else {}),
@@ -73,23 +76,14 @@ def spcompile(
     }
     compiled = _torch.compile_fx(gm, example_inputs, config_patches=patches)
     watch.compiled(record)
-    if group.size == 1:
-        return compiled
 
     @functools.wraps(compiled)
     def checked(*args: Any) -> Any:
-        agree(group, key, f"the graph compiled for inputs {_brief(shapes)}")
+        # Some callables take all inputs as one list.
+        agreement.before_calling(args[0] if len(args) == 1 and isinstance(args[0], list) else args)
         return compiled(*args)
 
-    # AOTAutograd's callable takes its inputs as a list if it says so; the wrapper must say the same.
-    for name in ("_boxed_call",):
-        if hasattr(compiled, name):
-            setattr(checked, name, getattr(compiled, name))
-    return checked
-
-
-def _brief(shapes: list[Any]) -> str:
-    return ", ".join(f"{dtype.removeprefix('torch.')}{list(shape)}" for shape, dtype in shapes[-4:])
+    return in_their_order(checked if group.size > 1 else compiled, places)
 
 
 @functools.cache

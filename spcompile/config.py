@@ -16,6 +16,7 @@ _CHOICES = {
     "linear": ("auto", "allgather"),
     "softmax": ("auto", "allgather"),
     "on_gather": ("warn", "error", "ignore"),
+    "check": ("values", "shapes"),
     "regather": (True, False),
     "recognize": (True, False),
     "nan_padding": (True, False),
@@ -55,6 +56,8 @@ class Config:
             communication).
         recognize: rewrite attention; without, sharding propagation alone does all (right, slower).
         on_gather: when an operator without a rule forces a gather: ``"warn"``, ``"error"`` or ``"ignore"``.
+        check: what the ranks compare before each call: ``"values"`` of what it passes (and of parameters and
+            buffers, at first and then now and then), or ``"shapes"`` alone.
         sequence_dims: argument name -> the dim that is the sequence, where it is not to be inferred.
         ranks: compile for this many ranks without a process group (to inspect; such code is not run).
         nan_padding: a debugging mode: padding is filled with NaN, which must never reach a result.
@@ -68,6 +71,7 @@ class Config:
     regather: bool = False
     recognize: bool = True
     on_gather: str = "warn"
+    check: str = "values"
     sequence_dims: Mapping[str, int] = field(default_factory=dict)
     ranks: int | None = None
     nan_padding: bool = False

@@ -26,6 +26,7 @@ from spcompile.errors import SpcompileError
 from spcompile.groups import sequence_group
 from spcompile.memory import Memory, largest, measure
 from spcompile.passes import shard_joint_graph
+from spcompile.passes.canonical import canonicalise, in_their_order
 from spcompile.passes.overlap import erase_dead_waits
 from spcompile.report import Record, Report, strategy_names
 
@@ -102,6 +103,8 @@ class _Session:
         index = len(self.records)
         self.records.append(record)
         self.calls.append(0)
+        places = canonicalise(gm)
+        example_inputs = [example_inputs[i] for i in places]
         moved = _off_meta(gm, example_inputs)
         with record.timed("recognize"):
             found = frontend.prepare(gm, self.config)
@@ -122,7 +125,7 @@ class _Session:
             self.calls[index] += 1
             return run(*args)
 
-        return called
+        return in_their_order(called, places)
 
 
 class _Compilers:

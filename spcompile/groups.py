@@ -1,19 +1,21 @@
-"""Which ranks share the sequence, and whether they agree on what they run before any collective starts."""
+"""Which ranks share the sequence, and what they tell each other outside of graphs."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from spcompile._torch import resolve_process_group
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.errors import SpcompileError
 
-__all__ = ["agree", "fingerprint", "sequence_group"]
+__all__ = ["fingerprint", "gather_numbers", "gather_objects", "sequence_group"]
 
 
 def sequence_group(config: Config) -> Group:
@@ -60,33 +62,23 @@ def fingerprint(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def agree(group: Group, key: int, what: str) -> None:
-    """Check that all ranks are about to do the same; every rank raises if one is not.
-
-    It is one small collective. A rank that compiles anew while the others run what they have meets their
-    check with its own, so that a mismatch is an error on every rank and never a hang.
-
-    Raises:
-        SpcompileError: names the ranks that differ.
-    """
-    if group.size == 1:
-        return
-    keys = _gather_keys(group, key)
-    differ = [r for r, k in enumerate(keys) if k != keys[0]]
-    if differ:
-        raise SpcompileError(
-            f"ranks {differ} of the sequence axis run something else than rank 0: {what}\n"
-            "Every rank must call the same module with inputs of the same shapes and dtypes. "
-            "Remedy: compare the inputs' shapes, the model's configuration and the versions of torch and "
-            "spcompile on these ranks."
-        )
-
-
-def _gather_keys(group: Group, key: int) -> list[int]:
+def gather_numbers(group: Group, numbers: list[int], values: list[Tensor | None]) -> list[list[int]]:
+    """Every rank's ``numbers`` and ``values`` (int64, no dims; None is 0), by one collective."""
     process_group = resolve_process_group(group.name)
     on_cpu = "gloo" in str(dist.get_backend_config(process_group)).lower()
     device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
-    mine = torch.tensor([key], dtype=torch.int64, device=device)
-    everyone = [torch.empty_like(mine) for _ in range(group.size)]
-    dist.all_gather(everyone, mine, group=process_group)
-    return [int(x) for x in everyone]
+    with torch.no_grad():
+        mine = torch.tensor([*numbers, *(0 for _ in values)], dtype=torch.int64, device=device)
+        for i, value in enumerate(values, len(numbers)):
+            if value is not None:
+                mine[i] = value.to(device)
+        everyone = [torch.empty_like(mine) for _ in range(group.size)]
+        dist.all_gather(everyone, mine, group=process_group)
+        return torch.stack(everyone).tolist()
+
+
+def gather_objects(group: Group, mine: Any) -> list[Any]:
+    """Every rank's object, on every rank."""
+    everyone: list[Any] = [None] * group.size
+    dist.all_gather_object(everyone, mine, group=resolve_process_group(group.name))
+    return everyone

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map
 from spcompile import _torch, collectives, frontend, library
 from spcompile.config import Config
 from spcompile.passes import shard_joint_graph
+from spcompile.passes.canonical import canonicalise, in_their_order
 from spcompile.passes.copies import written
 
 __all__ = ["RanksDisagree", "run_on_ranks", "simulated"]
@@ -168,16 +169,18 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
     group = collectives.Group(ranks, "simulated")
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
+        places = canonicalise(gm)
         hints = frontend.prepare(gm, config).hints
         run = _AotRanks(group, config, hints)
-        return _torch.aot_autograd(
+        compiled = _torch.aot_autograd(
             fw_compiler=run.forward,
             bw_compiler=run.backward,
             inference_compiler=run.inference,
             partition_fn=run.partition,
             decompositions=_torch.select_decomp_table(),
             keep_inference_input_mutations=True,  # as Inductor has it: writes are nodes of the graph
-        )(gm, example_inputs)
+        )(gm, [example_inputs[i] for i in places])
+        return in_their_order(compiled, places)
 
     return backend
 

@@ -16,6 +16,7 @@ from spcompile import _torch, frontend, library
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.passes import Sharded, shard_joint_graph
+from spcompile.passes.canonical import canonicalise, in_their_order
 from spcompile.simulate import run_on_ranks
 
 __all__ = ["Eager", "Joint", "capture", "eager", "left_behind", "loss_of", "relative_error"]
@@ -155,6 +156,7 @@ def capture(model: nn.Module, inputs: Mapping[str, Any], recognize: bool = True)
         return make_boxed_func(run)
 
     def backend(gm: fx.GraphModule, example: Any) -> Any:
+        places = canonicalise(gm)
         found["sites"] = frontend.prepare(gm, Config(recognize=recognize)).sites
         nodes = [n for m in gm.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes]
         found["operators"] = Counter(
@@ -167,7 +169,7 @@ def capture(model: nn.Module, inputs: Mapping[str, Any], recognize: bool = True)
             decompositions=_torch.select_decomp_table(),
             keep_inference_input_mutations=True,
         )
-        return compile_joint(gm, example)
+        return in_their_order(compile_joint(gm, [example[i] for i in places]), places)
 
     torch._dynamo.reset()  # all of models/ is one frame's code, and Dynamo gives up on code compiled often
     library.watch()

@@ -15,6 +15,7 @@ from torch import nn
 
 import models
 import spcompile.backend
+from tests.agreement_cases import agreement, two_axes
 from tests.proof import eager, left_behind, relative_error
 
 SHAPE = {"vocab": 50, "hidden": 32, "heads": 2, "kv_heads": 1, "mlp": 48}
@@ -135,7 +136,10 @@ def _error(run: Callable[[], object]) -> dict[str, Any]:
     return {"error": None, "seconds": time.monotonic() - start}
 
 
-_CASES = (train, delta, waits, other_shape_at_once, other_shape_later, other_model, mesh_of_two_axes)
+_CASES = (
+    *(train, delta, waits, other_shape_at_once, other_shape_later, other_model, mesh_of_two_axes),
+    *(agreement, two_axes),
+)
 CASES = {f.__name__: f for f in _CASES}
 
 if __name__ == "__main__":

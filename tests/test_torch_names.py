@@ -158,9 +158,13 @@ CALLED = {
     "get_proxy_mode": [],
     "get_proxy_slot": ["obj", "tracer", "default"],
     "list_mode_options": [],
+    "hint": ["x"],
     "make_fx": ["f", "tracing_mode", "pre_dispatch"],
     "min_cut_rematerialization_partition": ["joint_module", "_joint_inputs", "num_fwd_outputs"],
     "select_decomp_table": [],
+    "set_grad_enabled": [],
+    "ShortenTraceback": ["first_useful_frame"],
+    "source_name": ["node"],
     "ShapeEnv": [],
     "tensor_metadata": ["result"],
     "trace_structured": ["name", "metadata_fn", "payload_fn"],
@@ -215,8 +219,10 @@ def test_operator(name: str) -> None:
 def test_all_names_are_expected_here() -> None:
     elsewhere = {
         "CustomGraphPass",
+        "FakeTensor",
         "HigherOrderOperator",
         "OpOverload",
+        "OpOverloadPacket",
         "UNTAGGED_POINTWISE",
         "callback_handler",
         "counters",
@@ -265,6 +271,7 @@ def test_classes_of_operators() -> None:
     )
     for name in ("_schema", "_opname", "_overloadname", "namespace", "tags", "is_view", "overloadpacket"):
         assert hasattr(torch.ops.aten.view.default, name), moved(f"OpOverload.{name}", "is gone")
+    assert isinstance(torch.ops.aten.view, _torch.OpOverloadPacket), moved("OpOverloadPacket", "is another")
     for op in _torch.UNTAGGED_POINTWISE:
         assert isinstance(op, _torch.OpOverload), moved("UNTAGGED_POINTWISE", f"has {op}, no overload")
 
@@ -288,6 +295,33 @@ def test_state_of_a_compilation() -> None:
     assert _torch.tracing_metadata() is None, moved("TracingContext.try_get", "finds one outside of any")
     assert _torch.detect_fake_mode([]) is None, moved("detect_fake_mode", "finds one where there is none")
     assert _torch.get_proxy_mode() is None, moved("get_proxy_mode", "finds one where there is none")
+
+
+def test_dynamo_says_where_inputs_come_from() -> None:
+    found: list[tuple[str, Any]] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        found.extend((_torch.source_name(n), _torch.hint(x)) for n, x in zip(nodes, inputs, strict=True))
+        return gm.forward
+
+    with torch._dynamo.config.patch(assume_static_by_default=False):
+        torch.compile(lambda x, n: x * n, backend=backend, dynamic=True)(torch.ones(3), 5)
+    numbers = {name: value for name, value in found if not isinstance(value, torch.Tensor)}
+    assert "L['x']" in dict(found) and numbers == {"L['x'].size()[0]": 3, "L['n']": 5}, moved(
+        "Node._dynamo_source or SymNode.hint", f"says {found}"
+    )
+
+
+def test_an_error_of_a_backend_that_dynamo_lets_through() -> None:
+    class Mine(_torch.ShortenTraceback):
+        pass
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        raise Mine("", first_useful_frame=None)
+
+    with pytest.raises(Mine):
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(3))
 
 
 def test_dynamo_calls_back_before_it_traces() -> None:
