@@ -18,7 +18,8 @@ from torch._dynamo.backends.common import aot_autograd
 # Functions that Dynamo calls when it is about to trace: the table of library calls looks for new imports.
 from torch._dynamo.callback import callback_handler
 
-# The graph breaks that Dynamo has counted in this process, by reason: `explain` reports them.
+# The graph breaks that Dynamo has counted in this process, by reason: `explain` reports them. Inductor's own
+# are kept with a compiled graph and counted again when a cache serves it, which tells us which it served.
 from torch._dynamo.utils import counters
 from torch._functorch.partitioners import (
     default_partition,
@@ -44,6 +45,9 @@ from torch._inductor.decomposition import select_decomp_table
 # checkpointing.
 from torch._inductor.inductor_prims import random as inductor_random
 from torch._inductor.inductor_prims import seed as inductor_seed
+
+# Where Inductor keeps its caches: what a compilation told is kept beside them.
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 # The classes of operators, by which the passes that read a graph tell an ATen call from a Python function.
 from torch._ops import HigherOrderOperator, OpOverload
@@ -77,6 +81,7 @@ __all__ = [
     "OpOverload",
     "ShapeEnv",
     "aot_autograd",
+    "cache_dir",
     "callback_handler",
     "compile_fx",
     "counters",

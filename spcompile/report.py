@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ class Record:
         memory, alone: on each rank, and were one rank to run it all; known to ``explain`` only.
         graphs: what :attr:`before`, :attr:`after` and the like print; kept by ``explain`` only.
         seconds: wall time by pass.
-        sharded: whether our pass ran on it; if not, Inductor's cache served a graph compiled before.
+        sharded: whether our passes have run on it, in this process or in the one that filled the caches.
+        catch_up: takes what became known since (``spcompile.warm``).
     """
 
     group: Group
@@ -50,6 +51,7 @@ class Record:
     graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     sharded: bool = False
+    catch_up: Callable[[], None] = lambda: None
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -70,13 +72,18 @@ class Record:
         self.sequence = lengths.most_common(1)[0][0] if lengths else None
         self.transfers = transfers(graph, self.group.size)
 
-    def saw_final(self, graph: fx.Graph) -> None:
-        """Take the collectives of the forward or the backward as they are really run, not as in the joint."""
+    def saw_final(self, graph: fx.Graph) -> str:
+        """Take the collectives of the forward or the backward as they are really run, not as in the joint.
+
+        Returns:
+            Which of the two it is.
+        """
         tangents = any(n.op == "placeholder" and n.name.startswith("tangents") for n in graph.nodes)
         phase = "backward" if tangents else "forward"
         self.transfers = [t for t in self.transfers if t.phase != phase] + transfers(
             graph, self.group.size, phase
         )
+        return phase
 
     def text(self, name: str) -> str:
         """A kept graph ("before", "after", "forward", "backward") with the user's source lines."""
@@ -221,6 +228,8 @@ def last(graphs: int = 1) -> Report:
             "the spcompile backend has compiled nothing in this process; call the compiled module first"
         )
     records = list(RECORDS)[-graphs:]
+    for record in records:
+        record.catch_up()
     return Report(records[-1].group.size, records)
 
 
