@@ -31,7 +31,8 @@ from torch._dynamo.exc import ShortenTraceback
 # The frame that Dynamo is compiling: its code and arguments tell which names `sequence_dims` can have.
 from torch._dynamo.symbolic_convert import InstructionTranslator as _InstructionTranslator
 
-# The graph breaks that Dynamo has counted in this process, by reason: `explain` reports them.
+# The graph breaks that Dynamo has counted in this process, by reason: `explain` reports them. Inductor's own
+# are kept with a compiled graph and counted again when a cache serves it, which tells us which it served.
 from torch._dynamo.utils import counters
 from torch._functorch.partitioners import (
     default_partition,
@@ -62,6 +63,9 @@ from torch._inductor.decomposition import select_decomp_table
 # checkpointing.
 from torch._inductor.inductor_prims import random as inductor_random
 from torch._inductor.inductor_prims import seed as inductor_seed
+
+# Where Inductor keeps its caches: what a compilation told is kept beside them.
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 # Artifacts of TORCH_TRACE: the reports and graphs that tlparse shows.
 from torch._logging import trace_structured
@@ -101,6 +105,7 @@ __all__ = [
     "ShapeEnv",
     "ShortenTraceback",
     "aot_autograd",
+    "cache_dir",
     "callback_handler",
     "compile_fx",
     "counters",

@@ -22,6 +22,7 @@ from spcompile.passes import shard_joint_graph
 from spcompile.passes.canonical import canonicalise, in_their_order
 from spcompile.passes.overlap import SCHEDULER, erase_dead_waits
 from spcompile.report import RECORDS, Record, strategy_names
+from spcompile.warm import Told
 
 __all__ = ["ForcedGather", "spcompile"]
 
@@ -68,14 +69,18 @@ def spcompile(
     agreement = Agreement.of(gm, example_inputs, group, config, {"spcompile's sources": source_hash()})
     agreement.before_compiling(example_inputs)
     RECORDS.append(record)
+    told = Told(record, gm, source_hash())
     patches: dict[str, Any] = {
         **(SCHEDULER if group.size > 1 else {}),
         **chosen,
-        "joint_custom_pre_pass": JointPass(group, config, frontend.hints, record),
-        "post_grad_custom_post_pass": WaitPass(record),
+        "joint_custom_pre_pass": JointPass(group, config, frontend.hints, told),
+        "post_grad_custom_post_pass": WaitPass(told),
     }
-    compiled = _torch.compile_fx(gm, example_inputs, config_patches=patches)
+    compiled = told.compile(
+        lambda more: _torch.compile_fx(gm, example_inputs, config_patches={**patches, **more})
+    )
     watch.compiled(record)
+    tell_gathers(record.gathers, config)
 
     @functools.wraps(compiled)
     def checked(*args: Any) -> Any:
@@ -98,30 +103,31 @@ def source_hash() -> str:
 class JointPass(_torch.CustomGraphPass):
     """Inductor's hook on the joint graph."""
 
-    def __init__(self, group: Group, config: Config, hints: Mapping[str, int], record: Record) -> None:
-        self.group, self.config, self.hints, self.record = group, config, hints, record
+    def __init__(self, group: Group, config: Config, hints: Mapping[str, int], told: Told) -> None:
+        self.group, self.config, self.hints, self.told = group, config, hints, told
 
     def __call__(self, graph: fx.Graph) -> None:
         watch.graph("before", graph)
-        with self.record.timed("shard"):
-            localizer = shard_joint_graph(graph, self.group, self.config, self.hints)
+        with self.told.record.timed("shard"):
+            sharded = shard_joint_graph(graph, self.group, self.config, self.hints)
         watch.graph("after", graph)
-        self.record.saw_joint(graph, localizer)
-        tell_gathers(localizer.gathers, self.config)
+        self.told.saw_joint(graph, sharded)
+        if self.config.on_gather == "error":  # before Inductor spends its time
+            tell_gathers(sharded.gathers, self.config)
 
     def uuid(self) -> Any:
-        return (source_hash(), self.config.key(), repr(self.group), repr(self.hints))
+        return (source_hash(), self.config.key(), repr(self.group), repr(self.hints), self.told.joint)
 
 
 class WaitPass(_torch.CustomGraphPass):
     """Inductor's hook after its own passes on the forward, and later the backward, graph."""
 
-    def __init__(self, record: Record) -> None:
-        self.record = record
+    def __init__(self, told: Told) -> None:
+        self.told = told
 
     def __call__(self, graph: fx.Graph) -> None:
         erase_dead_waits(graph)
-        self.record.saw_final(graph)
+        self.told.saw_final(graph)
 
     def uuid(self) -> Any:
         return source_hash()

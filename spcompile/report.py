@@ -40,7 +40,8 @@ class Record:
         largest: tensors alive at the peak, largest first; measure: the memory on so many ranks. As above.
         graphs: what :attr:`before`, :attr:`after` and the like print; kept by ``explain`` only.
         seconds: wall time by pass.
-        sharded: whether our pass ran on it; if not, Inductor's cache served a graph compiled before.
+        sharded: whether our passes have run on it, in this process or in the one that filled the caches.
+        catch_up: takes what became known since (``spcompile.warm``).
     """
 
     group: Group
@@ -57,6 +58,7 @@ class Record:
     graphs: dict[str, fx.GraphModule] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     sharded: bool = False
+    catch_up: Callable[[], None] = lambda: None
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -78,13 +80,18 @@ class Record:
         self.batch = _batch(sharded.plan) if sharded.plan is not None else None
         self.transfers = transfers(graph, self.group.size, batch=self.batch)
 
-    def saw_final(self, graph: fx.Graph) -> None:
-        """Take the collectives of the forward or the backward as they are really run, not as in the joint."""
+    def saw_final(self, graph: fx.Graph) -> str:
+        """Take the collectives of the forward or the backward as they are really run, not as in the joint.
+
+        Returns:
+            Which of the two it is.
+        """
         tangents = any(n.op == "placeholder" and n.name.startswith("tangents") for n in graph.nodes)
         phase = "backward" if tangents else "forward"
         self.transfers = [t for t in self.transfers if t.phase != phase] + transfers(
             graph, self.group.size, phase, self.batch
         )
+        return phase
 
     def __repr__(self) -> str:
         return f"<Record: {Report(self.group.size, [self]).summary()}>"
@@ -300,6 +307,8 @@ def last(graphs: int = 1) -> Report:
             "the spcompile backend has compiled nothing in this process; call the compiled module first"
         )
     records = list(RECORDS)[-graphs:]
+    for record in records:
+        record.catch_up()
     return Report(records[-1].group.size, records)
 
 

@@ -192,9 +192,17 @@ class Writer:
         self.device = before.meta["example_value"].device
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return self._emit("call_function", function, function, args, kwargs)
+
+    def method(self, name: str, x: fx.Node, *args: Any) -> fx.Node:
+        """`x.name(*args)`. Written as a function, `torch.Tensor.to(x)`, it would do the same, but AOTAutograd's
+        cache takes no graph with such a node."""
+        return self._emit("call_method", name, getattr(torch.Tensor, name), (x, *args), {})
+
+    def _emit(self, op: str, target: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> fx.Node:
         graph = self.before.graph
         with graph.inserting_before(self.before):
-            node = graph.call_function(function, args, kwargs)
+            node = graph.create_node(op, target, args, kwargs)
         keep = ("stack_trace", "nn_module_stack", "source_fn_stack")
         node.meta = {k: self.before.meta[k] for k in keep if k in self.before.meta}
         values, named = fx.map_arg((args, kwargs), lambda n: n.meta["example_value"])
@@ -220,7 +228,7 @@ class Writer:
         return (
             x
             if x.meta["example_value"].dtype == dtype or dtype is None
-            else self.call(torch.Tensor.to, x, dtype)
+            else self.method("to", x, dtype)
         )
 
     def arrange(self, operand: Operand, groups: Sequence[Group], expand: bool = True) -> fx.Node:
@@ -242,7 +250,7 @@ class Writer:
             a.size if a in atoms or expand or any(b in atoms for b in g) else 1 for g in groups for a in g
         ]
         if self.shape(x) != tuple(full):
-            x = self.call(torch.Tensor.expand, x, tuple(full))
+            x = self.method("expand", x, tuple(full))
         widths = [prod(full[sum(map(len, groups[:n])) :][: len(g)]) for n, g in enumerate(groups)]
         return self.reshape(x, widths)
 
@@ -265,7 +273,7 @@ class Writer:
             order = sorted(range(len(strides)), key=lambda d: (-strides[d], d))
             back = [order.index(d) for d in range(len(order))]
             x = self.permute(x, order)
-            x = self.permute(self.call(torch.Tensor.contiguous, x), back)
+            x = self.permute(self.method("contiguous", x), back)
         elif fresh:
             x = self.call(torch.clone, x)
         return x
