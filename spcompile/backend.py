@@ -111,6 +111,8 @@ class JointPass(_torch.CustomGraphPass):
         with self.told.record.timed("shard"):
             sharded = shard_joint_graph(graph, self.group, self.config, self.hints)
         watch.graph("after", graph)
+        # A graph that a cache serves never comes here: whatever its caller needs to know of it (and not only
+        # reports) must be kept with what was told, and be taken from there in `Told._retell`.
         self.told.saw_joint(graph, sharded)
         if self.config.on_gather == "error":  # before Inductor spends its time
             tell_gathers(sharded.gathers, self.config)
