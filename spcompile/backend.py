@@ -19,7 +19,7 @@ from spcompile.errors import SpcompileError
 from spcompile.frontend import prepare
 from spcompile.groups import sequence_group
 from spcompile.passes import shard_joint_graph
-from spcompile.passes.canonical import canonicalise, in_their_order
+from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
 from spcompile.passes.overlap import SCHEDULER, erase_dead_waits
 from spcompile.report import RECORDS, Record, strategy_names
 from spcompile.warm import Told
@@ -61,6 +61,7 @@ def spcompile(
     group = sequence_group(config)
     record = Record(group, strategy_names(group, config))
     with record.timed("canonical"):
+        gm = own_copy(gm)
         places = canonicalise(gm)
         example_inputs = [example_inputs[i] for i in places]
     with record.timed("recognize"):

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map
 from spcompile import _torch, collectives, frontend, library
 from spcompile.config import Config
 from spcompile.passes import shard_joint_graph
-from spcompile.passes.canonical import canonicalise, in_their_order
+from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
 from spcompile.passes.copies import written
 
 __all__ = ["RanksDisagree", "run_on_ranks", "simulated"]
@@ -169,6 +169,7 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
     group = collectives.Group(ranks, "simulated")
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
+        gm = own_copy(gm)
         places = canonicalise(gm)
         hints = frontend.prepare(gm, config).hints
         run = _AotRanks(group, config, hints)

@@ -13,8 +13,8 @@ from spcompile import _torch
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.emit import Emitter
+from spcompile.passes import copies
 from spcompile.passes.context import GraphContext
-from spcompile.passes.copies import effects
 from spcompile.passes.localize import GatherNote, Localizer
 from spcompile.passes.lower import lower_attention
 from spcompile.passes.propagate import Plan
@@ -49,7 +49,7 @@ def shard_joint_graph(
     else:
         move_windows(graph, emitter.fake_mode)
         sharded.plan = plan_sequences(graph, group.size, hints or {})
-        done = effects(graph)
+        done = copies.effects(graph)
         localizer = Localizer(graph, sharded.plan, context, config.nan_padding)
         localizer.run()
         _erase_dead(graph, emitter.emitted)
