@@ -40,9 +40,13 @@ def test_one_token_after_many_is_no_mistake(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_modes_and_options_reach_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[dict[str, object]] = []
-    monkeypatch.setattr(
-        "spcompile._torch.compile_fx", lambda gm, inputs, config_patches: given.append(config_patches) or gm
-    )
+
+    def compile_fx(gm: torch.fx.GraphModule, inputs: object, config_patches: dict[str, object]) -> object:
+        given.append(config_patches)
+        gm.recompile()  # the order of its inputs has changed
+        return gm
+
+    monkeypatch.setattr("spcompile._torch.compile_fx", compile_fx)
     for arguments in (
         {"mode": "max-autotune-no-cudagraphs"},
         {"options": {"mode": "max-autotune-no-cudagraphs", "inductor": {"coordinate-descent-tuning": False}}},
