@@ -53,9 +53,8 @@ def test_modes_and_options_reach_inductor(monkeypatch: pytest.MonkeyPatch) -> No
     ):
         torch._dynamo.reset()
         torch.compile(torch.nn.Linear(2, 2), backend=backend, **arguments)(torch.ones(1, 2))
-    assert [g["max_autotune"] for g in given] == [True, True]
-    assert [g["coordinate_descent_tuning"] for g in given] == [True, False]
-    assert all(g["joint_custom_pre_pass"] is not None for g in given)
+    assert all(g["max_autotune"] and g["joint_custom_pre_pass"] is not None for g in given)
+    assert given[0]["coordinate_descent_tuning"] and not given[-1]["coordinate_descent_tuning"]
 
 
 def test_the_key_follows_the_options_and_not_their_order() -> None:
