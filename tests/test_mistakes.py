@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
@@ -65,3 +68,9 @@ def test_the_key_follows_the_options_and_not_their_order() -> None:
     assert Config.of({"inductor": one}).key() == Config.of({"inductor": two}).key() != Config().key()
     assert Config.of({"mode": "max-autotune"}).key() != Config().key()
     assert patches("default", {}) == patches(None, {}) == {}
+
+
+def test_every_option_is_in_the_readme() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    for option in dataclasses.fields(Config):
+        assert f"| `{option.name}` |" in text, f"README's table of options lacks {option.name}"
