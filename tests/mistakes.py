@@ -9,6 +9,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import spcompile
-from spcompile import groups
+from spcompile import agreement, backend
+from spcompile.collectives import Group
+from spcompile.disagreement import Report, Value
 
 
 class Mistake(NamedTuple):
@@ -92,11 +95,28 @@ def one_process() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def other_shapes() -> object:
-    """What rank 0 answers where rank 1 came with other shapes: the exchange gives two keys."""
-    group = groups.Group(2, "two ranks")
-    with mock.patch.object(groups, "_gather_keys", lambda group, key: [key, key + 1]):
-        return groups.agree(group, 1, "the graph compiled for inputs int64[2, 7]")
+def of_two_ranks(**other: Any) -> Callable[[], object]:
+    """A call on rank 0 of two, where rank 1 has something else of the argument ``features``."""
+
+    def changed(value: Value) -> Value:
+        return replace(value, **other) if value.argument.name == "features" else value
+
+    def numbers(group: Group, mine: list[int], values: list[Tensor | None]) -> list[list[int]]:
+        row = [*mine, *(0 if value is None else int(value) for value in values)]
+        return [row, [row[0], *(number + 1 for number in row[1:])]]
+
+    def objects(group: Group, mine: Report) -> list[Report]:
+        return [mine, replace(mine, values=[changed(value) for value in mine.values])]
+
+    def do() -> object:
+        with (
+            mock.patch.object(backend, "sequence_group", return_value=Group(2, "two ranks")),
+            mock.patch.object(agreement, "gather_numbers", numbers),
+            mock.patch.object(agreement, "gather_objects", objects),
+        ):
+            return call()
+
+    return do
 
 
 def hook_taken() -> object:
@@ -160,7 +180,12 @@ MISTAKES = [
     Mistake("mesh of two axes", lambda: call({"mesh": TwoAxes()}), ("1-D DeviceMesh", "mesh['sp']")),
     Mistake("mesh that is none", lambda: call({"mesh": (0, 1)}), ("must be a DeviceMesh",)),
     Mistake("mesh without this rank", of_no_rank, ("not in it", "Remedy")),
-    Mistake("other shapes on another rank", other_shapes, ("ranks [1]", "same shapes", "Remedy")),
+    Mistake(
+        "other shapes on another rank",
+        of_two_ranks(text="float32[2, 9, 4]"),
+        ("ranks [1]", "features", "[2, 9, 4]", "Remedy"),
+    ),
+    Mistake("another batch on another rank", of_two_ranks(digest=1), ("ranks [1]", "features", "Remedy")),
     Mistake("explain of no model", lambda: spcompile.explain([1]), ("list", "nothing to call")),
     Mistake("explain, wrong option", lambda: spcompile.explain(Mlp(), sofmax=1), ("did you mean 'softmax'",)),
 ]

@@ -24,6 +24,7 @@ def stop(gm, inputs, config_patches):
         joint(module.graph)
         return t.default_partition(module, *args, **kwargs)
     table = t.select_decomp_table()
+    gm.recompile()
     run = t.aot_autograd(fw_compiler=lambda g, _: g, partition_fn=partition, decompositions=table)
     return run(gm, inputs)
 t.compile_fx = stop
