@@ -110,7 +110,10 @@ class Told:
         record.catch_up = self._catch_up
 
     def compile(self, compiler: Callable[[dict[str, Any]], Any]) -> Any:
-        """Run a compiler, which takes patches of Inductor's configuration; see NOTE [Which entry was served]."""
+        """Run a compiler, which takes patches of Inductor's configuration.
+
+        See NOTE [Which entry was served].
+        """
         before = _counted()
         compiled = compiler({})
         if not self.record.sharded and not self._retell(_counted() - before):
