@@ -1,12 +1,12 @@
 """One of four real Gloo ranks of tests/test_sharded_parameters.py: FSDP2 and DDP beside sequence parallelism.
 
-``python -m tests.sharded_worker`` prints one JSON line. The recipes are those of README.md.
+``python -m tests.sharded_worker ALL`` prints one JSON line. The recipes are those of README.md.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,20 +97,29 @@ def ddp(mesh: Any) -> nn.Module:
     return DistributedDataParallel(net)
 
 
+# What FSDP2 calls; it has had the second name since torch 2.13.
+REDUCE_SCATTER = [n for n in ("reduce_scatter_tensor", "reduce_scatter_single") if hasattr(dist, n)]
+
+
 @contextmanager
-def counted() -> Any:
+def counted() -> Iterator[list[int]]:
     """The elements that go into each reduce-scatter of FSDP2."""
-    original, found = dist.reduce_scatter_tensor, []
+    originals, found = {n: getattr(dist, n) for n in REDUCE_SCATTER}, []
 
-    def counting(output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found.append(input.numel())
-        return original(output, input, *args, **kwargs)
+    def counting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(**given: Any) -> Any:
+            found.append(given["input"].numel())
+            return original(**given)
 
-    dist.reduce_scatter_tensor = counting
+        return call
+
+    for name, original in originals.items():
+        setattr(dist, name, counting(original))
     try:
         yield found
     finally:
-        dist.reduce_scatter_tensor = original
+        for name, original in originals.items():
+            setattr(dist, name, original)
 
 
 def run(recipe: Callable[[Any], nn.Module], mesh: Any, expected: Eager) -> dict[str, Any]:
@@ -126,13 +135,12 @@ def run(recipe: Callable[[Any], nn.Module], mesh: Any, expected: Eager) -> dict[
     for name, p in net.named_parameters():
         whole = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
         gradients[name.removeprefix("module.")] = whole
-    ours = [t for record in RECORDS for t in record.transfers if t.purpose and t.purpose.op == "gradients"]
-    sites = [site.rewritten for record in RECORDS for site in record.sites]
+    transfers = [t for record in RECORDS for t in record.transfers]
     return {
         "error": expected.error(loss / 2, gradients),
         "scattered": scattered,
-        "ours": [t.elements for t in ours],
-        "sites": sites,
+        "reduced": [t.elements for t in transfers if t.op == "all_reduce" and t.phase == "backward"],
+        "sharded": all(site.rewritten for record in RECORDS for site in record.sites) and len(transfers) > 0,
     }
 
 

@@ -14,6 +14,7 @@ import torch
 from torch._dynamo import list_backends
 from torch._inductor import comms
 from torch._inductor import config as inductor_config
+from torch._inductor.output_code import CompiledFxGraph
 
 from spcompile import _torch, inductor
 from spcompile.backend import JointPass, WaitPass
@@ -148,6 +149,7 @@ def test_every_name_has_a_reason_and_a_user() -> None:
 # name -> parameters that spcompile gives it; "**" for any keywords.
 CALLED = {
     "aot_autograd": ["**"],
+    "cache_dir": [],
     "compile_fx": ["model_", "example_inputs_", "config_patches"],
     "default_partition": ["joint_module", "_joint_inputs", "num_fwd_outputs"],
     "detect_fake_mode": ["inputs"],
@@ -292,6 +294,8 @@ def test_functional_collective(name: str) -> None:
 
 def test_state_of_a_compilation() -> None:
     assert _torch.counters["graph_break"] is not None, moved("counters", "is no default dict of counts")
+    kept = CompiledFxGraph.__annotations__
+    assert "counter_deltas" in kept, moved("CompiledFxGraph", "no longer keeps how far the counters went up")
     assert _torch.tracing_metadata() is None, moved("TracingContext.try_get", "finds one outside of any")
     assert _torch.detect_fake_mode([]) is None, moved("detect_fake_mode", "finds one where there is none")
     assert _torch.get_proxy_mode() is None, moved("get_proxy_mode", "finds one where there is none")
