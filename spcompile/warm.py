@@ -31,6 +31,12 @@ __all__ = ["Told", "remember", "remembered"]
 
 MARK = "spcompile told"
 
+NO_CACHES: dict[str, Any] = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
+"""Inductor's options to compile anew; AOTAutograd's cache is off with Inductor's.
+
+Under `force_disable_caches` what is remembered meanwhile would go to a folder that is gone afterwards.
+"""
+
 
 # ---- a small store
 
@@ -117,7 +123,7 @@ class Told:
         before = _counted()
         compiled = compiler({})
         if not self.record.sharded and not self._retell(_counted() - before):
-            compiled = compiler({"force_disable_caches": True})
+            compiled = compiler(NO_CACHES)
         return compiled
 
     # ---- telling

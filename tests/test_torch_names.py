@@ -19,6 +19,7 @@ from torch._inductor.output_code import CompiledFxGraph
 from spcompile import _torch, inductor
 from spcompile.backend import JointPass, WaitPass
 from spcompile.passes.overlap import SCHEDULER
+from spcompile.warm import NO_CACHES
 
 SOURCES = Path(_torch.__file__).parent
 HOME = Path(_torch.__file__)
@@ -246,7 +247,7 @@ def test_graph_hooks() -> None:
         assert not missing, moved("CustomGraphPass", f"asks {made.__name__} for {sorted(missing)}")
 
 
-@pytest.mark.parametrize("name", ["joint_custom_pre_pass", "post_grad_custom_post_pass", *SCHEDULER])
+@pytest.mark.parametrize("name", ["joint_custom_pre_pass", "post_grad_custom_post_pass", *SCHEDULER, *NO_CACHES])
 def test_inductor_has_the_option(name: str) -> None:
     assert name in inductor_config.get_config_copy(), moved(f"torch._inductor.config.{name}", "is gone")
 
