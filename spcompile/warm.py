@@ -124,6 +124,7 @@ class Told:
         compiled = compiler({})
         if not self.record.sharded and not self._retell(_counted() - before):
             compiled = compiler(NO_CACHES)
+        self._catch_up()
         return compiled
 
     # ---- telling
@@ -181,12 +182,11 @@ class Told:
         """A graph that we sharded may have been served after the partitioner, its backward at the first call
         of it: take what it told."""
         for mark in _counted():
-            if not self.joint or not mark.startswith(f"{MARK} {self.joint} "):
-                continue
-            _, phase, kept = mark.removeprefix(MARK).split()
-            final = None if phase in self.phases else remembered(kept)
-            if final is not None:
-                self._take(final["transfers"], phase)
+            joint, phase, kept = mark.removeprefix(MARK).split() if mark.startswith(MARK) else ("", "", "")
+            if joint and joint == self.joint and phase not in self.phases:
+                final = remembered(kept)
+                if final is not None:
+                    self._take(final["transfers"], phase)
 
 
 def _counted() -> Counter[str]:

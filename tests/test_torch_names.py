@@ -247,7 +247,10 @@ def test_graph_hooks() -> None:
         assert not missing, moved("CustomGraphPass", f"asks {made.__name__} for {sorted(missing)}")
 
 
-@pytest.mark.parametrize("name", ["joint_custom_pre_pass", "post_grad_custom_post_pass", *SCHEDULER, *NO_CACHES])
+HOOKS = ("joint_custom_pre_pass", "post_grad_custom_post_pass")
+
+
+@pytest.mark.parametrize("name", [*HOOKS, *SCHEDULER, *NO_CACHES])
 def test_inductor_has_the_option(name: str) -> None:
     assert name in inductor_config.get_config_copy(), moved(f"torch._inductor.config.{name}", "is gone")
 
