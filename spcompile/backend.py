@@ -16,7 +16,7 @@ from spcompile.agreement import Agreement
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.errors import SpcompileError
-from spcompile.frontend import prepare
+from spcompile.frontend import Frontend, prepare
 from spcompile.groups import sequence_group
 from spcompile.passes import shard_joint_graph
 from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
@@ -74,7 +74,7 @@ def spcompile(
     patches: dict[str, Any] = {
         **(SCHEDULER if group.size > 1 else {}),
         **chosen,
-        "joint_custom_pre_pass": JointPass(group, config, frontend.hints, told),
+        "joint_custom_pre_pass": JointPass(group, config, frontend, told),
         "post_grad_custom_post_pass": WaitPass(told),
     }
     compiled = told.compile(
@@ -104,13 +104,14 @@ def source_hash() -> str:
 class JointPass(_torch.CustomGraphPass):
     """Inductor's hook on the joint graph."""
 
-    def __init__(self, group: Group, config: Config, hints: Mapping[str, int], told: Told) -> None:
-        self.group, self.config, self.hints, self.told = group, config, hints, told
+    def __init__(self, group: Group, config: Config, frontend: Frontend, told: Told) -> None:
+        self.group, self.config, self.told = group, config, told
+        self.named = frontend.hints, frontend.parameters
 
     def __call__(self, graph: fx.Graph) -> None:
         watch.graph("before", graph)
         with self.told.record.timed("shard"):
-            sharded = shard_joint_graph(graph, self.group, self.config, self.hints)
+            sharded = shard_joint_graph(graph, self.group, self.config, *self.named)
         watch.graph("after", graph)
         # A graph that a cache serves never comes here: whatever its caller needs to know of it (and not only
         # reports) must be kept with what was told, and be taken from there in `Told._retell`.
@@ -119,7 +120,7 @@ class JointPass(_torch.CustomGraphPass):
             tell_gathers(sharded.gathers, self.config)
 
     def uuid(self) -> Any:
-        return (source_hash(), self.config.key(), repr(self.group), repr(self.hints), self.told.joint)
+        return (source_hash(), self.config.key(), repr(self.group), repr(self.named), self.told.joint)
 
 
 class WaitPass(_torch.CustomGraphPass):

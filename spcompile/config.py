@@ -17,6 +17,7 @@ _CHOICES = {
     "softmax": ("auto", "allgather"),
     "on_gather": ("warn", "error", "ignore"),
     "check": ("values", "shapes"),
+    "gradients": ("whole", "partial"),
     "regather": (True, False),
     "recognize": (True, False),
     "nan_padding": (True, False),
@@ -52,6 +53,9 @@ class Config:
         mesh: a 1-D ``DeviceMesh``, the ranks along the sequence; default: all ranks of the job.
         linear: how memory states cross ranks; ``"allgather"`` is LASP-2.
         softmax: how keys and values cross ranks; ``"allgather"`` is LASP-2H.
+        gradients: of parameters: ``"whole"`` on every rank, or ``"partial"``: on each rank another value,
+            whose mean over the ranks is the gradient. That is for a wrapper that averages over these ranks
+            anyway (FSDP2, DDP): its reduction is then the only one.
         regather: gather keys and values again in the backward instead of saving them (less memory, more
             communication).
         recognize: rewrite attention; without, sharding propagation alone does all (right, slower).
@@ -68,6 +72,7 @@ class Config:
     mesh: Any = None
     linear: str = "auto"
     softmax: str = "auto"
+    gradients: str = "whole"
     regather: bool = False
     recognize: bool = True
     on_gather: str = "warn"

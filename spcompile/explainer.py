@@ -111,7 +111,7 @@ class _Session:
             found = frontend.prepare(gm, self.config)
         record.sites = found.sites
         compilers = _Compilers(
-            self.group, self.config, found.hints, record, "meta" if moved is not None else None
+            self.group, self.config, found, record, "meta" if moved is not None else None
         )
         run = _torch.aot_autograd(
             fw_compiler=compilers.forward,
@@ -133,9 +133,10 @@ class _Compilers:
     """What AOTAutograd calls for one graph, in place of Inductor."""
 
     def __init__(
-        self, group: Group, config: Config, hints: dict[str, int], record: Record, device: str | None
+        self, group: Group, config: Config, found: frontend.Frontend, record: Record, device: str | None
     ) -> None:
-        self.group, self.config, self.hints, self.record, self.device = group, config, hints, record, device
+        self.group, self.config, self.record, self.device = group, config, record, device
+        self.named = found.hints, found.parameters
 
     def shard(self, joint: fx.GraphModule) -> fx.GraphModule:
         """Shard the joint graph in place; returns the same graph lowered for one rank."""
@@ -143,7 +144,7 @@ class _Compilers:
         alone = _copied(joint)
         shard_joint_graph(alone.graph, Group(1, ""), replace(self.config, ranks=1))
         with self.record.timed("shard"):
-            sharded = shard_joint_graph(joint.graph, self.group, self.config, self.hints)
+            sharded = shard_joint_graph(joint.graph, self.group, self.config, *self.named)
         joint.recompile()
         self.record.saw_joint(joint.graph, sharded)
         self.record.graphs["after"] = _copied(joint)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from spcompile.config import Config
 from spcompile.hints import find
@@ -18,10 +18,12 @@ __all__ = ["Frontend", "prepare"]
 
 @dataclass
 class Frontend:
-    """The attention sites seen, and the sequence dims hinted by the name of the joint graph's placeholder."""
+    """The attention sites seen; by the names of the joint graph's placeholders, the sequence dims hinted and
+    which are parameters."""
 
     sites: list[Any] = field(default_factory=list)
     hints: dict[str, int] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()
 
 
 def _called(gm: fx.GraphModule) -> list[Site]:
@@ -42,4 +44,6 @@ def prepare(gm: fx.GraphModule, config: Config) -> Frontend:
     """Edit Dynamo's graph in place."""
     hints = find(gm, config.sequence_dims)
     sites = _called(gm) + (recognize(gm) if config.recognize else [])
-    return Frontend(sites, hints)
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    trained = [isinstance(n.meta.get("example_value"), nn.Parameter) for n in placeholders]
+    return Frontend(sites, hints, tuple(f"primals_{i + 1}" for i, is_one in enumerate(trained) if is_one))

@@ -31,6 +31,12 @@ __all__ = ["Told", "remember", "remembered"]
 
 MARK = "spcompile told"
 
+NO_CACHES: dict[str, Any] = {"fx_graph_cache": False, "fx_graph_remote_cache": False}
+"""Inductor's options to compile anew; AOTAutograd's cache is off with Inductor's.
+
+Under `force_disable_caches` what is remembered meanwhile would go to a folder that is gone afterwards.
+"""
+
 
 # ---- a small store
 
@@ -110,11 +116,15 @@ class Told:
         record.catch_up = self._catch_up
 
     def compile(self, compiler: Callable[[dict[str, Any]], Any]) -> Any:
-        """Run a compiler, which takes patches of Inductor's configuration; see NOTE [Which entry was served]."""
+        """Run a compiler, which takes patches of Inductor's configuration.
+
+        See NOTE [Which entry was served].
+        """
         before = _counted()
         compiled = compiler({})
         if not self.record.sharded and not self._retell(_counted() - before):
-            compiled = compiler({"force_disable_caches": True})
+            compiled = compiler(NO_CACHES)
+        self._catch_up()
         return compiled
 
     # ---- telling
@@ -172,12 +182,11 @@ class Told:
         """A graph that we sharded may have been served after the partitioner, its backward at the first call
         of it: take what it told."""
         for mark in _counted():
-            if not self.joint or not mark.startswith(f"{MARK} {self.joint} "):
-                continue
-            _, phase, kept = mark.removeprefix(MARK).split()
-            final = None if phase in self.phases else remembered(kept)
-            if final is not None:
-                self._take(final["transfers"], phase)
+            joint, phase, kept = mark.removeprefix(MARK).split() if mark.startswith(MARK) else ("", "", "")
+            if joint and joint == self.joint and phase not in self.phases:
+                final = remembered(kept)
+                if final is not None:
+                    self._take(final["transfers"], phase)
 
 
 def _counted() -> Counter[str]:

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 import models
 import spcompile.backend
+import spcompile.report
 from tests.agreement_cases import agreement, two_axes
 from tests.proof import eager, left_behind, relative_error
 
@@ -127,6 +129,39 @@ def mesh_of_two_axes() -> dict[str, Any]:
         return refused | {"error_of_axis": relative_error(good(ids), net(ids))}
 
 
+class _Gathering(nn.Module):
+    """Attention, and an operator that no rule covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        x = x + nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        return x.median(1).values.sum()
+
+
+def warm() -> dict[str, Any]:
+    """One step: what the user is told, and whether a cache served it."""
+    torch.manual_seed(0)
+    net = _Gathering().double()
+    ids = torch.arange(9)[None] % 11
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss = torch.compile(net, backend="spcompile")(ids)
+        loss.backward()
+    report = spcompile.report.last().to_dict()
+    del report["pass_seconds"]
+    counted = torch._dynamo.utils.counters["aot_autograd"]
+    return {
+        "hits": counted["autograd_cache_hit"],
+        "told": [str(w.message) for w in caught if issubclass(w.category, spcompile.backend.ForcedGather)],
+        "report": report,
+        "error": relative_error(loss.detach(), net(ids).detach()),
+    }
+
+
 def _error(run: Callable[[], object]) -> dict[str, Any]:
     start = time.monotonic()
     try:
@@ -138,7 +173,7 @@ def _error(run: Callable[[], object]) -> dict[str, Any]:
 
 _CASES = (
     *(train, delta, waits, other_shape_at_once, other_shape_later, other_model, mesh_of_two_axes),
-    *(agreement, two_axes),
+    *(agreement, two_axes, warm),
 )
 CASES = {f.__name__: f for f in _CASES}
 

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 
-def run_ranks(case: str, ranks: int, timeout: float = 280) -> list[dict[str, Any]]:
-    """Every rank's result of a case of tests/rank_worker.py."""
+def run_ranks(
+    case: str, ranks: int, timeout: float = 280, worker: str = "tests.rank_worker"
+) -> list[dict[str, Any]]:
+    """Every rank's result of a case of a worker module."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -21,7 +23,7 @@ def run_ranks(case: str, ranks: int, timeout: float = 280) -> list[dict[str, Any
     common |= {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
     workers = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.rank_worker", case],
+            [sys.executable, "-m", worker, case],
             env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

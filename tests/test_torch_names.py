@@ -14,10 +14,12 @@ import torch
 from torch._dynamo import list_backends
 from torch._inductor import comms
 from torch._inductor import config as inductor_config
+from torch._inductor.output_code import CompiledFxGraph
 
 from spcompile import _torch, inductor
 from spcompile.backend import JointPass, WaitPass
 from spcompile.passes.overlap import SCHEDULER
+from spcompile.warm import NO_CACHES
 
 SOURCES = Path(_torch.__file__).parent
 HOME = Path(_torch.__file__)
@@ -148,6 +150,7 @@ def test_every_name_has_a_reason_and_a_user() -> None:
 # name -> parameters that spcompile gives it; "**" for any keywords.
 CALLED = {
     "aot_autograd": ["**"],
+    "cache_dir": [],
     "compile_fx": ["model_", "example_inputs_", "config_patches"],
     "default_partition": ["joint_module", "_joint_inputs", "num_fwd_outputs"],
     "detect_fake_mode": ["inputs"],
@@ -244,7 +247,10 @@ def test_graph_hooks() -> None:
         assert not missing, moved("CustomGraphPass", f"asks {made.__name__} for {sorted(missing)}")
 
 
-@pytest.mark.parametrize("name", ["joint_custom_pre_pass", "post_grad_custom_post_pass", *SCHEDULER])
+HOOKS = ("joint_custom_pre_pass", "post_grad_custom_post_pass")
+
+
+@pytest.mark.parametrize("name", [*HOOKS, *SCHEDULER, *NO_CACHES])
 def test_inductor_has_the_option(name: str) -> None:
     assert name in inductor_config.get_config_copy(), moved(f"torch._inductor.config.{name}", "is gone")
 
@@ -292,6 +298,8 @@ def test_functional_collective(name: str) -> None:
 
 def test_state_of_a_compilation() -> None:
     assert _torch.counters["graph_break"] is not None, moved("counters", "is no default dict of counts")
+    kept = CompiledFxGraph.__annotations__
+    assert "counter_deltas" in kept, moved("CompiledFxGraph", "no longer keeps how far the counters went up")
     assert _torch.tracing_metadata() is None, moved("TracingContext.try_get", "finds one outside of any")
     assert _torch.detect_fake_mode([]) is None, moved("detect_fake_mode", "finds one where there is none")
     assert _torch.get_proxy_mode() is None, moved("get_proxy_mode", "finds one where there is none")

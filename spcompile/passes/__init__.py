@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from spcompile.config import Config
 from spcompile.emit import Emitter
 from spcompile.passes import copies
 from spcompile.passes.context import GraphContext
+from spcompile.passes.gradients import gradients_of
 from spcompile.passes.localize import GatherNote, Localizer
 from spcompile.passes.lower import lower_attention
 from spcompile.passes.propagate import Plan
@@ -35,9 +36,18 @@ class Sharded:
 
 
 def shard_joint_graph(
-    graph: fx.Graph, group: Group, config: Config, hints: Mapping[str, int] | None = None
+    graph: fx.Graph,
+    group: Group,
+    config: Config,
+    hints: Mapping[str, int] | None = None,
+    parameters: Collection[str] = (),
 ) -> Sharded:
-    """Rewrite a joint forward and backward graph, of global shapes, into the one that each rank runs."""
+    """Rewrite a joint forward and backward graph, of global shapes, into the one that each rank runs.
+
+    Args:
+        hints: placeholder -> the dim that is the sequence.
+        parameters: the placeholders whose gradients the option ``gradients`` is about.
+    """
     specialise(graph)
     before = [x.meta["val"] if isinstance(x, fx.Node) else x for x in _returned(graph)]
     emitter = Emitter(graph, _fake_mode(graph), _torch.select_decomp_table())
@@ -50,7 +60,8 @@ def shard_joint_graph(
         move_windows(graph, emitter.fake_mode)
         sharded.plan = plan_sequences(graph, group.size, hints or {})
         done = copies.effects(graph)
-        localizer = Localizer(graph, sharded.plan, context, config.nan_padding)
+        partial = gradients_of(graph, parameters) if config.gradients == "partial" else set()
+        localizer = Localizer(graph, sharded.plan, context, config.nan_padding, partial)
         localizer.run()
         _erase_dead(graph, emitter.emitted)
         verify(graph, localizer, done)

@@ -7,6 +7,7 @@ pulled one whenever a consumer asks, in the version that it asks for. Old nodes 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx
@@ -44,9 +45,19 @@ class Localizer:
 
     Args:
         nan_padding: a debugging mode that fills the padding of every floating tensor with NaN.
+        partial: values returned as they are if they are sums over the ranks: each rank's term, times the
+            number of ranks, so that it is the mean that is the value (as it is of equal values).
     """
 
-    def __init__(self, graph: fx.Graph, plan: Plan, context: GraphContext, nan_padding: bool = False) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        plan: Plan,
+        context: GraphContext,
+        nan_padding: bool = False,
+        partial: Collection[Value] = (),
+    ) -> None:
+        self.partial = partial
         self.graph, self.plan, self.context, self.emitter = graph, plan, context, context.emitter
         self.nan_padding = nan_padding
         self.versions: dict[tuple[Value, Placement, float | None], Tensor] = {}
@@ -268,7 +279,7 @@ class Localizer:
         step = self.plan.steps.get(node)
         for index in range(len(step.call.outputs) if step is not None and step.call is not None else 1):
             value = (node, index)
-            if value not in wanted or step is None:
+            if value not in wanted or value in self.partial or step is None:
                 continue
             natural = self.plan.natural(value)
             if natural == Partial("sum") and node in self._backward:
@@ -290,7 +301,12 @@ class Localizer:
         def returned(x: fx.Node) -> Any:
             if not isinstance(x.meta.get("val"), Tensor):
                 return x.meta.get("spcompile_copy", x)
-            local = self.version(value_of(x), Replicate())
+            value = value_of(x)
+            if value in self.partial and self.plan.natural(value) == Partial("sum"):
+                term = self.version(value, Partial("sum"))
+                local = self._run(x, lambda: term * self.context.group.size)
+            else:
+                local = self.version(value, Replicate())
             return self.emitter.node_of(self.restrided(x, local))
 
         outputs.args = fx.map_arg(outputs.args, returned)

@@ -195,8 +195,7 @@ class Writer:
         return self._emit("call_function", function, function, args, kwargs)
 
     def method(self, name: str, x: fx.Node, *args: Any) -> fx.Node:
-        """`x.name(*args)`. Written as a function, `torch.Tensor.to(x)`, it would do the same, but AOTAutograd's
-        cache takes no graph with such a node."""
+        """`x.name(*args)`: AOTAutograd's cache takes no graph with `torch.Tensor.name` as a function."""
         return self._emit("call_method", name, getattr(torch.Tensor, name), (x, *args), {})
 
     def _emit(self, op: str, target: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> fx.Node:
