@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from spcompile.config import Config
+from spcompile.passes.einsums import split_einsums
 from spcompile.passes.recognize import Site, recognize
 from spcompile.passes.recognize.common import source_of
 
@@ -40,7 +41,10 @@ def _called(gm: fx.GraphModule) -> list[Site]:
 
 def prepare(gm: fx.GraphModule, config: Config) -> Frontend:
     """Edit Dynamo's graph in place."""
-    sites = _called(gm) + (recognize(gm) if config.recognize else [])
+    # opt_einsum's choice follows the hashes of strings; what is traced here must not.
+    with torch.backends.opt_einsum.flags(enabled=False):
+        sites = _called(gm) + (recognize(gm) if config.recognize else [])
+    split_einsums(gm)
     hints: dict[str, int] = {}
     for index, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
         for name, dim in config.sequence_dims.items():

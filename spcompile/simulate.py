@@ -149,7 +149,7 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
             partition_fn=run.partition,
             decompositions=_torch.select_decomp_table(),
         )(gm, [example_inputs[i] for i in places])
-        return in_their_order(compiled, places)
+        return in_their_order(gm, compiled, places)
 
     return backend
 

@@ -13,7 +13,6 @@ NOTE [What keeps its order]
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,21 +52,30 @@ def canonicalise(gm: fx.GraphModule) -> list[int]:
     return _arrange(gm, inputs=True)
 
 
-def in_their_order(compiled: Callable[..., Any], places: Sequence[int]) -> Callable[..., Any]:
-    """``compiled``, which takes a canonical graph's inputs, as a function of the inputs in Dynamo's order.
+def in_their_order(
+    gm: fx.GraphModule, compiled: Callable[..., Any], places: Sequence[int]
+) -> Callable[..., Any]:
+    """``compiled``, which takes the inputs of canonical ``gm``, as a function of them in Dynamo's order.
 
-    Some callables take all inputs as one list, which they empty: the wrapper takes and empties what they do.
+    The inputs of ``gm`` are put back: Dynamo reads their order off it again, to write the call.
+    Some callables take all inputs as one list, which they empty, and say so: the wrapper does as they do. (It
+    takes over nothing else: Dynamo would unwrap it.)
     """
 
-    @functools.wraps(compiled)
-    def call(*args: Any) -> Any:
-        boxed = len(args) == 1 and isinstance(args[0], list)
-        given = args[0] if boxed else args
-        inputs = [given[i] for i in places]
-        if boxed:
-            given.clear()
-        return compiled(inputs) if boxed else compiled(*inputs)
+    new = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    old = [node for _, node in sorted(zip(places, new, strict=True), key=lambda pair: pair[0])]
+    _place([*old, *(n for n in gm.graph.nodes if n.op != "placeholder")])
+    gm.recompile()
 
+    def call(*args: Any) -> Any:
+        if len(args) != 1 or not isinstance(args[0], list):
+            return compiled(*(args[i] for i in places))
+        inputs = [args[0][i] for i in places]
+        args[0].clear()
+        return compiled(inputs)
+
+    if hasattr(compiled, "_boxed_call"):
+        call._boxed_call = compiled._boxed_call  # type: ignore[attr-defined]
     return call
 
 
@@ -94,8 +102,7 @@ def _inputs(first_use: Iterable[fx.Node]) -> list[fx.Node]:
 
 def _rewrite(graph: fx.Graph, order: Sequence[fx.Node]) -> None:
     """Put the nodes into ``order`` and number their names anew."""
-    for before, node in pairwise(order):
-        before.append(node)
+    _place(order)
     names = type(graph._graph_namespace)()
     graph._graph_namespace = names
     for node in order:
@@ -104,6 +111,11 @@ def _rewrite(graph: fx.Graph, order: Sequence[fx.Node]) -> None:
     for node in order:
         if node.op not in ("placeholder", "output"):
             node.name = names.create_name(re.sub(r"(_\d+)+$", "", node.name), node)
+
+
+def _place(order: Sequence[fx.Node]) -> None:
+    for before, node in pairwise(order):
+        before.append(node)
 
 
 def _order(graph: fx.Graph) -> list[fx.Node]:

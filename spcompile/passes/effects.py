@@ -70,7 +70,7 @@ _OURS = ("aten", "prims", "spcompile")
 
 
 def _computations() -> dict[Any, str]:
-    found = {}
+    found: dict[Any, str] = {}
     for space in (torch, F, torch.linalg, torch.special, torch.fft):
         for name, f in vars(space).items():
             if callable(f) and not isinstance(f, type) and not _NO_COMPUTATION.search(name):
