@@ -16,7 +16,7 @@ from torch import nn
 import models
 import spcompile.backend
 from tests.agreement_cases import agreement, two_axes
-from tests.proof import eager, relative_error
+from tests.proof import eager, loss_of, relative_error
 
 SHAPE = {"vocab": 50, "hidden": 32, "heads": 2, "kv_heads": 1, "mlp": 48}
 
@@ -136,9 +136,31 @@ def _error(run: Callable[[], object]) -> dict[str, Any]:
     return {"error": None, "seconds": time.monotonic() - start}
 
 
+def _third_party(name: str, length: int) -> dict[str, Any]:
+    """A step of a model whose graph follows the hashes of strings; every rank has others."""
+    from tests.zoo import FUNCTIONS, MODELS
+
+    net, inputs = {**MODELS, **FUNCTIONS}[name](length)
+    expected = eager(net, inputs)
+    loss = loss_of(torch.compile(net, backend="spcompile")(**inputs))
+    loss.backward()
+    hashes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hashes, hash("spcompile"))
+    gradients = {n: p.grad for n, p in net.named_parameters()}
+    return {"error": expected.error(loss.detach(), gradients), "hashes": len(set(hashes))}
+
+
+def gemma4() -> dict[str, Any]:
+    return _third_party("gemma4", 13)
+
+
+def gdn2() -> dict[str, Any]:
+    return _third_party("fla_gdn2_chunk", 16)
+
+
 _CASES = (
     *(train, delta, waits, other_shape_at_once, other_shape_later, other_model, mesh_of_two_axes),
-    *(agreement, two_axes),
+    *(agreement, two_axes, gemma4, gdn2),
 )
 CASES = {f.__name__: f for f in _CASES}
 

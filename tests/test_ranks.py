@@ -7,13 +7,16 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 
-def run_ranks(case: str, ranks: int, timeout: float = 280) -> list[dict[str, Any]]:
-    """Every rank's result of a case of tests/rank_worker.py."""
+def run_ranks(
+    case: str, ranks: int, timeout: float = 280, each: Sequence[dict[str, str]] | None = None
+) -> list[dict[str, Any]]:
+    """Every rank's result of a case of tests/rank_worker.py; ``each``: environment of each rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -22,7 +25,7 @@ def run_ranks(case: str, ranks: int, timeout: float = 280) -> list[dict[str, Any
     workers = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.rank_worker", case],
-            env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)} | (each[r] if each else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

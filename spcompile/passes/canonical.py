@@ -121,13 +121,10 @@ def _place(order: Sequence[fx.Node]) -> None:
 def _order(graph: fx.Graph) -> list[fx.Node]:
     """All nodes in canonical order; as they are where an effect is not understood."""
     try:
-        result: list[fx.Node] = []
-        nodes = list(graph.nodes)
-        segments = list(_segments(nodes))
-        for i, segment in enumerate(segments):
-            later = [n for s in segments[i + 1 :] for n in s]
-            result += _flat(_sorted(_regions(segment), later))
-        return result
+        later: list[fx.Node] = []
+        for segment in reversed(list(_segments(list(graph.nodes)))):
+            later = _flat(_sorted(_regions(segment), later)) + later
+        return later
     except Unknown:
         return list(graph.nodes)
 
@@ -142,7 +139,8 @@ def _segments(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
             segment = []
         else:
             segment.append(node)
-    yield segment
+    if segment:
+        yield segment
 
 
 def _regions(nodes: Sequence[fx.Node]) -> list[_Item]:
@@ -190,6 +188,8 @@ def _flat(items: Iterable[_Item]) -> list[fx.Node]:
 
 def _sorted(items: list[_Item], later: Sequence[fx.Node]) -> list[_Item]:
     """``items`` in the order in which effects, and then ``later``, need them."""
+    if len(items) < 2 and all(isinstance(item, fx.Node) for item in items):
+        return items
     after, effects = _constraints(items)
     regions = [item for item in items if isinstance(item, _Region)]
     # What a region needs first depends on the order in it, and that on who needs its results first.
@@ -240,7 +240,8 @@ def _depth_first(
         yield from after.get(item, ())
 
     order: dict[_Item, None] = {}
-    wanted = [home[o] for n in later for o in n.all_input_nodes if o in home]
+    leaves = any(user not in home for node in home for user in node.users)
+    wanted = [home[o] for n in later if leaves for o in n.all_input_nodes if o in home]
     for root in [*effects, *wanted, *items]:
         stack = [(root, needs(root))]
         while stack:
