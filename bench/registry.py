@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bench.agreement import AgreementCost
 from bench.compile_growth import CompileGrowth
 from bench.compile_time import CompileTime
 from bench.growth import ALONE, EAGER, INDUCTOR, PAIR, Growth
@@ -12,6 +13,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "layer": Growth("a textbook causal linear attention layer, B1 H8 D64", "layer", (EAGER, INDUCTOR, ALONE)),
     "model": Growth("linear_llama3:tiny, pattern LLLN, B1", "model", (EAGER, INDUCTOR, ALONE, PAIR)),
     "loops": CompileGrowth("compile time of other people's loops over chunks, one training step"),
+    "agreement": AgreementCost("comparing the ranks' inputs, linear_llama3:tiny on 2 ranks, one step"),
     "compile": CompileTime("compile time of linear_llama3:tiny with 16 layers, forward and backward"),
     "warm": WarmStart("processor seconds of the first step in a process, compiler caches empty, then filled"),
 }

@@ -89,7 +89,7 @@ def spcompile(
         agreement.before_calling(args[0] if len(args) == 1 and isinstance(args[0], list) else args)
         return compiled(*args)
 
-    return in_their_order(checked if group.size > 1 else compiled, places)
+    return in_their_order(gm, checked if group.size > 1 else compiled, places)
 
 
 @functools.cache

@@ -126,7 +126,7 @@ class _Session:
             self.calls[index] += 1
             return run(*args)
 
-        return in_their_order(called, places)
+        return in_their_order(gm, called, places)
 
 
 class _Compilers:

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from spcompile.config import Config
 from spcompile.hints import find
+from spcompile.passes.einsums import split_einsums
 from spcompile.passes.recognize import Site, recognize
 from spcompile.passes.recognize.common import source_of
 
@@ -43,7 +44,10 @@ def _called(gm: fx.GraphModule) -> list[Site]:
 def prepare(gm: fx.GraphModule, config: Config) -> Frontend:
     """Edit Dynamo's graph in place."""
     hints = find(gm, config.sequence_dims)
-    sites = _called(gm) + (recognize(gm) if config.recognize else [])
+    # opt_einsum's choice follows the hashes of strings; what is traced here must not.
+    with torch.backends.opt_einsum.flags(enabled=False):
+        sites = _called(gm) + (recognize(gm) if config.recognize else [])
+    split_einsums(gm)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     trained = [isinstance(n.meta.get("example_value"), nn.Parameter) for n in placeholders]
     return Frontend(sites, hints, tuple(f"primals_{i + 1}" for i, is_one in enumerate(trained) if is_one))

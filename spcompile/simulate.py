@@ -181,7 +181,7 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
             decompositions=_torch.select_decomp_table(),
             keep_inference_input_mutations=True,  # as Inductor has it: writes are nodes of the graph
         )(gm, [example_inputs[i] for i in places])
-        return in_their_order(compiled, places)
+        return in_their_order(gm, compiled, places)
 
     return backend
 

@@ -18,7 +18,7 @@ import models
 import spcompile.backend
 import spcompile.report
 from tests.agreement_cases import agreement, two_axes
-from tests.proof import eager, left_behind, relative_error
+from tests.proof import eager, left_behind, loss_of, relative_error
 
 SHAPE = {"vocab": 50, "hidden": 32, "heads": 2, "kv_heads": 1, "mlp": 48}
 
@@ -171,9 +171,31 @@ def _error(run: Callable[[], object]) -> dict[str, Any]:
     return {"error": None, "seconds": time.monotonic() - start}
 
 
+def _third_party(name: str, length: int) -> dict[str, Any]:
+    """A step of a model whose graph follows the hashes of strings; every rank has others."""
+    from tests.zoo import FUNCTIONS, MODELS
+
+    net, inputs = {**MODELS, **FUNCTIONS}[name](length)
+    expected = eager(net, inputs)
+    loss = loss_of(torch.compile(net, backend="spcompile")(**inputs))
+    loss.backward()
+    hashes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hashes, hash("spcompile"))
+    gradients = {n: p.grad for n, p in net.named_parameters()}
+    return {"error": expected.error(loss.detach(), gradients), "hashes": len(set(hashes))}
+
+
+def gemma4() -> dict[str, Any]:
+    return _third_party("gemma4", 13)
+
+
+def gdn2() -> dict[str, Any]:
+    return _third_party("fla_gdn2_chunk", 16)
+
+
 _CASES = (
     *(train, delta, waits, other_shape_at_once, other_shape_later, other_model, mesh_of_two_axes),
-    *(agreement, two_axes, warm),
+    *(agreement, two_axes, warm, gemma4, gdn2),
 )
 CASES = {f.__name__: f for f in _CASES}
 

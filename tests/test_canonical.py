@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
 from spcompile.passes.canonical import canonicalise
+from spcompile.passes.einsums import cheapest, split_einsums
 
 
 def text(program: Callable[..., Any], *inputs: Any) -> tuple[str, Any, Any]:
@@ -24,6 +25,7 @@ def text(program: Callable[..., Any], *inputs: Any) -> tuple[str, Any, Any]:
             mine = [x.clone() if isinstance(x, Tensor) else x for x in args]
             expected = gm(*mine)
             places = canonicalise(gm)
+            split_einsums(gm)
             gm.graph.lint()
             other = [x.clone() if isinstance(x, Tensor) else x for x in args]
             torch.manual_seed(0)
@@ -148,3 +150,27 @@ def test_operands_come_just_before_their_user_and_unused_values_last() -> None:
     code, *_ = text(program, torch.randn(3))
     lines = [line.split(" = ")[1].split(";")[0] for line in code.splitlines() if " = " in line]
     assert lines[1:] == ["l_x_.sin()", "l_x_.cos()", "sin + late", "add * 3", "l_x_.tan()"]
+
+
+EINSUMS = [
+    ("bik,bjk,bijk->bij", [(2, 3, 4), (2, 5, 4), (2, 3, 5, 4)]),
+    ("...i, ij, j...", [(2, 3, 4), (4, 5), (5, 3)]),
+    ("ab,bc,cd,de", [(2, 3), (3, 4), (4, 5), (5, 6)]),
+    ("ii,ij,k->jk", [(3, 3), (3, 4), (2,)]),
+    ("bi,bj,bk->ijk", [(1, 3), (5, 4), (5, 2)]),
+    ("a,b,c,d,e,f->fa", [(2,), (3,), (2,), (3,), (2,), (3,)]),
+]
+
+
+@pytest.mark.parametrize(("equation", "shapes"), EINSUMS)
+def test_einsums_of_many_operands_are_split(equation: str, shapes: list[tuple[int, ...]]) -> None:
+    inputs = [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
+    code, _, (given, _) = text(lambda *x: torch.einsum(equation, *x), *inputs)
+    torch.testing.assert_close(given[0], torch.einsum(equation, *inputs), rtol=1e-12, atol=1e-12)
+    assert code.count("einsum(") == len(shapes) - 1
+
+
+def test_the_cheapest_product_comes_first() -> None:
+    assert cheapest(["ab", "bc", "cd"], "ad", [(9, 9), (9, 2), (2, 9)]) == [(0, 1), (0, 1)]
+    assert cheapest(["ab", "bc", "cd"], "ad", [(9, 2), (2, 9), (9, 2)]) == [(1, 2), (0, 1)]
+    assert cheapest(["a", "b", "c"], "abc", [(2,), (2,), (2,)]) == [(0, 1), (0, 1)]

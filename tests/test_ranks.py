@@ -7,15 +7,20 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 
 def run_ranks(
-    case: str, ranks: int, timeout: float = 280, worker: str = "tests.rank_worker"
+    case: str,
+    ranks: int,
+    timeout: float = 280,
+    worker: str = "tests.rank_worker",
+    each: Sequence[dict[str, str]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Every rank's result of a case of a worker module."""
+    """Every rank's result of a case of a worker module; ``each``: environment of each rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -24,7 +29,7 @@ def run_ranks(
     workers = [
         subprocess.Popen(
             [sys.executable, "-m", worker, case],
-            env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)} | (each[r] if each else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

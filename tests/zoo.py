@@ -108,6 +108,17 @@ _XLSTM = {
 _MINIMAX = {"block_size": 16, "head_dim": SIZE, "num_local_experts": 2, "num_experts_per_tok": 1}
 
 _model("minimax", "MiniMax", _DECODER | _HYBRID | _MINIMAX)
+# Its forward walks a set of the layers' types.
+_GEMMA4 = {
+    "head_dim": SIZE,
+    "global_head_dim": SIZE,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB,
+    "num_kv_shared_layers": 0,
+}
+_model("gemma4", "Gemma4", _DECODER | _GEMMA4, kind="TextConfig")
 _model("qwen3_next", "Qwen3Next", _DECODER | _HYBRID | _DELTA_NET | _EXPERTS | {"head_dim": SIZE})
 _model("qwen3_5", "Qwen3_5", _DECODER | _HYBRID | _DELTA_NET | {"head_dim": SIZE}, kind="TextConfig")
 _model("kimi_linear_dense", "KimiLinear", _DECODER | _HYBRID | _KIMI, "kimi_linear")
@@ -310,6 +321,13 @@ def _hgrn() -> Callable[..., Tensor]:
     return lambda q, k, v: recurrence(v.flatten(2), F.logsigmoid(k.flatten(2) + q.flatten(2)))
 
 
+def _gdn2() -> Callable[..., Tensor]:
+    """Its einsums of three operands go to opt_einsum, which breaks ties by the order of sets."""
+    chunked = fla_naive("gdn2/naive", "naive_chunk_gdn2")
+    return lambda q, k, v, g, b: chunked(q, k, v, g, b.sigmoid(), v.sigmoid(), chunk_size=16)
+
+
+_function("fla_gdn2_chunk", _gdn2, "q k v g b")
 _function("hf_mamba2_chunk_scan", _mamba2_scan, "q k v")
 _function("hf_mamba_selective_scan", _selective_scan, "q k v")
 _function("fla_hgrn_recurrent", _hgrn, "q k v")

@@ -13,7 +13,6 @@ NOTE [What keeps its order]
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -67,21 +66,30 @@ def canonicalise(gm: fx.GraphModule) -> list[int]:
     return _arrange(gm, inputs=True)
 
 
-def in_their_order(compiled: Callable[..., Any], places: Sequence[int]) -> Callable[..., Any]:
-    """``compiled``, which takes a canonical graph's inputs, as a function of the inputs in Dynamo's order.
+def in_their_order(
+    gm: fx.GraphModule, compiled: Callable[..., Any], places: Sequence[int]
+) -> Callable[..., Any]:
+    """``compiled``, which takes the inputs of canonical ``gm``, as a function of them in Dynamo's order.
 
-    Some callables take all inputs as one list, which they empty: the wrapper takes and empties what they do.
+    The inputs of ``gm`` are put back: Dynamo reads their order off it again, to write the call.
+    Some callables take all inputs as one list, which they empty, and say so: the wrapper does as they do. (It
+    takes over nothing else: Dynamo would unwrap it.)
     """
 
-    @functools.wraps(compiled)
-    def call(*args: Any) -> Any:
-        boxed = len(args) == 1 and isinstance(args[0], list)
-        given = args[0] if boxed else args
-        inputs = [given[i] for i in places]
-        if boxed:
-            given.clear()
-        return compiled(inputs) if boxed else compiled(*inputs)
+    new = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    old = [node for _, node in sorted(zip(places, new, strict=True), key=lambda pair: pair[0])]
+    _place([*old, *(n for n in gm.graph.nodes if n.op != "placeholder")])
+    gm.recompile()
 
+    def call(*args: Any) -> Any:
+        if len(args) != 1 or not isinstance(args[0], list):
+            return compiled(*(args[i] for i in places))
+        inputs = [args[0][i] for i in places]
+        args[0].clear()
+        return compiled(inputs)
+
+    if hasattr(compiled, "_boxed_call"):
+        call._boxed_call = compiled._boxed_call  # type: ignore[attr-defined]
     return call
 
 
@@ -108,8 +116,7 @@ def _inputs(first_use: Iterable[fx.Node]) -> list[fx.Node]:
 
 def _rewrite(graph: fx.Graph, order: Sequence[fx.Node]) -> None:
     """Put the nodes into ``order`` and number their names anew."""
-    for before, node in pairwise(order):
-        before.append(node)
+    _place(order)
     names = type(graph._graph_namespace)()
     graph._graph_namespace = names
     for node in order:
@@ -120,16 +127,18 @@ def _rewrite(graph: fx.Graph, order: Sequence[fx.Node]) -> None:
             node.name = names.create_name(re.sub(r"(_\d+)+$", "", node.name), node)
 
 
+def _place(order: Sequence[fx.Node]) -> None:
+    for before, node in pairwise(order):
+        before.append(node)
+
+
 def _order(graph: fx.Graph) -> list[fx.Node]:
     """All nodes in canonical order; as they are where an effect is not understood."""
     try:
-        result: list[fx.Node] = []
-        nodes = list(graph.nodes)
-        segments = list(_segments(nodes))
-        for i, segment in enumerate(segments):
-            later = [n for s in segments[i + 1 :] for n in s]
-            result += _flat(_sorted(_regions(segment), later))
-        return result
+        later: list[fx.Node] = []
+        for segment in reversed(list(_segments(list(graph.nodes)))):
+            later = _flat(_sorted(_regions(segment), later)) + later
+        return later
     except Unknown:
         return list(graph.nodes)
 
@@ -144,7 +153,8 @@ def _segments(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
             segment = []
         else:
             segment.append(node)
-    yield segment
+    if segment:
+        yield segment
 
 
 def _regions(nodes: Sequence[fx.Node]) -> list[_Item]:
@@ -192,6 +202,8 @@ def _flat(items: Iterable[_Item]) -> list[fx.Node]:
 
 def _sorted(items: list[_Item], later: Sequence[fx.Node]) -> list[_Item]:
     """``items`` in the order in which effects, and then ``later``, need them."""
+    if len(items) < 2 and all(isinstance(item, fx.Node) for item in items):
+        return items
     after, effects = _constraints(items)
     regions = [item for item in items if isinstance(item, _Region)]
     # What a region needs first depends on the order in it, and that on who needs its results first.
@@ -242,7 +254,8 @@ def _depth_first(
         yield from after.get(item, ())
 
     order: dict[_Item, None] = {}
-    wanted = [home[o] for n in later for o in n.all_input_nodes if o in home]
+    leaves = any(user not in home for node in home for user in node.users)
+    wanted = [home[o] for n in later if leaves for o in n.all_input_nodes if o in home]
     for root in [*effects, *wanted, *items]:
         stack = [(root, needs(root))]
         while stack:

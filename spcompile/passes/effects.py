@@ -7,6 +7,7 @@ else is taken to have an effect.
 from __future__ import annotations
 
 import enum
+import functools
 import inspect
 import math
 import operator
@@ -70,7 +71,7 @@ _OURS = ("aten", "prims", "spcompile")
 
 
 def _computations() -> dict[Any, str]:
-    found = {}
+    found: dict[Any, str] = {}
     for space in (torch, F, torch.linalg, torch.special, torch.fft):
         for name, f in vars(space).items():
             if callable(f) and not isinstance(f, type) and not _NO_COMPUTATION.search(name):
@@ -130,14 +131,18 @@ def _writes(node: fx.Node, target: Any, name: str) -> bool:
         return node.kwargs.get("max_norm", node.args[3] if len(node.args) > 3 else None) is not None
     if name == "scaled_dot_product_attention":
         return node.kwargs.get("dropout_p", node.args[4] if len(node.args) > 4 else 0.0) != 0.0
+    at = _place_of_inplace(target)
+    given = at is not None and len(node.args) > at and node.args[at]
+    return bool(node.kwargs.get("inplace", given) or node.kwargs.get("training", False))
+
+
+@functools.cache
+def _place_of_inplace(target: Any) -> int | None:
     try:
-        parameters = inspect.signature(target).parameters
+        parameters = list(inspect.signature(target).parameters)
     except (TypeError, ValueError):  # a builtin, which has no such argument
-        return False
-    if "inplace" not in parameters:
-        return bool(node.kwargs.get("training", False))
-    at = list(parameters).index("inplace")
-    return bool(node.kwargs.get("inplace", node.args[at] if len(node.args) > at else False))
+        return None
+    return parameters.index("inplace") if "inplace" in parameters else None
 
 
 def storages(node: fx.Node) -> list[int]:

@@ -1,0 +1,49 @@
+"""What comparing the ranks' inputs before each call costs, beside the step that it guards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from bench.launch import WorkerError, launch, reason
+from bench.options import Options, Row, Table
+
+
+@dataclass(frozen=True)
+class AgreementCost:
+    """A benchmark: a training step on two ranks, and the parts of it that are the exchange and the digest.
+
+    Ranks start each step together; the exchange still holds what one of them waits for the other.
+    """
+
+    title: str
+    length: int = 4096
+    checks: tuple[str, ...] = ("values", "shapes")
+
+    def plan(self, options: Options) -> list[str]:
+        return list(self.checks)
+
+    def measure(self, check: str, options: Options) -> Row:
+        length = 512 if options.quick else self.length
+        row: Row = {"check": check, "T": length}
+        try:
+            got = launch("bench.agreement_worker", row | {"backend": options.backend}, 2, options.threads)
+        except WorkerError as error:
+            options.log(str(error))
+            return row | {"note": "failed: " + reason(error)[:80]}
+        return row | {key: max(rank[key] for rank in got) for key in ("step", "exchange", "digest")}
+
+    def tables(self, rows: list[Row]) -> list[Table]:
+        body: list[list[Any]] = []
+        for row in rows:
+            if "step" not in row:
+                body.append([row["check"], row["T"], row["note"]])
+                continue
+            parts = [row["exchange"], row["digest"]]
+            shares = [f"{part / row['step']:.2%}" for part in parts]
+            body.append([row["check"], row["T"], row["step"] * 1e3, *(p * 1e3 for p in parts), *shares])
+        heads = ["check", "T", "step ms", "exchange ms", "digest ms", "exchange", "digest"]
+        return [(self.title, heads, body)]
+
+    def plots(self, rows: list[Row]) -> list[Any]:
+        return []

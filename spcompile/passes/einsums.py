@@ -1,0 +1,133 @@
+"""An einsum of three operands or more as a chain of einsums of two.
+
+torch.einsum leaves the order of such products to opt_einsum, where it is installed, which walks sets of
+letters: where two orders cost the same, each process takes another. Here ties go to the first operands.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from spcompile._torch import detect_fake_mode, hint
+
+__all__ = ["split_einsums"]
+
+# Orders of more operands than these are chosen step by step.
+_TRY_ALL = 5
+_LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_KEPT = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+Step = tuple[int, int]  # the two terms that are multiplied; their product comes last
+
+
+def split_einsums(gm: fx.GraphModule) -> None:
+    """Replace each einsum of Dynamo's graph that has more than two operands and an equation of letters."""
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            if _split_all(module.graph):
+                module.recompile()
+
+
+def _split_all(graph: fx.Graph) -> bool:
+    found = False
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not torch.einsum or not isinstance(node.args[0], str):
+            continue
+        operands = node.args[1:] if len(node.args) != 2 else node.args[1]
+        if not isinstance(operands, Sequence) or len(operands) < 3:
+            continue
+        values = [x.meta.get("example_value") for x in operands]
+        if all(isinstance(v, Tensor) for v in values):
+            _split(graph, node, list(operands), *written_out(node.args[0], [v.dim() for v in values]))
+            found = True
+    return found
+
+
+def _split(graph: fx.Graph, node: fx.Node, operands: list[Any], terms: list[str], out: str) -> None:
+    shapes = [[int(hint(s)) for s in x.meta["example_value"].shape] for x in operands]
+    for i, j in cheapest(terms, out, shapes):
+        (a, b), (x, y) = (terms[i], terms[j]), (operands[i], operands[j])
+        terms, operands = _without(terms, i, j), _without(operands, i, j)
+        made = _product(a, b, terms, out)
+        with graph.inserting_before(node):
+            new = graph.call_function(torch.einsum, (f"{a},{b}->{made}", x, y))
+        new.meta.update({k: node.meta[k] for k in _KEPT if k in node.meta})
+        new.meta["example_value"] = _value(new, node)
+        terms.append(made)
+        operands.append(new)
+    operands[0].meta["example_value"] = node.meta["example_value"]
+    node.replace_all_uses_with(operands[0])
+    graph.erase_node(node)
+
+
+def _without(items: list[Any], i: int, j: int) -> list[Any]:
+    return [x for k, x in enumerate(items) if k not in (i, j)]
+
+
+def _product(a: str, b: str, others: Sequence[str], out: str) -> str:
+    """The letters of a product of two terms: those that are still needed, or the output's at the end."""
+    if not others:
+        return out
+    needed = "".join(others) + out
+    return "".join(c for c in dict.fromkeys(a + b) if c in needed)
+
+
+def _value(new: fx.Node, node: fx.Node) -> Tensor:
+    """What Dynamo would have recorded: a fake tensor of the einsum's dtype (autocast is off here)."""
+    x, y = (a.meta["example_value"] for a in new.args[1:])
+    mode = detect_fake_mode([x, y])
+    assert mode is not None
+    with mode:
+        return torch.einsum(new.args[0], x, y).to(node.meta["example_value"].dtype)
+
+
+def written_out(equation: str, dims: Sequence[int]) -> tuple[list[str], str]:
+    """The letters of each operand and of the output, with ``...`` and an output left out made explicit."""
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    free = [c for c in _LETTERS if c not in equation]
+    widths = [d - len(t) + 3 if "..." in t else 0 for t, d in zip(terms, dims, strict=True)]
+    dots = "".join(free[: max(widths)])
+    if not arrow:
+        once = sorted(c for c in set(left) - set(",.") if left.count(c) == 1)
+        out = "..." * ("..." in left) + "".join(once)
+    terms = [t.replace("...", dots[len(dots) - w :] if w else "") for t, w in zip(terms, widths)]
+    return terms, out.replace("...", dots)
+
+
+def cheapest(terms: Sequence[str], out: str, shapes: Sequence[Sequence[int]]) -> list[Step]:
+    """The order of products with the fewest multiplications; of equal ones the first.
+
+    A product costs the product of all its letters' sizes. Of many operands the cheapest product comes first.
+    """
+    sizes: dict[str, int] = {}
+    for term, shape in zip(terms, shapes, strict=True):
+        for letter, size in zip(term, shape, strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1))
+
+    def cost(a: str, b: str) -> int:
+        return math.prod(sizes[c] for c in dict.fromkeys(a + b))
+
+    def best(left: list[str]) -> tuple[int, list[Step]]:
+        if len(left) == 1:
+            return 0, []
+        pairs = list(itertools.combinations(range(len(left)), 2))
+        if len(left) > _TRY_ALL:
+            pairs = [min(pairs, key=lambda p: cost(left[p[0]], left[p[1]]))]
+        found: tuple[int, list[Step]] | None = None
+        for i, j in pairs:
+            rest = _without(left, i, j)
+            more, steps = best([*rest, _product(left[i], left[j], rest, out)])
+            total = cost(left[i], left[j]) + more
+            if found is None or total < found[0]:
+                found = total, [(i, j), *steps]
+        assert found is not None
+        return found
+
+    return best(list(terms))[1]
