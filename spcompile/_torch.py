@@ -88,6 +88,10 @@ from torch.distributed.distributed_c10d import _resolve_process_group as resolve
 # is still going on; the public make_fx only gives the finished graph.
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, track_tensor_tree
 
+# Symbolic numbers whose value is known at run time only: they must be neither guarded nor written in.
+from torch.fx.experimental.symbolic_shapes import symbol_is_type as _symbol_is_type
+from torch.utils._sympy.symbol import SymT as _SymT
+
 # What a fake mode needs for sizes that Dynamo makes symbolic.
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -122,6 +126,7 @@ __all__ = [
     "inductor_config",
     "inductor_random",
     "inductor_seed",
+    "is_unbacked",
     "is_wrapped",
     "list_mode_options",
     "make_fx",
@@ -165,6 +170,11 @@ def differentiable() -> Any:
     torch.func fails. A kernel that runs is not traced, so it may have the keys that it would have outside.
     """
     return torch._C._ForceDispatchKeyGuard(*_OUTSIDE)
+
+
+def is_unbacked(symbol: Any) -> bool:
+    """Whether the value of a symbol of a shape environment is known at run time only."""
+    return _symbol_is_type(symbol, (_SymT.UNBACKED_INT, _SymT.UNBACKED_FLOAT))
 
 
 def tracing_metadata() -> Any:

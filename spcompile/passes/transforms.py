@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from spcompile import _torch
 
-__all__ = ["Inside", "Transforms", "clean_state"]
+__all__ = ["Inside", "Transforms", "clean_state", "may_write"]
 
 # These change what the process does with tensors until they are undone; nothing in the shadow needs them.
 _SWITCHES = {
@@ -51,7 +51,7 @@ class Transforms:
             self.writes = False
         inside = self.depth > 0
         self.depth += begins - ends
-        self.writes |= inside and _may_write(n, name)
+        self.writes |= inside and may_write(n)
         return inside or begins or name in _SWITCHES
 
     @staticmethod
@@ -77,7 +77,9 @@ def _name(n: fx.Node) -> str:
     return n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
 
 
-def _may_write(n: fx.Node, name: str) -> bool:
+def may_write(n: fx.Node) -> bool:
+    """Whether a call may be one that writes to an operand, as far as its name tells."""
+    name = _name(n)
     in_place = name.endswith("_") and not name.startswith("__")
     operator = getattr(n.target, "__module__", "") == "_operator" and name[:1] == "i" and name != "invert"
     return in_place or operator or name == "setitem" or "out" in n.kwargs or not name
