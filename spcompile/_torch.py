@@ -88,15 +88,15 @@ from torch.distributed.distributed_c10d import _resolve_process_group as resolve
 # is still going on; the public make_fx only gives the finished graph.
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, track_tensor_tree
 
-# Symbolic numbers whose value is known at run time only: they must be neither guarded nor written in.
-from torch.fx.experimental.symbolic_shapes import symbol_is_type as _symbol_is_type
-from torch.utils._sympy.symbol import SymT as _SymT
-
 # What a fake mode needs for sizes that Dynamo makes symbolic.
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+# Symbolic numbers whose value is known at run time only: they must be neither guarded nor written in.
+from torch.fx.experimental.symbolic_shapes import symbol_is_type as _symbol_is_type
+
 # The tensor metadata that the partitioner looks for on a node.
 from torch.fx.passes.shape_prop import _extract_tensor_metadata as tensor_metadata
+from torch.utils._sympy.symbol import SymT as _SymT
 
 __all__ = [
     "UNTAGGED_POINTWISE",

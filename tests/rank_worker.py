@@ -16,6 +16,7 @@ from torch import nn
 import models
 import spcompile.backend
 from tests.agreement_cases import agreement, two_axes
+from tests.left_samples import optimizer_steps, steps
 from tests.proof import eager, left_behind, relative_error
 
 SHAPE = {"vocab": 50, "hidden": 32, "heads": 2, "kv_heads": 1, "mlp": 48}
@@ -72,6 +73,14 @@ def delta() -> dict[str, Any]:
     loss = torch.compile(net, backend="spcompile")(**inputs)
     loss.backward()
     return {"error": expected.error(loss.detach(), left_behind(net, inputs))}
+
+
+def left() -> dict[str, Any]:
+    """What steps leave behind: of a model with several kinds of state and operators, and of an optimizer."""
+    pairs = [(steps("together", spcompile.backend.spcompile), steps("together"))]
+    pairs += [(optimizer_steps("SGD", spcompile.backend.spcompile), optimizer_steps("SGD"))]
+    errors = {n: relative_error(a[n].double(), x.double(), 1e-6) for a, b in pairs for n, x in b.items()}
+    return {"errors": errors, "names": [list(a) == list(b) for a, b in pairs]}
 
 
 def waits() -> dict[str, Any]:
@@ -137,7 +146,8 @@ def _error(run: Callable[[], object]) -> dict[str, Any]:
 
 
 _CASES = (
-    *(train, delta, waits, other_shape_at_once, other_shape_later, other_model, mesh_of_two_axes),
+    *(train, delta, left, waits, other_shape_at_once, other_shape_later, other_model),
+    mesh_of_two_axes,
     *(agreement, two_axes),
 )
 CASES = {f.__name__: f for f in _CASES}

@@ -274,7 +274,7 @@ _CONVOLUTIONS = [
 ]
 
 
-def _pool(name: str, shape: tuple[int, ...], *options: Any, exchanges: bool = True) -> list[S]:
+def _pool(name: str, shape: tuple[int, ...], *options: object, exchanges: bool = True) -> list[S]:
     """A mean over neighbours and its backward."""
     forward = S(aten.avg_pool2d.default, (x(*shape), *options), name=name, tolerance=1e-10)
     full = [*options, *([], 0, False, True, None)[len(options) - 1 :]]

@@ -85,7 +85,7 @@ def copy(localizer: Localizer, node: fx.Node) -> None:
         raise SpcompileError(
             f"{node.target} (node {node.name}) draws random numbers, and no rule says how ranks draw "
             f"alike.\n{source_line(node)}\nRemedy: switch the dropout of this operator off, or write it "
-            "with torch.nn.functional.dropout, which has a rule."
+            "with torch.nn.functional.dropout, outside of any body of torch.cond or the like: it has a rule."
         )
     localizer.note_gathers(node, localizer.plan.steps[node])
     args, kwargs = arguments(localizer, node)

@@ -301,8 +301,9 @@ class Localizer:
     def _write(self) -> None:
         """The writes with which the graph ends, once whatever reads an old value has been written out."""
         for write in (copies.arguments, copies.copy):
-            for self._consumer in self.last_writes:
-                write(self, self._consumer)
+            for node in self.last_writes:
+                self._consumer = node
+                write(self, node)
 
     def restrided(self, node: fx.Node, local: Tensor) -> Tensor:
         """``local`` in the strides that eager gives ``node``."""

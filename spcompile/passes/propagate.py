@@ -200,7 +200,7 @@ def _choose(plan: Plan, node: fx.Node, step: Step) -> None:
     if step.split is None and any(isinstance(p, Shard) for p in naturals):
         step.gathers = "no rule" if step.rule is None else "no dim of it can be sharded so"
         if step.call is None:
-            step.gathers = "it writes, has a body, or takes what is known at run time only: no rank has a part"
+            step.gathers = "it writes, has a body, or takes what is known at run time only"
 
 
 def _stays_partial(plan: Plan, node: fx.Node, step: Step, naturals: list[Placement | None]) -> bool:

@@ -1,6 +1,6 @@
 """What lies inside torch.vmap, torch.func.grad and the like is not read by the shadow, nor run.
 
-Dynamo writes a transform out: a call that pushes a level on functorch's stack, calls on wrapped tensors, and a
+Dynamo writes a transform out: a call that pushes a level on functorch's stack, calls on wrapped tensors, a
 call that pops it. Run by an interpreter that fails in between, the level would stay. So the calls between are
 kept as what they read from outside, and what leaves them is an opaque value.
 """
@@ -65,7 +65,7 @@ class Transforms:
 
     @staticmethod
     def leaves(n: fx.Node) -> bool:
-        """Whether the result of ``n``, inside a transform, is an ordinary tensor, which may be used outside."""
+        """Whether the result of ``n``, inside a transform, is an ordinary tensor, for use outside."""
         leaves = pytree.tree_leaves(n.meta.get("example_value"))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         return bool(tensors) and not any(map(_torch.is_wrapped, tensors))

@@ -84,9 +84,9 @@ class _Writer:
 
 
 def _is_sized(node: fx.Node) -> bool:
-    """Whether all that ``node`` takes and gives are tensors of known size."""
-    values = [x.meta.get("val") for x in (node, *node.all_input_nodes)]
-    return all(isinstance(v, Tensor) for v in values) and not unsized(values)
+    """Whether ``node`` takes tensors alone, and all that it takes and gives are of known size."""
+    values = [x.meta.get("val") for x in node.all_input_nodes]
+    return all(isinstance(v, Tensor) for v in values) and not unsized([*values, node.meta.get("val")])
 
 
 def _value(x: Any) -> Any:

@@ -13,8 +13,8 @@ from spcompile._torch import flash_attention_cpu, flash_attention_cpu_backward
 from spcompile.placement import Shard
 from spcompile.rules.base import Call, Context, Dims, Emit, Factors, Rule, Split
 from spcompile.rules.convolutions import Convolution, ConvolutionBackward
-from spcompile.rules.pooling import AveragePool, AveragePoolBackward
 from spcompile.rules.pointwise import broadcast_dims
+from spcompile.rules.pooling import AveragePool, AveragePoolBackward
 
 __all__ = ["KERNELS"]
 
