@@ -91,8 +91,12 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, m
 # What a fake mode needs for sizes that Dynamo makes symbolic.
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+# Symbolic numbers whose value is known at run time only: they must be neither guarded nor written in.
+from torch.fx.experimental.symbolic_shapes import symbol_is_type as _symbol_is_type
+
 # The tensor metadata that the partitioner looks for on a node.
 from torch.fx.passes.shape_prop import _extract_tensor_metadata as tensor_metadata
+from torch.utils._sympy.symbol import SymT as _SymT
 
 __all__ = [
     "UNTAGGED_POINTWISE",
@@ -122,6 +126,7 @@ __all__ = [
     "inductor_config",
     "inductor_random",
     "inductor_seed",
+    "is_unbacked",
     "is_wrapped",
     "list_mode_options",
     "make_fx",
@@ -165,6 +170,11 @@ def differentiable() -> Any:
     torch.func fails. A kernel that runs is not traced, so it may have the keys that it would have outside.
     """
     return torch._C._ForceDispatchKeyGuard(*_OUTSIDE)
+
+
+def is_unbacked(symbol: Any) -> bool:
+    """Whether the value of a symbol of a shape environment is known at run time only."""
+    return _symbol_is_type(symbol, (_SymT.UNBACKED_INT, _SymT.UNBACKED_FLOAT))
 
 
 def tracing_metadata() -> Any:

@@ -41,6 +41,8 @@ _INHERITED = (
     "custom",
 )
 
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
 
 class Emitter(TorchDispatchMode):
     """Append to ``graph`` whatever operators run while the mode is on.
@@ -59,6 +61,7 @@ class Emitter(TorchDispatchMode):
         self.fake_mode = fake_mode
         self.decompositions = decompositions
         self._nodes: dict[int, tuple[Tensor, fx.Node]] = {}
+        self._numbers: dict[Any, fx.Node] = {}
         self._meta: dict[str, Any] = {}
         self.emitted: list[fx.Node] = []
         self.declined: set[Any] = set()  # operators whose decomposition left them as they were
@@ -68,8 +71,14 @@ class Emitter(TorchDispatchMode):
         self._nodes[id(value)] = (value, node)
         return value
 
+    def bind_number(self, value: Any, node: fx.Node) -> None:
+        """Declare that ``node`` computes ``value``, a symbolic number."""
+        self._numbers.setdefault((type(value), value.node.expr), node)
+
     def node_of(self, value: Any) -> Any:
-        """The node that computes ``value``; anything but a tensor is itself."""
+        """The node that computes ``value``; anything but a tensor or a symbolic number is itself."""
+        if isinstance(value, _SYMBOLIC):
+            return self._numbers[(type(value), value.node.expr)]
         if not isinstance(value, Tensor):
             return value
         assert id(value) in self._nodes, f"a tensor that the graph does not compute was used: {value!r}"

@@ -140,9 +140,17 @@ def _agreed(value: Any) -> Any:
         return value
     first = value[0]
     for r, other in enumerate(value[1:], 1):
-        if isinstance(first, Tensor) and not torch.equal(first.nan_to_num(), other.nan_to_num()):
+        same = first == other
+        if isinstance(first, Tensor):
+            same = torch.equal(first.nan_to_num(), other.nan_to_num())
+        if not same:
             raise RanksDisagree(f"rank {r} returns another tensor than rank 0: {first} and {other}")
     return first
+
+
+def _saved(x: Any) -> Any:
+    """What is saved for the backward: of a tensor each rank's own, of a number the one that all have."""
+    return torch.stack(list(x)) if _is_per_rank(x) and isinstance(x[0], Tensor) else _agreed(x)
 
 
 def run_on_ranks(module: fx.GraphModule, ranks: int, *args: Any) -> list[Any]:
@@ -215,7 +223,7 @@ class _AotRanks:
             outputs = interpreter.run(*args, enable_io_processing=False)
             user = [_agreed(x) for x in outputs[: self.outputs]]
             interpreter.write()
-            return [*user, *(torch.stack(list(x)) for x in outputs[self.outputs :])]
+            return [*user, *map(_saved, outputs[self.outputs :])]
 
         return make_boxed_func(run)
 
@@ -226,7 +234,8 @@ class _AotRanks:
             def own(name: str, saved: Any) -> Any:
                 if name in self.inputs:
                     return self.inputs[name]
-                return saved if "tangents" in name else _PerRank(saved.unbind())
+                whole = "tangents" in name or not isinstance(saved, Tensor)
+                return saved if whole else _PerRank(saved.unbind())
 
             return run_on_ranks(gm, self.group.size, *map(own, names, args))
 

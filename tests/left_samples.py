@@ -1,4 +1,4 @@
-"""Models that leave more behind than a loss and gradients, or whose graph holds more than functions of tensors.
+"""Models that leave more behind than a loss and gradients, or whose graph is more than functions of tensors.
 
 Each body stands in a small language model after causal attention; ``x`` is [B, T, D]. ``STEPS`` training
 steps are compared by :func:`steps`: losses, gradients, parameters, buffers and written arguments.
@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._higher_order_ops.associative_scan import associative_scan
+from torch._higher_order_ops.while_loop import while_loop
 
 VOCAB, DIM, TOKENS, STEPS = 20, 8, 13, 2
+CAPTURED = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
 
 
 class Sample(nn.Module):
@@ -72,7 +74,8 @@ def steps(name: str, backend: Any = None, compiles: list[int] | None = None) -> 
     call = net if backend is None else torch.compile(net, backend=counted)
     for step in range(STEPS + (compiles is not None)):
         extra = SAMPLES[name][2](step)
-        loss = call(batch(), **extra)
+        with torch._dynamo.config.patch(CAPTURED):
+            loss = call(batch(), **extra)
         loss.backward()
         left |= {f"loss {step}": loss.detach().clone()}
         left |= {f"argument {n} {step}": x for n, x in extra.items() if isinstance(x, Tensor)}
@@ -157,6 +160,19 @@ def arguments(self: Any, x: Tensor, out: Tensor, rows: Tensor) -> Tensor:
     out.add_(x.detach().sum(1))
     rows.T[:, 1:].copy_(x.detach()[0, 1:].T)
     return x + out[:, None]
+
+
+@sample(lambda step: {"n": 100 + step, "mask": torch.arange(2 * TOKENS).view(2, TOKENS) % 3 > 0})
+def numbers(self: Any, x: Tensor, n: int, mask: Tensor) -> Tensor:
+    """One that changes from step to step, and one that is known at run time only."""
+    return (x * (n + 1) / n).where(x > n - 102, x) + x / mask.sum().item()
+
+
+@sample(lambda step: {"mask": torch.arange(2 * TOKENS).view(2, TOKENS) % 3 > 0})
+def selected(self: Any, x: Tensor, mask: Tensor) -> Tensor:
+    """As many rows as a mask selects."""
+    chosen = x[mask]
+    return x + chosen.mean() + torch.zeros_like(x).masked_scatter(mask[..., None], chosen.sin())
 
 
 class _Amax(torch.autograd.Function):
@@ -260,3 +276,59 @@ def recurrence(self: Any, x: Tensor) -> Tensor:
         return a[0] * b[0], b[0] * a[1] + b[1]
 
     return x + associative_scan(combine, (x.sigmoid(), x), dim=1, combine_mode="generic")[1]
+
+
+# ---- operators with a body, and neighbours
+
+
+@sample()
+def bodies(self: Any, x: Tensor) -> Tensor:
+    def less(i: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return i + 1, y * 0.9
+
+    x = torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,))
+    start = (torch.zeros((), dtype=torch.int64), x.detach())
+    return x + while_loop(lambda i, y: i < 3, less, start)[1]
+
+
+@sample()
+def neighbours(self: Any, x: Tensor) -> Tensor:
+    """Means over neighbours, by halos, and in steps, whole."""
+    signal = x.transpose(1, 2)
+    near = F.avg_pool1d(signal, 3, 1, 1) + F.avg_pool1d(F.pad(signal, (3, 0)), 4, 1)
+    return near.transpose(1, 2) + F.avg_pool1d(signal, 4, 4).mean(-1)[:, None]
+
+
+@sample(lambda step: {"n": 100 + step}, steps=torch.zeros(()), total=torch.zeros(DIM), count=torch.zeros(()))
+def together(self: Any, x: Tensor, n: int) -> Tensor:
+    """Several kinds in one graph, for real ranks."""
+    self.steps += 1
+    x = self.norm(x.transpose(1, 2)).transpose(1, 2) + torch.vmap(torch.sin)(x) / n
+    mean = accumulate(x.detach(), self.total, self.count)
+    near = F.avg_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2)
+    return near @ torch.linalg.cholesky(_gram(x)) + mean + self.steps
+
+
+def optimizer_steps(kind: str, backend: Any = None) -> dict[str, Tensor]:
+    """The parameters and the optimizer's state after ``STEPS`` steps of a compiled optimizer."""
+    net = model("counter")
+    optimizer = OPTIMIZERS[kind](net.parameters())
+    torch._dynamo.reset()
+    step = optimizer.step if backend is None else torch.compile(optimizer.step, backend=backend)
+    torch.set_default_dtype(torch.float64)  # that of the optimizer's own counter of steps
+    try:
+        for number in range(STEPS):
+            for i, p in enumerate(net.parameters()):
+                p.grad = torch.full_like(p, 0.1 * (i + 1)) * (number + 1)
+            step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    state = {f"{i} {n}": x for i, s in enumerate(optimizer.state.values()) for n, x in s.items()}
+    left = {n: p.detach() for n, p in net.named_parameters()}
+    return left | {n: x for n, x in state.items() if isinstance(x, Tensor)}
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.1),
+}

@@ -18,6 +18,7 @@ import models
 import spcompile.backend
 import spcompile.report
 from tests.agreement_cases import agreement, two_axes
+from tests.left_samples import optimizer_steps, steps
 from tests.proof import eager, left_behind, loss_of, relative_error
 
 SHAPE = {"vocab": 50, "hidden": 32, "heads": 2, "kv_heads": 1, "mlp": 48}
@@ -74,6 +75,14 @@ def delta() -> dict[str, Any]:
     loss = torch.compile(net, backend="spcompile")(**inputs)
     loss.backward()
     return {"error": expected.error(loss.detach(), left_behind(net, inputs))}
+
+
+def left() -> dict[str, Any]:
+    """What steps leave behind: of a model with several kinds of state and operators, and of an optimizer."""
+    pairs = [(steps("together", spcompile.backend.spcompile), steps("together"))]
+    pairs += [(optimizer_steps("SGD", spcompile.backend.spcompile), optimizer_steps("SGD"))]
+    errors = {n: relative_error(a[n].double(), x.double(), 1e-6) for a, b in pairs for n, x in b.items()}
+    return {"errors": errors, "names": [list(a) == list(b) for a, b in pairs]}
 
 
 def waits() -> dict[str, Any]:
@@ -194,8 +203,8 @@ def gdn2() -> dict[str, Any]:
 
 
 _CASES = (
-    *(train, delta, waits, other_shape_at_once, other_shape_later, other_model, mesh_of_two_axes),
-    *(agreement, two_axes, warm, gemma4, gdn2),
+    *(train, delta, left, waits, other_shape_at_once, other_shape_later, other_model),
+    *(mesh_of_two_axes, agreement, two_axes, warm, gemma4, gdn2),
 )
 CASES = {f.__name__: f for f in _CASES}
 

@@ -273,7 +273,29 @@ _CONVOLUTIONS = [
     ),
 ]
 
+
+def _pool(name: str, shape: tuple[int, ...], *options: object, exchanges: bool = True) -> list[S]:
+    """A mean over neighbours and its backward."""
+    forward = S(aten.avg_pool2d.default, (x(*shape), *options), name=name, tolerance=1e-10)
+    full = [*options, *([], 0, False, True, None)[len(options) - 1 :]]
+    gradient = x(*forward.call().outputs[0].shape, seed=4)
+    args = (gradient, x(*shape), *full)
+    backward = S(aten.avg_pool2d_backward.default, args, name=name, tolerance=1e-10)
+    forward.exchanges = backward.exchanges = exchanges
+    return [forward, backward]
+
+
+_POOLS = [
+    *_pool("centred", (4, 3, 1, 9), [1, 3], [1, 1], [0, 1]),
+    *_pool("not padded, along the other dim", (4, 3, 9, 2), [4, 1], [1, 1], [0, 0]),
+    *_pool("wide, with a divisor", (4, 1, 9), [1, 5], [1, 1], [0, 2], False, True, 3),
+    *_pool("edges counted apart", (4, 3, 1, 9), [1, 3], [1, 1], [0, 1], False, False, exchanges=False),
+    *_pool("in steps", (4, 3, 1, 9), [1, 3], exchanges=False),
+    *_pool("of both dims", (4, 3, 4, 9), [3, 3], [1, 1], [1, 1], exchanges=False),
+]
+
 KERNELS = [
+    *_POOLS,
     *_flash(_q, _k, _v, False, None, "cross"),
     *_flash(_long_k, _q, _long_v, True, None, "causal"),
     *_flash(_q, _k, _v, False, x(7, 5), "mask"),

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from spcompile import _torch
-from spcompile.passes import recognize, shadow
+from spcompile import _torch, simulate
+from spcompile.passes import copies, recognize, shadow
+from spcompile.passes.localize import Localizer
 from spcompile.simulate import simulated
 from tests import left_samples
 from tests.left_samples import SAMPLES, batch, steps
@@ -27,6 +28,50 @@ def worst(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_steps_leave_what_eager_leaves(name: str) -> None:
     assert worst(steps(name, simulated(3)), steps(name)) <= 1e-9
+
+
+@pytest.mark.parametrize("kind", left_samples.OPTIMIZERS)
+def test_a_compiled_optimizer_steps_and_sends_nothing(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """It has no sequence: every rank does the whole step."""
+    texts: list[str] = []
+    shard = simulate.shard_joint_graph
+
+    def keep(graph: Any, *args: Any) -> Any:
+        result = shard(graph, *args)
+        texts.append(str(graph))
+        return result
+
+    monkeypatch.setattr(simulate, "shard_joint_graph", keep)
+    found = left_samples.optimizer_steps(kind, simulated(3))
+    assert worst(found, left_samples.optimizer_steps(kind)) <= 1e-9
+    assert texts and all("copy_" in t and "_c10d" not in t for t in texts)
+
+
+def test_a_number_that_changes_compiles_twice() -> None:
+    compiles: list[int] = []
+    found = steps("numbers", simulated(3), compiles)
+    assert len(compiles) == 2 and worst(found, steps("numbers", None, [])) <= 1e-9
+
+
+def test_verify_misses_a_write_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault is planted: the last write of a graph is left out."""
+    last = copies.last_writes
+    monkeypatch.setattr(copies, "last_writes", lambda nodes: last(nodes)[:-1])
+    monkeypatch.setattr(Localizer, "run", _without_last_write(Localizer.run))
+    with pytest.raises(Exception, match=r"copy_.* on primals_\d+ is not there as often as it was"):
+        steps("counter", simulated(2))
+
+
+def _without_last_write(run: Any) -> Any:
+    def broken(self: Localizer) -> None:
+        lost = [n for n in self.originals if copies.written(n)][-1]
+        self.originals.remove(lost)
+        run(self)
+        self.graph.erase_node(lost)
+
+    return broken
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,15 @@ def test_a_delta_rule_before_a_softmax_layer_is_eager() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_all_that_a_step_leaves_behind() -> None:
+    """Gradients, parameters, buffers, and what a compiled optimizer leaves."""
+    for result in run_ranks("left", 2, timeout=580):
+        assert all(result["names"])
+        assert max(result["errors"].values()) <= 1e-9, result["errors"]
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_wait_comes_after_the_intra_chunk_products() -> None:
     """One gather forward and one backward; matrix products stand between each and its wait."""

@@ -361,6 +361,26 @@ def test_the_frame_that_dynamo_compiles() -> None:
     )
 
 
+def test_transforms_push_levels_that_can_be_undone() -> None:
+    from torch._C import _functorch as functorch
+
+    depth = _torch.transform_depth()
+    functorch._vmap_increment_nesting(2, "error")
+    assert _torch.transform_depth() == depth + 1, moved("get_dynamic_layer_stack_depth", "does not count")
+    x = functorch._add_batch_dim(torch.zeros(2, 3), 0, 1)
+    wrapped = _torch.is_wrapped(x), _torch.is_wrapped(torch.zeros(2))
+    _torch.undo_transforms(depth)
+    assert wrapped == (True, False), moved("is_functorch_wrapped_tensor", f"says {wrapped}")
+    assert _torch.transform_depth() == depth, moved("pop_dynamic_layer_stack_and_undo_to_depth", "does not")
+
+
+def test_symbols_known_at_run_time_only() -> None:
+    shapes = _torch.ShapeEnv()
+    for number in (shapes.create_unbacked_symint(), shapes.create_unbacked_symfloat()):
+        (symbol,) = number.node.expr.free_symbols
+        assert _torch.is_unbacked(symbol), moved("symbol_is_type", f"does not know {symbol}")
+
+
 def test_options_of_inductor() -> None:
     known, modes = _torch.inductor_config.get_config_copy(), _torch.list_mode_options()
     for mode in ("default", "lite", "max-autotune"):

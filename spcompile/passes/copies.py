@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from spcompile._torch import HigherOrderOperator, OpOverload
 from spcompile.errors import SpcompileError
+from spcompile.passes.numbers import SYMBOLIC
 from spcompile.passes.propagate import value_of
 from spcompile.placement import Replicate
 
@@ -84,8 +85,9 @@ def copy(localizer: Localizer, node: fx.Node) -> None:
         raise SpcompileError(
             f"{node.target} (node {node.name}) draws random numbers, and no rule says how ranks draw "
             f"alike.\n{source_line(node)}\nRemedy: switch the dropout of this operator off, or write it "
-            "with torch.nn.functional.dropout, which has a rule."
+            "with torch.nn.functional.dropout, outside of any body of torch.cond or the like: it has a rule."
         )
+    localizer.note_gathers(node, localizer.plan.steps[node])
     args, kwargs = arguments(localizer, node)
     olds = {w: _old(localizer, node, w) for w in written(node) if not _is_last(localizer, node)}
     made = localizer.graph.create_node(node.op, node.target, args, kwargs, name=node.name)
@@ -124,6 +126,8 @@ def _bind(localizer: Localizer, node: fx.Node, made: fx.Node) -> None:
     value, emitter = node.meta.get("val"), localizer.emitter
     if isinstance(value, Tensor):
         localizer.versions[((node, 0), Replicate(), None)] = emitter.bind(emitter.fresh(value), made)
+    elif isinstance(value, SYMBOLIC):
+        emitter.bind_number(value, made)
     elif isinstance(value, (tuple, list)):
         for index, item in enumerate(value):
             if isinstance(item, Tensor):

@@ -18,6 +18,7 @@ from spcompile.passes import copies
 from spcompile.passes.communicate import redistribute, shifted, surrounded
 from spcompile.passes.context import GraphContext
 from spcompile.passes.copies import source_line
+from spcompile.passes.numbers import SYMBOLIC, unsized
 from spcompile.passes.propagate import Plan, Step, Value, value_of
 from spcompile.passes.reach import reaches
 from spcompile.placement import Partial, Placement, Replicate, Shard, same_blocks
@@ -208,7 +209,7 @@ class Localizer:
             self._store(node, self._whole(node, step, terms), step.native)
             return
         if step.split is None:
-            self._note_gathers(node, step)
+            self.note_gathers(node, step)
             outs = self._whole(node, step, [self.version(v, Replicate()) for v in step.operands])
             self._store(node, outs, tuple(Replicate() for _ in step.call.outputs))
             return
@@ -253,7 +254,7 @@ class Localizer:
             shapes = tuple(() if x is None else next(given) for x in node.args if attention.is_operand(x))
         return Purpose(str(node.target), asked, whole, shapes, mark=mark)
 
-    def _note_gathers(self, node: fx.Node, step: Step) -> None:
+    def note_gathers(self, node: fx.Node, step: Step) -> None:
         if not step.gathers:
             return
         for value in step.operands:
@@ -269,6 +270,8 @@ class Localizer:
         value = node.meta.get("val")
         if isinstance(value, Tensor):
             self.versions[((node, 0), Replicate(), None)] = self.emitter.bind(self.emitter.fresh(value), node)
+        elif isinstance(value, SYMBOLIC):
+            self.emitter.bind_number(value, node)
 
     def _global(self, value: Value) -> Tensor:
         result = value[0].meta["val"]
@@ -314,11 +317,14 @@ class Localizer:
     def _write(self) -> None:
         """The writes with which the graph ends, once whatever reads an old value has been written out."""
         for write in (copies.arguments, copies.copy):
-            for self._consumer in self.last_writes:
-                write(self, self._consumer)
+            for node in self.last_writes:
+                self._consumer = node
+                write(self, node)
 
     def restrided(self, node: fx.Node, local: Tensor) -> Tensor:
         """``local`` in the strides that eager gives ``node``."""
+        if unsized(local):  # it is a copy's, as it was
+            return local
         strides = tuple(int(s) for s in node.meta["val"].stride())
         if same_strides(local, strides):
             return local

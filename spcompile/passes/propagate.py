@@ -16,8 +16,10 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from spcompile._torch import OpOverload
+from spcompile.passes.numbers import SYMBOLIC, unsized
 from spcompile.placement import Partial, Placement, Replicate, Shard
 from spcompile.rules import PULLED, Call, Rule, Split, commits, rule_for
+from spcompile.rules.pointwise import is_pointwise
 
 __all__ = ["Plan", "Step", "call_of", "propagate", "value_of"]
 
@@ -101,11 +103,18 @@ def propagate(graph: fx.Graph, ranks: int, seeds: Mapping[Value, Shard]) -> Plan
 def _step(node: fx.Node) -> Step:
     leaves = tree_leaves((node.args, node.kwargs))
     operands = [x for x in leaves if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor)]
-    numbers = len(operands) != sum(isinstance(x, fx.Node) for x in leaves)
-    if numbers or not _returns_tensors(node) or not _only_computes(node):
+    if not _takes_tensors(node, leaves) or not _returns_tensors(node) or not _only_computes(node):
         return Step(None, None, tuple(map(value_of, operands)))
     call = call_of(node)
     return Step(call, rule_for(call), tuple(map(value_of, operands)))
+
+
+def _takes_tensors(node: fx.Node, leaves: list[Any]) -> bool:
+    """Whether every operand is a tensor of known size; a pointwise operator may also take a number."""
+    values = [x.meta.get("val") for x in leaves if isinstance(x, fx.Node)]
+    others = [v for v in values if not isinstance(v, Tensor)]
+    numbers = is_pointwise(node.target) and all(isinstance(v, SYMBOLIC) for v in others)
+    return (not others or numbers) and not unsized([*values, node.meta.get("val")])
 
 
 def _only_computes(node: fx.Node) -> bool:
@@ -190,6 +199,8 @@ def _choose(plan: Plan, node: fx.Node, step: Step) -> None:
         _choose_split(plan, node, step, naturals)
     if step.split is None and any(isinstance(p, Shard) for p in naturals):
         step.gathers = "no rule" if step.rule is None else "no dim of it can be sharded so"
+        if step.call is None:
+            step.gathers = "it writes, has a body, or takes what is known at run time only"
 
 
 def _stays_partial(plan: Plan, node: fx.Node, step: Step, naturals: list[Placement | None]) -> bool:

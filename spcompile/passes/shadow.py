@@ -34,6 +34,7 @@ from spcompile._torch import (
     make_fx,
     track_tensor_tree,
 )
+from spcompile.passes.numbers import is_operand, size_symbols, unsized
 from spcompile.passes.shadow_values import (
     VIEWS,
     Record,
@@ -44,7 +45,7 @@ from spcompile.passes.shadow_values import (
     mark_live,
     values_in,
 )
-from spcompile.passes.transforms import Inside, Transforms, clean_state
+from spcompile.passes.transforms import Inside, Transforms, clean_state, may_write
 
 __all__ = ["Record", "Shadow", "Value", "is_pure", "trace"]
 
@@ -100,7 +101,7 @@ def trace(gm: fx.GraphModule) -> Shadow | None:
         return None
     builder = _Builder(gm)
     with mode:
-        fakes = [_static(e) for e in examples]
+        fakes = [0 if is_operand(e, builder.sizes) else _static(e) for e in examples]
         for e, f in zip(examples, fakes, strict=True):
             if isinstance(e, torch.Tensor):
                 builder.alias_inputs(e, f)
@@ -146,6 +147,8 @@ class _Builder:
         self.roots: list[Value] = []
         self.written_values: list[tuple[int, Value]] = []
         self.transforms = Transforms()
+        nested = [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
+        self.sizes = size_symbols(n.meta.get("example_value") for m in nested for n in m.graph.nodes)
 
     # ---- running
 
@@ -318,8 +321,8 @@ class _Interpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         b = self.builder
         begin = b.time
-        if b.transforms.enclose(n):
-            out = self.transformed(n)
+        if b.transforms.enclose(n) or self.unknown(n):
+            out = self.unread(n)
         elif n.op == "call_function" and isinstance(n.target, HigherOrderOperator):
             out = self.higher_order(n)
         else:
@@ -349,13 +352,29 @@ class _Interpreter(fx.Interpreter):
             return self.builder.interpret(args[0], *args[1:])
         return self.opaque_call(n, args, kwargs)
 
-    def transformed(self, n: fx.Node) -> Any:
-        """A call inside torch.vmap or the like, which is not run."""
-        transforms = self.builder.transforms
-        given = transforms.reads(self.fetch_args_kwargs_from_env(n))
-        if transforms.leaves(n):
-            return self.opaque_call(n, tuple(given), {}, transforms.writes)
-        return None if n.meta.get("example_value") is None else Inside(tuple(given))
+    def unknown(self, n: fx.Node) -> bool:
+        """Whether ``n`` takes or gives a number that is an operand, or a tensor of unknown size."""
+        if n.op == "output":
+            return False
+        example = n.meta.get("example_value")
+        if unsized(example) or any(is_operand(x, self.builder.sizes) for x in pytree.tree_leaves(example)):
+            return True
+        return any(isinstance(x, Inside) for x in pytree.tree_leaves(self.given(n)))
+
+    def given(self, n: fx.Node) -> list[Any]:
+        """What the operands of ``n`` are, those inside a slice too."""
+        return [self.env[x] for x in n.all_input_nodes]
+
+    def unread(self, n: fx.Node) -> Any:
+        """A call inside torch.vmap or the like, or on what is known at run time only: it is not run."""
+        b, example = self.builder, n.meta.get("example_value")
+        if n.op == "placeholder":
+            super().run_node(n)
+        given = b.transforms.reads(self.given(n))
+        if b.transforms.leaves(n) and not unsized(example):
+            return self.opaque_call(n, tuple(given), {}, b.transforms.writes or may_write(n))
+        b.roots += [b.of_tensor(t) for t in given]
+        return None if example is None else Inside(tuple(given))
 
     def opaque_call(self, n: fx.Node, args: tuple, kwargs: dict, writes: bool = True) -> Any:
         """An op whose body is not read: fresh outputs, and any tensor that it was given may be written."""

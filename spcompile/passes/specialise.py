@@ -6,23 +6,27 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-__all__ = ["specialise"]
+from spcompile.passes.numbers import SYMBOLIC, is_operand, size_symbols, unsized
 
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+__all__ = ["specialise"]
 
 
 def specialise(graph: fx.Graph) -> None:
-    """Replace every symbolic number in ``graph`` by its value, with a guard, and erase what computed it."""
+    """Replace every symbolic size in ``graph`` by its value, with a guard, and erase what computed it.
+
+    Other symbolic numbers stay (spcompile/passes/numbers.py).
+    """
+    sizes = size_symbols(n.meta.get("val") for n in graph.nodes)
     for node in graph.nodes:
         if any(_is_symbolic(x) for x in tree_leaves(node.meta.get("val"))):
             node.meta["val"] = tree_map_only(Tensor, _concrete, node.meta["val"])
-    symbolic = [n for n in graph.nodes if isinstance(n.meta.get("val"), (*_SYMBOLIC, int, float, bool))]
-    for node in reversed(symbolic):
+    numbers = [n for n in graph.nodes if isinstance(n.meta.get("val"), (*SYMBOLIC, int, float, bool))]
+    for node in reversed([n for n in numbers if not is_operand(n.meta["val"], sizes)]):
         number = _number(node.meta["val"])
         for user in list(node.users):
             if user.op != "output":
                 _write_in(user, node, number)
-        if not node.users and node.op == "call_function":
+        if not node.users and node.op == "call_function" and not node.is_impure():
             graph.erase_node(node)
 
 
@@ -46,7 +50,7 @@ def _is_symbolic(value: object) -> bool:
 
 
 def _concrete(value: Tensor) -> Tensor:
-    if not _is_symbolic(value):
+    if not _is_symbolic(value) or unsized(value):
         return value
     with value.fake_mode:
         shape, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))

@@ -1,6 +1,6 @@
 """What lies inside torch.vmap, torch.func.grad and the like is not read by the shadow, nor run.
 
-Dynamo writes a transform out: a call that pushes a level on functorch's stack, calls on wrapped tensors, and a
+Dynamo writes a transform out: a call that pushes a level on functorch's stack, calls on wrapped tensors, a
 call that pops it. Run by an interpreter that fails in between, the level would stay. So the calls between are
 kept as what they read from outside, and what leaves them is an opaque value.
 """
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from spcompile import _torch
 
-__all__ = ["Inside", "Transforms", "clean_state"]
+__all__ = ["Inside", "Transforms", "clean_state", "may_write"]
 
 # These change what the process does with tensors until they are undone; nothing in the shadow needs them.
 _SWITCHES = {
@@ -51,7 +51,7 @@ class Transforms:
             self.writes = False
         inside = self.depth > 0
         self.depth += begins - ends
-        self.writes |= inside and _may_write(n, name)
+        self.writes |= inside and may_write(n)
         return inside or begins or name in _SWITCHES
 
     @staticmethod
@@ -65,7 +65,7 @@ class Transforms:
 
     @staticmethod
     def leaves(n: fx.Node) -> bool:
-        """Whether the result of ``n``, inside a transform, is an ordinary tensor, which may be used outside."""
+        """Whether the result of ``n``, inside a transform, is an ordinary tensor, for use outside."""
         leaves = pytree.tree_leaves(n.meta.get("example_value"))
         tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
         return bool(tensors) and not any(map(_torch.is_wrapped, tensors))
@@ -77,7 +77,9 @@ def _name(n: fx.Node) -> str:
     return n.target if isinstance(n.target, str) else getattr(n.target, "__name__", "")
 
 
-def _may_write(n: fx.Node, name: str) -> bool:
+def may_write(n: fx.Node) -> bool:
+    """Whether a call may be one that writes to an operand, as far as its name tells."""
+    name = _name(n)
     in_place = name.endswith("_") and not name.startswith("__")
     operator = getattr(n.target, "__module__", "") == "_operator" and name[:1] == "i" and name != "invert"
     return in_place or operator or name == "setitem" or "out" in n.kwargs or not name

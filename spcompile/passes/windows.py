@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
+from spcompile.passes.numbers import unsized
 from spcompile.passes.propagate import call_of
 from spcompile.rules.pointwise import is_pointwise
 from spcompile.rules.scans import reverse_cumsum
@@ -49,7 +50,7 @@ def move_windows(graph: fx.Graph, fake_mode: Any) -> None:
     todo = list(graph.nodes)
     while todo:  # from the last node backwards, so that a window travels through all of a chain
         node = todo.pop()
-        if node.op == "call_function" and not node._erased:
+        if node.op == "call_function" and not node._erased and _is_sized(node):
             found = (rewrite(writer, node) for rewrite in (_unsplit, _hoist_crop, _hoist_factor, _reverse))
             todo += next(filter(None, found), [])
     graph.lint()
@@ -80,6 +81,12 @@ class _Writer:
             if not node.users and node.op == "call_function" and not node._erased:
                 todo += node.all_input_nodes
                 self.graph.erase_node(node)
+
+
+def _is_sized(node: fx.Node) -> bool:
+    """Whether ``node`` takes tensors alone, and all that it takes and gives are of known size."""
+    values = [x.meta.get("val") for x in node.all_input_nodes]
+    return all(isinstance(v, Tensor) for v in values) and not unsized([*values, node.meta.get("val")])
 
 
 def _value(x: Any) -> Any:

@@ -11,11 +11,11 @@ from spcompile.placement import Partial, Replicate, Shard
 from spcompile.rules.base import Call, Context, Emit, Factors, Side, Split
 from spcompile.rules.halo import halo
 
-__all__ = ["Convolution", "ConvolutionBackward"]
+__all__ = ["Convolution", "ConvolutionBackward", "Window"]
 
 
 @dataclass(frozen=True)
-class _Window:
+class Window:
     """y[t] = sum_j w_j x[t + j d - p]: what an entry of a one-dimensional convolution of stride one sees.
 
     ``span`` is (k - 1) d, ``padding`` is p. If x starts at position a and y at b, then y at a position needs
@@ -28,7 +28,7 @@ class _Window:
     y: int
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor, weight: Tensor, options: tuple[Any, ...]) -> _Window | None:
+    def of(cls, x: Tensor, y: Tensor, weight: Tensor, options: tuple[Any, ...]) -> Window | None:
         """The window of a call; None if it strides, is transposed or has more dims than one."""
         stride, padding, dilation, transposed = options[:4]
         if x.dim() != 3 or transposed or stride[0] != 1:
@@ -79,7 +79,7 @@ class Convolution:
         if index == 0 and shard.dim == 0:
             inputs = tuple(("n" if t is x else None, *(None,) * (t.dim() - 1)) for t in self.call.operands)
             return Factors(self.call, inputs, (inputs[0],)).split(side, index, shard)
-        window = _Window.of(x, self.call.outputs[0], weight, self.call.args[3:])
+        window = Window.of(x, self.call.outputs[0], weight, self.call.args[3:])
         if index != 0 or shard.dim != 2 or window is None or shard.outer != 1:
             return None
         before = shard if side == "in" else window.input(shard)
@@ -123,7 +123,7 @@ class ConvolutionBackward:
             outputs = (names[1], *whole)
             factors = Factors(self.call, (*names, whole[0]), outputs, mixed=True)
             return _asked_for(self.call, factors.split(side, index, shard))
-        window = _Window.of(x, dy, weight, self.call.args[4:])
+        window = Window.of(x, dy, weight, self.call.args[4:])
         if shard.dim != 2 or window is None or shard.outer != 1:
             return None
         before = shard if given == 1 else window.input(shard)

@@ -14,6 +14,7 @@ from spcompile.placement import Shard
 from spcompile.rules.base import Call, Context, Dims, Emit, Factors, Rule, Split
 from spcompile.rules.convolutions import Convolution, ConvolutionBackward
 from spcompile.rules.pointwise import broadcast_dims
+from spcompile.rules.pooling import AveragePool, AveragePoolBackward
 
 __all__ = ["KERNELS"]
 
@@ -68,6 +69,8 @@ def _causal_rows(call: Call, split: Split, backward: bool) -> Emit:
 KERNELS: dict[Any, Callable[[Call], Rule | None]] = {
     aten.convolution.default: Convolution,
     aten.convolution_backward.default: ConvolutionBackward,
+    aten.avg_pool2d.default: AveragePool,
+    aten.avg_pool2d_backward.default: AveragePoolBackward,
     flash_attention_cpu: flash_attention,
     flash_attention_cpu_backward: flash_attention,
 }

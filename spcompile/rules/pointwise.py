@@ -44,7 +44,8 @@ _LINEAR: dict[Any, tuple[set[int], ...]] = {
 def is_pointwise(op: Any) -> bool:
     """Whether each output entry depends only on the operands' entries at its place, and not on chance."""
     tags = getattr(op, "tags", ())
-    if torch.Tag.nondeterministic_seeded in tags or getattr(getattr(op, "_schema", None), "is_mutable", False):
+    writes = getattr(getattr(op, "_schema", None), "is_mutable", False)
+    if writes or torch.Tag.nondeterministic_seeded in tags:
         return False
     return torch.Tag.pointwise in tags or op in UNTAGGED
 

@@ -30,6 +30,9 @@ def _copied(graph: fx.Graph) -> fx.Graph:
     made = copy.output(output)
     made.meta = dict(old.meta)
     copy.set_codegen(graph._codegen)
+    for mine, theirs in zip(copy.nodes, graph.nodes, strict=True):
+        for name, value in vars(theirs).items():  # what Dynamo notes on nodes besides their meta
+            vars(mine).setdefault(name, value)
     return copy
 
 

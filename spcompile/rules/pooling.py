@@ -1,0 +1,119 @@
+"""Average pooling along the sequence: a mean over neighbours, which a halo brings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spcompile.placement import Shard
+from spcompile.rules.base import Call, Context, Emit, Factors, Side, Split
+from spcompile.rules.convolutions import Window
+from spcompile.rules.halo import halo
+
+__all__ = ["AveragePool", "AveragePoolBackward"]
+
+
+def _window(x: Tensor, y: Tensor, dim: int, options: tuple[Any, ...]) -> Window | None:
+    """What a mean along one of the two last dims sees; None if it strides, counts its edges apart, or takes
+    the mean over the other dim too."""
+    kernel, stride, padding = (_pair(o) for o in options[:3])
+    along = dim - x.dim()  # -2 or -1
+    other = -3 - along
+    trivial = kernel[other] == 1 and stride[other] == 1 and padding[other] == 0
+    if not trivial or stride[along] != 1 or options[3] or (padding[along] and not options[4]):
+        return None
+    return Window(padding[along], kernel[along] - 1, x.shape[along], y.shape[along])
+
+
+def _mean(dim: int, left: int, right: int, divisor: int) -> Emit:
+    """Of the first operand, the sums over each entry and its neighbours, divided."""
+
+    def emit(context: Context, operands: list[Tensor]) -> Tensor:
+        x = operands[0]
+        around = halo(context, x, dim, left, right, 0.0)
+        parts = [around.narrow(dim, j, x.shape[dim]) for j in range(left + right + 1)]
+        return reduce(torch.add, parts) / divisor
+
+    return emit
+
+
+def _divisor(options: tuple[Any, ...]) -> int:
+    return options[5] or prod(_pair(options[0]))
+
+
+def _pair(x: Any) -> tuple[int, int]:
+    values = [x] if isinstance(x, int) else list(x)
+    return (values[0], values[-1])
+
+
+def _options(call: Call, first: int) -> tuple[Any, ...]:
+    """Kernel, stride (the kernel by default), padding, ceil mode, whether padding counts, divisor."""
+    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    defaults = (None, [], 0, False, True, None)
+    found = [call.argument(first + i, n, d) for i, (n, d) in enumerate(zip(names, defaults, strict=True))]
+    found[1] = found[1] or found[0]
+    return tuple(found)
+
+
+def _passes(call: Call, x: Tensor, shard: Shard, options: tuple[Any, ...]) -> Factors | None:
+    """How dims are split over which no mean is taken: batch, channels, and a kernel of one."""
+    kernel, stride, padding = (_pair(o) for o in options[:3])
+    means = {d for d in (-2, -1) if (kernel[d], stride[d], padding[d]) != (1, 1, 0)}
+    names = tuple(None if i - x.dim() in means else f"d{i}" for i in range(x.dim()))
+    return Factors(call, tuple(names for _ in call.operands), (names,)) if names[shard.dim] else None
+
+
+@dataclass
+class AveragePool:
+    """avg_pool2d; y[t] = sum_j x[t + j - padding] / divisor, j < kernel: a halo along the sequence."""
+
+    call: Call
+    linear: tuple[frozenset[int], ...] = (frozenset({0}),)
+
+    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+        """See :class:`spcompile.rules.base.Rule`."""
+        (x,), (y,), options = self.call.operands, self.call.outputs, _options(self.call, 1)
+        factors = _passes(self.call, x, shard, options)
+        if factors is not None:
+            return factors.split(side, index, shard)
+        window = _window(x, y, shard.dim, options)
+        if window is None or shard.outer != 1:
+            return None
+        before = shard if side == "in" else window.input(shard)
+        after = window.output(shard) if side == "in" else shard
+        left = window.left(before, after)
+        if not 0 <= left <= window.span:
+            return None
+        emit = _mean(shard.dim, left, window.span - left, _divisor(options))
+        return Split((before,), (after,), (0.0,), emit)
+
+
+@dataclass
+class AveragePoolBackward:
+    """avg_pool2d_backward: dx[i] = sum_j dy[i + padding - j] / divisor; of x it reads the shape alone."""
+
+    call: Call
+    linear: tuple[frozenset[int], ...] = (frozenset({0}),)
+
+    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+        """See :class:`spcompile.rules.base.Rule`."""
+        (dy, x), options = self.call.operands, _options(self.call, 2)
+        factors = _passes(self.call, x, shard, options)
+        if factors is not None:
+            return factors.split(side, index, shard)
+        window = _window(x, dy, shard.dim, options)
+        if window is None or shard.outer != 1:
+            return None
+        given_output = side == "in" and index == 0
+        before = window.input(shard) if given_output else shard
+        after = shard if given_output else window.output(shard)
+        left = window.left(before, after)
+        if not 0 <= left <= window.span:
+            return None
+        emit = _mean(shard.dim, window.span - left, left, _divisor(options))
+        return Split((after, before), (before,), (0.0, None), emit)
