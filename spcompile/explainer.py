@@ -153,9 +153,8 @@ class _Compilers:
     def on(self, ranks: int) -> fx.GraphModule:
         """The graph that this was made of, sharded for another number of ranks."""
         other = _copied(self.record.graphs["before"])
-        shard_joint_graph(
-            other.graph, Group(ranks, "explained"), replace(self.config, ranks=ranks), self.hints
-        )
+        config = replace(self.config, ranks=ranks)
+        shard_joint_graph(other.graph, Group(ranks, "explained"), config, *self.named)
         erase_dead_waits(other.graph)
         other.recompile()
         return other

@@ -41,13 +41,13 @@ _Item: TypeAlias = "fx.Node | _Region"
 
 
 def own_copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """Dynamo's graph as one that it does not see: once compiled, it calls by the order of its own's inputs."""
+    """Dynamo's graph as one that it does not see: it calls by the order of its own graph's inputs."""
     graph = fx.Graph()
     found: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         found[node] = graph.node_copy(node, found.__getitem__)
         if hasattr(node, "_dynamo_source"):
-            found[node]._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+            found[node]._dynamo_source = node._dynamo_source
     graph.set_codegen(gm.graph._codegen)
     copy = fx.GraphModule(gm, graph)
     copy.meta = gm.meta
