@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from spcompile._torch import detect_fake_mode, hint
+from spcompile._torch import FakeTensor, hint
 
 __all__ = ["split_einsums"]
 
@@ -43,7 +43,7 @@ def _split_all(graph: fx.Graph) -> bool:
         if not isinstance(operands, Sequence) or len(operands) < 3:
             continue
         values = [x.meta.get("example_value") for x in operands]
-        if all(isinstance(v, Tensor) for v in values):
+        if all(isinstance(v, FakeTensor) for v in (*values, node.meta.get("example_value"))):
             _split(graph, node, list(operands), *written_out(node.args[0], [v.dim() for v in values]))
             found = True
     return found
@@ -81,9 +81,8 @@ def _product(a: str, b: str, others: Sequence[str], out: str) -> str:
 
 def _like(value: Tensor, shape: list[int]) -> Tensor:
     """What Dynamo would have recorded of a part of the einsum that gives ``value``."""
-    mode = detect_fake_mode([value])
-    assert mode is not None
-    with mode:
+    assert isinstance(value, FakeTensor)
+    with value.fake_mode:  # which need not be that of the compilation
         return value.new_empty(shape)
 
 
