@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from spcompile._torch import FakeTensor, ShortenTraceback, hint
 from spcompile.arguments import Argument, arguments_of
@@ -47,7 +47,9 @@ def compared(argument: Argument, value: Any, config: Config) -> bool:
     """
     if config.check != "values" or isinstance(value, FakeTensor):
         return False
-    return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type != "meta"
+    # Parts of a DTensor or of another subclass are a matter of its own mesh.
+    plain = type(value) in (Tensor, nn.Parameter)
+    return plain and value.layout is torch.strided and value.device.type != "meta"
 
 
 @dataclass

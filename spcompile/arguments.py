@@ -45,9 +45,9 @@ def _argument(node: fx.Node) -> Argument:
     if own is not None:
         path = ".".join([*re.findall(_STEP, source), own[2]])
         return Argument(path, own[1].removesuffix("s"))
-    kind = "argument"
-    if _STATE.search(source):
-        kind = "parameter" if isinstance(node.meta.get("example_value"), nn.Parameter) else "state"
+    kind = "state" if _STATE.search(source) else "argument"
+    if isinstance(node.meta.get("example_value"), nn.Parameter):
+        kind = "parameter"
     return Argument(_spelt(source) or str(node.target), kind)
 
 

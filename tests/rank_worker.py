@@ -17,7 +17,7 @@ from torch import nn
 import models
 import spcompile.backend
 import spcompile.report
-from tests.agreement_cases import agreement, two_axes
+from tests.agreement_cases import agreement
 from tests.left_samples import optimizer_steps, steps
 from tests.proof import eager, left_behind, loss_of, relative_error
 
@@ -204,7 +204,7 @@ def gdn2() -> dict[str, Any]:
 
 _CASES = (
     *(train, delta, left, waits, other_shape_at_once, other_shape_later, other_model),
-    *(mesh_of_two_axes, agreement, two_axes, warm, gemma4, gdn2),
+    *(mesh_of_two_axes, agreement, warm, gemma4, gdn2),
 )
 CASES = {f.__name__: f for f in _CASES}
 

@@ -171,6 +171,7 @@ def test_einsums_of_many_operands_are_split(equation: str, shapes: list[tuple[in
 
 
 def test_the_cheapest_product_comes_first() -> None:
-    assert cheapest(["ab", "bc", "cd"], "ad", [(9, 9), (9, 2), (2, 9)]) == [(0, 1), (0, 1)]
-    assert cheapest(["ab", "bc", "cd"], "ad", [(9, 2), (2, 9), (9, 2)]) == [(1, 2), (0, 1)]
-    assert cheapest(["a", "b", "c"], "abc", [(2,), (2,), (2,)]) == [(0, 1), (0, 1)]
+    chain = ["ab", "bc", "cd"]
+    assert cheapest(chain, "ad", {"a": 2, "b": 9, "c": 9, "d": 9}) == [(0, 1), (0, 1)]
+    assert cheapest(chain, "ad", {"a": 9, "b": 9, "c": 9, "d": 2}) == [(1, 2), (0, 1)]
+    assert cheapest(["a", "b", "c"], "abc", {"a": 2, "b": 2, "c": 2}) == [(0, 1), (0, 1)]

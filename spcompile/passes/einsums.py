@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from spcompile._torch import detect_fake_mode, hint
+from spcompile._torch import FakeTensor, hint
 
 __all__ = ["split_einsums"]
 
@@ -43,7 +43,7 @@ def _split_all(graph: fx.Graph) -> bool:
         if not isinstance(operands, Sequence) or len(operands) < 3:
             continue
         values = [x.meta.get("example_value") for x in operands]
-        if all(isinstance(v, Tensor) for v in values):
+        if all(isinstance(v, FakeTensor) for v in (*values, node.meta.get("example_value"))):
             _split(graph, node, list(operands), *written_out(node.args[0], [v.dim() for v in values]))
             found = True
     return found
@@ -51,14 +51,15 @@ def _split_all(graph: fx.Graph) -> bool:
 
 def _split(graph: fx.Graph, node: fx.Node, operands: list[Any], terms: list[str], out: str) -> None:
     shapes = [[int(hint(s)) for s in x.meta["example_value"].shape] for x in operands]
-    for i, j in cheapest(terms, out, shapes):
+    sizes = sizes_of(terms, shapes)
+    for i, j in cheapest(terms, out, sizes):
         (a, b), (x, y) = (terms[i], terms[j]), (operands[i], operands[j])
         terms, operands = _without(terms, i, j), _without(operands, i, j)
         made = _product(a, b, terms, out)
         with graph.inserting_before(node):
             new = graph.call_function(torch.einsum, (f"{a},{b}->{made}", x, y))
         new.meta.update({k: node.meta[k] for k in _KEPT if k in node.meta})
-        new.meta["example_value"] = _value(new, node)
+        new.meta["example_value"] = _like(node.meta["example_value"], [sizes[c] for c in made])
         terms.append(made)
         operands.append(new)
     operands[0].meta["example_value"] = node.meta["example_value"]
@@ -78,13 +79,11 @@ def _product(a: str, b: str, others: Sequence[str], out: str) -> str:
     return "".join(c for c in dict.fromkeys(a + b) if c in needed)
 
 
-def _value(new: fx.Node, node: fx.Node) -> Tensor:
-    """What Dynamo would have recorded: a fake tensor of the einsum's dtype (autocast is off here)."""
-    x, y = (a.meta["example_value"] for a in new.args[1:])
-    mode = detect_fake_mode([x, y])
-    assert mode is not None
-    with mode:
-        return torch.einsum(new.args[0], x, y).to(node.meta["example_value"].dtype)
+def _like(value: Tensor, shape: list[int]) -> Tensor:
+    """What Dynamo would have recorded of a part of the einsum that gives ``value``."""
+    assert isinstance(value, FakeTensor)
+    with value.fake_mode:  # which need not be that of the compilation
+        return value.new_empty(shape)
 
 
 def written_out(equation: str, dims: Sequence[int]) -> tuple[list[str], str]:
@@ -101,15 +100,20 @@ def written_out(equation: str, dims: Sequence[int]) -> tuple[list[str], str]:
     return terms, out.replace("...", dots)
 
 
-def cheapest(terms: Sequence[str], out: str, shapes: Sequence[Sequence[int]]) -> list[Step]:
-    """The order of products with the fewest multiplications; of equal ones the first.
-
-    A product costs the product of all its letters' sizes. Of many operands the cheapest product comes first.
-    """
+def sizes_of(terms: Sequence[str], shapes: Sequence[Sequence[int]]) -> dict[str, int]:
+    """The size of each letter."""
     sizes: dict[str, int] = {}
     for term, shape in zip(terms, shapes, strict=True):
         for letter, size in zip(term, shape, strict=True):
             sizes[letter] = max(size, sizes.get(letter, 1))
+    return sizes
+
+
+def cheapest(terms: Sequence[str], out: str, sizes: Mapping[str, int]) -> list[Step]:
+    """The order of products with the fewest multiplications; of equal ones the first.
+
+    A product costs the product of all its letters' sizes. Of many operands the cheapest product comes first.
+    """
 
     def cost(a: str, b: str) -> int:
         return math.prod(sizes[c] for c in dict.fromkeys(a + b))
