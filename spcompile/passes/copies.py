@@ -155,7 +155,7 @@ def _draws(node: fx.Node) -> bool:
     """Whether a node without a rule draws other numbers on each rank; attention without dropout doesn't."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    names = [a.name for a in node.target._schema.arguments]
     if "dropout_p" not in names:
         return True
     at = names.index("dropout_p")

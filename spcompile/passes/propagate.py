@@ -36,7 +36,7 @@ Value = tuple[fx.Node, int]
 def value_of(node: fx.Node) -> Value:
     """The tensor that ``node`` stands for: a getitem is an output of the node it reads."""
     if is_output(node):
-        return node.args[0], node.args[1]  # type: ignore[return-value]
+        return node.args[0], node.args[1]
     return node, 0
 
 

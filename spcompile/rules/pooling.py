@@ -54,7 +54,7 @@ def _pair(x: Any) -> tuple[int, int]:
 def _options(call: Call, first: int) -> tuple[Any, ...]:
     """Kernel, stride (the kernel by default), padding, ceil mode, whether padding counts, divisor."""
     names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-    defaults = (None, [], 0, False, True, None)
+    defaults: tuple[Any, ...] = (None, [], 0, False, True, None)
     found = [call.argument(first + i, n, d) for i, (n, d) in enumerate(zip(names, defaults, strict=True))]
     found[1] = found[1] or found[0]
     return tuple(found)

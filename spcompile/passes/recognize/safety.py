@@ -26,7 +26,7 @@ class Snapshot:
 
 def _copied(graph: fx.Graph) -> fx.Graph:
     copy = fx.Graph(tracer_cls=graph._tracer_cls)
-    output, old = copy.graph_copy(graph, {}, return_output_node=True)  # type: ignore[misc]
+    output, old = copy.graph_copy(graph, {}, return_output_node=True)
     made = copy.output(output)
     made.meta = dict(old.meta)
     copy.set_codegen(graph._codegen)
