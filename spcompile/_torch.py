@@ -128,6 +128,7 @@ __all__ = [
     "inductor_seed",
     "is_unbacked",
     "is_wrapped",
+    "keeps_graph",
     "list_mode_options",
     "make_fx",
     "min_cut_rematerialization_partition",
@@ -175,6 +176,11 @@ def differentiable() -> Any:
 def is_unbacked(symbol: Any) -> bool:
     """Whether the value of a symbol of a shape environment is known at run time only."""
     return _symbol_is_type(symbol, (_SymT.UNBACKED_INT, _SymT.UNBACKED_FLOAT))
+
+
+def keeps_graph() -> bool:
+    """Whether the backward that runs may be run again (``retain_graph``)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def tracing_metadata() -> Any:
