@@ -1,4 +1,4 @@
-"""What it costs that a model returns logits and a cache which nobody reads: memory and time of a training step."""
+"""What logits and a cache that nobody reads cost: memory and time of a training step."""
 
 from __future__ import annotations
 

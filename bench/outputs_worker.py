@@ -1,4 +1,4 @@
-"""One way of returning: a training step of a Hugging Face Llama, checked against eager, timed, its peak taken."""
+"""One way of returning: a step of a Hugging Face Llama, checked against eager, timed, its peak taken."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ class LossAlone(nn.Module):
 def llama(work: dict[str, Any]) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    size = {"vocab_size": work["V"], "num_hidden_layers": work["layers"], "max_position_embeddings": work["T"]}
-    return LlamaForCausalLM(LlamaConfig(**shape, **size, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": work["layers"]}
+    widths = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": work["V"]}
+    length = {"max_position_embeddings": work["T"]}
+    return LlamaForCausalLM(LlamaConfig(**heads, **widths, **length, pad_token_id=0, bos_token_id=1, eos_token_id=2))
 
 
 def main() -> None:
