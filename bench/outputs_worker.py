@@ -33,8 +33,8 @@ def llama(work: dict[str, Any]) -> nn.Module:
 
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": work["layers"]}
     widths = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": work["V"]}
-    length = {"max_position_embeddings": work["T"]}
-    return LlamaForCausalLM(LlamaConfig(**heads, **widths, **length, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    others = {"max_position_embeddings": work["T"], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return LlamaForCausalLM(LlamaConfig(**heads, **widths, **others))
 
 
 def main() -> None:
