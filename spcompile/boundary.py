@@ -146,10 +146,10 @@ def _open_outputs(gm: fx.GraphModule, output: fx.Node, boundary: Boundary) -> No
             token = None
             if value.requires_grad and torch.is_grad_enabled():
                 token = len(returned) + len(tokens)
-                made = gm.graph.call_function(ports.open_port._opoverload, (node,))
+                made = gm.graph.call_function(ports.ops.open_port.default, (node,))
                 tokens.append(_described(made, node, torch.zeros((), dtype=torch.float64, device="meta")))
                 node = _described(gm.graph.call_method("detach", (node,)), node, value)
-            made = gm.graph.call_function(ports.lend._opoverload, (node, number))
+            made = gm.graph.call_function(ports.ops.lend.default, (node, number))
             returned[number] = _described(made, node, value)
             shape, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
             aliased = mine.count(mine[number]) > 1
@@ -188,7 +188,7 @@ def _open_inputs(gm: fx.GraphModule, inputs: list[Any], boundary: Boundary) -> N
         if value.requires_grad:
             local = local.detach().requires_grad_()
         with gm.graph.inserting_before(last):
-            made = gm.graph.call_function(ports.arrive._opoverload, (node, *value._part.layout.numbers()))
+            made = gm.graph.call_function(ports.ops.arrive.default, (node, *value._part.layout.numbers()))
         _described(made, node, whole)
         node.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
         node.meta["example_value"] = local

@@ -149,7 +149,7 @@ class _Storages:
 
 def _viewed(node: fx.Node) -> fx.Node | None:
     """The operand that ``node`` is a view of, or that it overwrites."""
-    in_place = node.target is ports.add_late._opoverload
+    in_place = node.target is ports.ops.add_late.default
     if not in_place and (not isinstance(node.target, OpOverload) or not node.target.is_view):
         return None
     return node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None

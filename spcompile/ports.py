@@ -39,8 +39,12 @@ __all__ = [
     "layout_of",
     "lend",
     "open_port",
+    "ops",
     "own",
 ]
+
+
+ops = torch.ops.spcompile
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,7 @@ def _own(x: Tensor) -> Tensor:
 torch.library.define("spcompile::own", "(Tensor x) -> Tensor")
 torch.library.impl("spcompile::own", "CompositeExplicitAutograd")(_own)
 torch.library.register_fake("spcompile::own")(lambda x: x.new_empty_strided(x.shape, x.stride()))
-own = torch.ops.spcompile.own.default
+own = ops.own.default
 
 
 # ---- inputs ---------------------------------------------------------------------------------------------

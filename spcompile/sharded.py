@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
-from spcompile import ports
+from spcompile import _torch, ports
 from spcompile.agreement import before_reading
 from spcompile.collectives import Group
 from spcompile.errors import SpcompileError
@@ -72,14 +72,14 @@ class ShardedTensor(ports.LocalPart, Tensor):
     @staticmethod
     def __new__(cls, part: Part) -> ShardedTensor:
         layout, local = part.layout, part.local
-        made = torch.Tensor._make_wrapper_subclass(
+        made = _torch.make_wrapper_subclass(
             cls, layout.shape, strides=layout.stride, dtype=local.dtype, device=local.device
         )
         made._part = part
         return made
 
     # Methods that look at memory are not operators, so PyTorch does not ask the class about them.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = _torch.disabled_torch_function
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

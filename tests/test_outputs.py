@@ -38,6 +38,16 @@ def test_outputs_and_their_gradients_are_eager(ranks: int, length: int) -> None:
         assert relative_error(found.detach() + 0, expected_output.detach()) <= 1e-9
 
 
+def test_explain_counts_no_gather_of_what_is_returned() -> None:
+    net, ids = seeded(LM), tokens(64)
+    for context in (torch.enable_grad(), torch.no_grad()):
+        with context:
+            report = spcompile.explain(net, ranks=4)(ids, ids)
+            at_once = spcompile.explain(net, ranks=4, outputs="whole")(ids, ids)
+        gathered = [c for c in report.collectives if c.op == "all_gather" and c.purpose == "output"]
+        assert not gathered and any(c.purpose == "output" for c in at_once.collectives)
+
+
 # ----------------------------------------------------------------------------- a sharded tensor by itself
 
 

@@ -16,13 +16,13 @@ from spcompile.rules import PULLED, pointwise
 __all__ = ["arrivals", "close_ports", "lend_nothing", "lent_as", "open_ports", "own_parts", "same_memory"]
 
 aten = torch.ops.aten
-_LEND, _LATE = ports.lend._opoverload, ports.late._opoverload
+_LEND, _LATE = ports.ops.lend.default, ports.ops.late.default
 
 
 def open_ports(graph: fx.Graph) -> None:
     """Tokens are constants; a gradient from the mailbox is added to the gradient of the graph's own."""
     for node in list(graph.nodes):
-        if node.target is ports.open_port._opoverload:
+        if node.target is ports.ops.open_port.default:
             with graph.inserting_before(node):
                 made = graph.call_function(
                     aten.full.default,
@@ -42,7 +42,7 @@ def _add_late(graph: fx.Graph, node: fx.Node, late: fx.Node) -> None:
     if not isinstance(other, fx.Node) or other.meta["val"].shape != node.meta["val"].shape:
         return
     with graph.inserting_before(node):
-        made = graph.call_function(ports.add_late._opoverload, (other, late.args[0], [1], ""))
+        made = graph.call_function(ports.ops.add_late.default, (other, late.args[0], [1], ""))
     _replace(node, made)
     graph.erase_node(late)
 
@@ -60,7 +60,7 @@ def _replace(node: fx.Node, made: fx.Node) -> None:
 
 def arrivals(graph: fx.Graph) -> dict[Value, Shard]:
     """The global tensors of which the graph is given this rank's part, and how they lie."""
-    found = (n for n in graph.nodes if n.target is ports.arrive._opoverload)
+    found = (n for n in graph.nodes if n.target is ports.ops.arrive.default)
     return {(node, 0): ports.layout_of(*node.args[1:5]).shard for node in found}
 
 
@@ -81,13 +81,13 @@ def close_ports(graph: fx.Graph) -> None:
     """``add_late`` as the operator that runs, which adds in place (a copy is made where one is needed)."""
     functional = torch.ops.higher_order.auto_functionalized
     for node in list(graph.nodes):
-        if node.target is not ports.add_late._opoverload or not _dense(node.args[0].meta["val"]):
+        if node.target is not ports.ops.add_late.default or not _dense(node.args[0].meta["val"]):
             continue
         x, token, where, group = node.args
         with graph.inserting_before(node):
             call = graph.call_function(
                 functional,
-                (ports.add_late_._opoverload,),
+                (ports.ops.add_late_.default,),
                 {"x": x, "token": token, "where": where, "group": group},
             )
             call.meta["val"] = (None, node.meta["val"])

@@ -15,7 +15,7 @@ from spcompile.rules.pointwise import pointwise
 
 __all__ = ["COMMITS", "LEND", "PORTS"]
 
-LEND = ports.lend._opoverload
+LEND = ports.ops.lend.default
 
 
 def _where(placement: Placement, context: Context) -> list[int]:
@@ -68,7 +68,7 @@ class Border:
 
     def split(self, side: Side, index: int, shard: Shard) -> Split | None:
         """See :class:`spcompile.rules.base.Rule`. A part is, seen from this rank, a tensor that is whole."""
-        enters = self.call.op is ports.arrive._opoverload
+        enters = self.call.op is ports.ops.arrive.default
         if shard != self.layout.shard or (side == "in") == enters:
             return None
         placements: tuple[Placement, Placement] = (Replicate(), shard) if enters else (shard, Replicate())
@@ -77,16 +77,16 @@ class Border:
     @property
     def offers(self) -> tuple[Split | None, ...]:
         """The only way to run, marked or not."""
-        side: Side = "out" if self.call.op is ports.arrive._opoverload else "in"
+        side: Side = "out" if self.call.op is ports.ops.arrive.default else "in"
         return (self.split(side, 0, self.layout.shard),)
 
 
 PORTS: dict[Any, Callable[[Call], Rule | None]] = {
     LEND: pointwise,
-    ports.late._opoverload: late,
-    ports.add_late._opoverload: late,
-    ports.arrive._opoverload: Border,
-    ports.depart._opoverload: Border,
+    ports.ops.late.default: late,
+    ports.ops.add_late.default: late,
+    ports.ops.arrive.default: Border,
+    ports.ops.depart.default: Border,
 }
 
 COMMITS = frozenset(PORTS) - {LEND}
