@@ -138,7 +138,7 @@ def _open_outputs(gm: fx.GraphModule, output: fx.Node, boundary: Boundary) -> No
     inputs = [n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")]
     theirs = {_storage(n.meta.get("example_value")) for n in inputs}
     mine = [_storage(v) for v in values]
-    tokens = []
+    tokens: list[fx.Node] = []
     with gm.graph.inserting_before(output):
         for number, (node, value) in enumerate(zip(list(returned), values, strict=True)):
             if not isinstance(value, Tensor) or value.numel() <= 1 or mine[number] in theirs:

@@ -125,7 +125,7 @@ class ShardedTensor(ports.LocalPart, Tensor):
     def __coerce_same_metadata_as_tangent__(self, metadata: Any, kind: type | None = None) -> Tensor:
         return self.whole()
 
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+    def __repr__(self, **_: Any) -> str:
         return repr(plain(self))
 
     def tolist(self) -> Any:
