@@ -7,6 +7,7 @@ from bench.compile_growth import CompileGrowth
 from bench.compile_time import CompileTime
 from bench.growth import ALONE, EAGER, INDUCTOR, PAIR, Growth
 from bench.options import Benchmark
+from bench.outputs import Outputs
 from bench.warm_start import WarmStart
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -16,4 +17,5 @@ BENCHMARKS: dict[str, Benchmark] = {
     "agreement": AgreementCost("comparing the ranks' inputs, linear_llama3:tiny on 2 ranks, one step"),
     "compile": CompileTime("compile time of linear_llama3:tiny with 16 layers, forward and backward"),
     "warm": WarmStart("processor seconds of the first step in a process, compiler caches empty, then filled"),
+    "outputs": Outputs("Hugging Face Llama that returns logits and cache, a training step on two ranks"),
 }

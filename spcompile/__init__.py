@@ -6,7 +6,7 @@ from typing import Any
 
 from spcompile.errors import SpcompileError
 
-__all__ = ["SpcompileError", "explain"]
+__all__ = ["SpcompileError", "explain", "local", "shard"]
 __version__ = "0.1.0"
 
 
@@ -17,4 +17,8 @@ def __getattr__(name: str) -> Any:
         from spcompile.explainer import explain
 
         return explain
+    if name in ("local", "shard"):
+        from spcompile import parts
+
+        return getattr(parts, name)
     raise AttributeError(f"module 'spcompile' has no attribute {name!r}")

@@ -120,6 +120,7 @@ __all__ = [
     "default_partition",
     "detect_fake_mode",
     "differentiable",
+    "disabled_torch_function",
     "enter_autocast",
     "exit_autocast",
     "flash_attention_cpu",
@@ -133,8 +134,10 @@ __all__ = [
     "inductor_seed",
     "is_unbacked",
     "is_wrapped",
+    "keeps_graph",
     "list_mode_options",
     "make_fx",
+    "make_wrapper_subclass",
     "min_cut_rematerialization_partition",
     "resolve_process_group",
     "select_decomp_table",
@@ -185,6 +188,17 @@ def float_symbols(shapes: ShapeEnv) -> list[Any]:
 def is_unbacked(symbol: Any) -> bool:
     """Whether the value of a symbol of a shape environment is known at run time only."""
     return _symbol_is_type(symbol, (_SymT.UNBACKED_INT, _SymT.UNBACKED_FLOAT))
+
+
+# A tensor subclass that holds other tensors and is asked about operators only (spcompile.sharded); PyTorch
+# documents both in its notes on subclasses.
+make_wrapper_subclass = torch.Tensor._make_wrapper_subclass
+disabled_torch_function = torch._C._disabled_torch_function_impl
+
+
+def keeps_graph() -> bool:
+    """Whether the backward that runs may be run again (``retain_graph``)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def tracing_metadata() -> Any:

@@ -22,10 +22,11 @@ from spcompile.digest import digest
 from spcompile.disagreement import Report, Sketch, Value, graph_lines, message, only_rounding, rounding
 from spcompile.errors import SpcompileError
 from spcompile.groups import fingerprint, gather_numbers, gather_objects
+from spcompile.ports import is_local_part
 
-__all__ = ["Agreement", "RanksDisagree"]
+__all__ = ["Agreement", "RanksDisagree", "before_reading", "gather_lengths"]
 
-_COMPILES, _CALLS = 0, 1
+_COMPILES, _CALLS, _READS, _SHARDS = range(4)
 # State is compared before a graph is compiled and at its call number 1, 2, 4, ... 1024, 2048, 3072, ...
 _RARELY = 1024
 
@@ -45,7 +46,7 @@ def compared(argument: Argument, value: Any, config: Config) -> bool:
 
     This is the one place that leaves an input out: what a rank rightly has for itself.
     """
-    if config.check != "values" or isinstance(value, FakeTensor):
+    if config.check != "values" or isinstance(value, FakeTensor) or is_local_part(value):
         return False
     # Parts of a DTensor or of another subclass are a matter of its own mesh.
     plain = type(value) in (Tensor, nn.Parameter)
@@ -152,6 +153,30 @@ class Agreement:
             return _shape(x), None, None
         floating = argument.kind != "argument" and x.is_floating_point()
         return _shape(x), int(digest(x)), Sketch.of(x) if floating else None
+
+
+def before_reading(group: Group, what: str, key: int) -> None:
+    """Check that every rank reads the same sharded tensor now, where others might call a compiled module.
+
+    Raises:
+        RanksDisagree: on every rank.
+    """
+    rows = gather_numbers(group, [_READS, key, 0, 0], [None, None])
+    if any(row != rows[0] for row in rows):
+        raise RanksDisagree(message(gather_objects(group, Report([], [], {}, hash("spcompile"), reads=what))))
+
+
+def gather_lengths(group: Group, length: int, others: str) -> tuple[list[int], bool]:
+    """How many tokens each rank has, and whether the ranks are alike in ``others``.
+
+    Raises:
+        RanksDisagree: on every rank, where some do something else.
+    """
+    rows = gather_numbers(group, [_SHARDS, length, fingerprint(others), 0], [None, None])
+    if any(row[0] != _SHARDS for row in rows):
+        what = "nothing yet, but call spcompile.shard"
+        raise RanksDisagree(message(gather_objects(group, Report([], [], {}, hash("spcompile"), reads=what))))
+    return [row[1] for row in rows], len({row[2] for row in rows}) == 1
 
 
 def _shape(x: Tensor) -> str:

@@ -13,6 +13,7 @@ from torch import fx
 
 from spcompile import _torch, floats, inductor, library, watch
 from spcompile.agreement import Agreement
+from spcompile.boundary import Boundary, open_boundary
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.errors import SpcompileError
@@ -21,6 +22,7 @@ from spcompile.groups import sequence_group
 from spcompile.passes import shard_joint_graph
 from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
 from spcompile.passes.overlap import SCHEDULER, erase_dead_waits
+from spcompile.passes.ports import close_ports, own_parts, same_memory
 from spcompile.report import RECORDS, Record, strategy_names
 from spcompile.warm import Told
 
@@ -64,6 +66,7 @@ def spcompile(
         gm = own_copy(gm)
         places = canonicalise(gm)
         example_inputs = [example_inputs[i] for i in places]
+    boundary, compiled_for = open_boundary(gm, example_inputs, group, config)
     with record.timed("recognize"):
         frontend = prepare(gm, config)
     record.sites = frontend.sites
@@ -74,21 +77,27 @@ def spcompile(
     patches: dict[str, Any] = {
         **(SCHEDULER if group.size > 1 else {}),
         **chosen,
-        "joint_custom_pre_pass": JointPass(group, config, frontend, told),
-        "post_grad_custom_post_pass": WaitPass(told),
+        "joint_custom_pre_pass": JointPass(group, config, frontend, told, boundary),
+        "post_grad_custom_post_pass": WaitPass(told, boundary),
     }
     with floats.no_restart(gm):
         compiled = told.compile(
-            lambda more: _torch.compile_fx(gm, example_inputs, config_patches={**patches, **more})
+            lambda more: _torch.compile_fx(gm, compiled_for, config_patches={**patches, **more})
         )
+    boundary.settle(record.lent)
     watch.compiled(record)
     tell_gathers(record.gathers, config)
 
     @functools.wraps(compiled)
     def checked(*args: Any) -> Any:
         # Some callables take all inputs as one list.
-        agreement.before_calling(args[0] if len(args) == 1 and isinstance(args[0], list) else args)
-        return compiled(*args)
+        boxed = len(args) == 1 and isinstance(args[0], list)
+        given = args[0] if boxed else args
+        agreement.before_calling(given)
+        taken = boundary.take(given)
+        if boxed:
+            given.clear()
+        return boundary.give(compiled(taken) if boxed else compiled(*taken))
 
     return in_their_order(gm, checked if group.size > 1 else compiled, places)
 
@@ -105,8 +114,10 @@ def source_hash() -> str:
 class JointPass(_torch.CustomGraphPass):
     """Inductor's hook on the joint graph."""
 
-    def __init__(self, group: Group, config: Config, frontend: Frontend, told: Told) -> None:
-        self.group, self.config, self.told = group, config, told
+    def __init__(
+        self, group: Group, config: Config, frontend: Frontend, told: Told, boundary: Boundary
+    ) -> None:
+        self.group, self.config, self.told, self.boundary = group, config, told, boundary
         self.named = frontend.hints, frontend.parameters
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -117,6 +128,7 @@ class JointPass(_torch.CustomGraphPass):
         # A graph that a cache serves never comes here: whatever its caller needs to know of it (and not only
         # reports) must be kept with what was told, and be taken from there in `Told._retell`.
         self.told.saw_joint(graph, sharded)
+        self.boundary.saw_joint({number: same_memory(graph, node) for number, node in sharded.parts.items()})
         if self.config.on_gather == "error":  # before Inductor spends its time
             tell_gathers(sharded.gathers, self.config)
 
@@ -127,15 +139,17 @@ class JointPass(_torch.CustomGraphPass):
 class WaitPass(_torch.CustomGraphPass):
     """Inductor's hook after its own passes on the forward, and later the backward, graph."""
 
-    def __init__(self, told: Told) -> None:
-        self.told = told
+    def __init__(self, told: Told, boundary: Boundary) -> None:
+        self.told, self.boundary = told, boundary
 
     def __call__(self, graph: fx.Graph) -> None:
         erase_dead_waits(graph)
+        close_ports(graph)
+        own_parts(graph, self.boundary.memory)
         self.told.saw_final(graph)
 
     def uuid(self) -> Any:
-        return source_hash()
+        return (source_hash(), [sorted(names) for names in self.boundary.memory])
 
 
 def tell_gathers(gathers: Sequence[Any], config: Config) -> None:

@@ -13,6 +13,8 @@ from spcompile.errors import SpcompileError
 __all__ = ["Config"]
 
 _CHOICES = {
+    "inputs": ("global", "sharded"),
+    "outputs": ("auto", "whole", "sharded"),
     "linear": ("auto", "allgather"),
     "softmax": ("auto", "allgather"),
     "on_gather": ("warn", "error", "ignore"),
@@ -51,6 +53,10 @@ class Config:
 
     Args:
         mesh: a 1-D ``DeviceMesh``, the ranks along the sequence; default: all ranks of the job.
+        inputs: ``"global"``, the same whole batch on every rank; or ``"sharded"``, each rank passes its own
+            tokens (:func:`spcompile.shard`).
+        outputs: one that carries the sequence stays this rank's part until somebody reads it (``"auto"``), is
+            gathered at once (``"whole"``), or is returned as this rank's part (``"sharded"``).
         linear: how memory states cross ranks; ``"allgather"`` is LASP-2.
         softmax: how keys and values cross ranks; ``"allgather"`` is LASP-2H.
         gradients: of parameters: ``"whole"`` on every rank, or ``"partial"``: on each rank another value,
@@ -70,6 +76,8 @@ class Config:
     """
 
     mesh: Any = None
+    inputs: str = "global"
+    outputs: str = "auto"
     linear: str = "auto"
     softmax: str = "auto"
     gradients: str = "whole"

@@ -56,6 +56,7 @@ class Report:
     graph: list[Line]
     settings: dict[str, str]
     hashes: int
+    reads: str = ""  # the sharded tensor that this rank reads, where it calls no compiled module
 
     def of_kind(self, own: bool) -> dict[str, Value]:
         """What a call passes (``own``), or what was there before, by name."""
@@ -77,6 +78,13 @@ def graph_lines(gm: fx.GraphModule) -> list[Line]:
 
 def message(reports: Sequence[Report]) -> str:
     """The error that every rank raises."""
+    readers = [r for r, report in enumerate(reports) if report.reads]
+    if readers:
+        return (
+            f"ranks {readers} read {reports[readers[0]].reads} (print it, index it, or use it in code that "
+            "spcompile has not compiled), and the other ranks do something else. Reading gathers it, so "
+            "every rank must read it.\nRemedy: read it on every rank, and print on one."
+        )
     hashes = len({r.hashes for r in reports}) > 1
     ways = [
         (_values(reports, own=True), _BATCH),

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from spcompile import _torch, frontend, inductor, library
+from spcompile.boundary import open_boundary
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.errors import SpcompileError
@@ -106,6 +107,7 @@ class _Session:
         gm = own_copy(gm)
         places = canonicalise(gm)
         example_inputs = [example_inputs[i] for i in places]
+        boundary, example_inputs = open_boundary(gm, example_inputs, self.group, self.config)
         moved = _off_meta(gm, example_inputs)
         with record.timed("recognize"):
             found = frontend.prepare(gm, self.config)
@@ -121,10 +123,11 @@ class _Session:
             decompositions=_torch.select_decomp_table(),
             keep_inference_input_mutations=True,
         )(gm, moved if moved is not None else example_inputs)
+        boundary.settle(record.lent)
 
         def called(*args: Any) -> Any:
             self.calls[index] += 1
-            return run(*args)
+            return boundary.give(run(*boundary.take(args)))
 
         return in_their_order(gm, called, places)
 

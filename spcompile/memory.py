@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
+from spcompile import ports
 from spcompile._torch import OpOverload
 
 __all__ = ["Large", "Memory", "largest", "measure", "timeline"]
@@ -147,8 +148,9 @@ class _Storages:
 
 
 def _viewed(node: fx.Node) -> fx.Node | None:
-    """The operand that ``node`` is a view of."""
-    if not isinstance(node.target, OpOverload) or not node.target.is_view:
+    """The operand that ``node`` is a view of, or that it overwrites."""
+    in_place = node.target is ports.ops.add_late.default
+    if not in_place and (not isinstance(node.target, OpOverload) or not node.target.is_view):
         return None
     return node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
 

@@ -32,6 +32,7 @@ class Record:
         group: the ranks it was compiled for.
         strategies: by which strategy each kind of attention crosses ranks.
         sites: what recognition saw (``spcompile.passes.recognize.Site``).
+        lent: how the outputs lie that stay this rank's part, by their number.
         gathers: gathers that a missing rule forced (``spcompile.passes.localize.GatherNote``).
         transfers: the collectives of the graph.
         sequence: (tokens, tokens per rank) of most of its sharded tensors; None if nothing is sharded.
@@ -47,6 +48,7 @@ class Record:
     group: Group
     strategies: dict[str, str] = field(default_factory=dict)
     sites: list[Any] = field(default_factory=list)
+    lent: dict[int, Shard] = field(default_factory=dict)
     gathers: list[Any] = field(default_factory=list)
     transfers: list[Transfer] = field(default_factory=list)
     sequence: tuple[int, int] | None = None
@@ -73,6 +75,7 @@ class Record:
         """Take what is to be known of a joint graph that was just sharded (``spcompile.passes.Sharded``)."""
         self.sharded = True
         self.gathers += sharded.gathers
+        self.lent = dict(sharded.lent)
         steps = sharded.plan.steps.values() if sharded.plan is not None else ()
         placements = [p for step in steps for p in step.native if isinstance(p, Shard)]
         lengths = Counter((p.length, p.block) for p in placements if p.start == 0)

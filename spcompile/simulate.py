@@ -12,6 +12,8 @@ NOTE [What a simulation leaves out], and which test on real ranks (tests/test_ra
   * differences between processes, as here one process traces for all ranks (``same_text`` in the first);
   * the runtime's own state: ordered effects reach Inductor's scheduler as tokens only there
     (``test_all_that_a_step_leaves_behind`` factorizes a matrix).
+  * sharded tensors: an output that stays a rank's part is read at once, and inputs are always whole
+    (tests/test_outputs.py).
 """
 
 from __future__ import annotations
@@ -23,13 +25,17 @@ from typing import Any
 import torch
 from functorch.compile import make_boxed_func
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from spcompile import _torch, collectives, floats, frontend, library
+from spcompile.boundary import open_boundary
 from spcompile.config import Config
 from spcompile.passes import shard_joint_graph
 from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
+from spcompile.passes.communicate import joined, split_dim
 from spcompile.passes.copies import written
+from spcompile.passes.ports import lent_as
+from spcompile.ports import Layout
 
 __all__ = ["RanksDisagree", "run_on_ranks", "simulated"]
 
@@ -153,6 +159,13 @@ def _saved(x: Any) -> Any:
     return torch.stack(list(x)) if _is_per_rank(x) and isinstance(x[0], Tensor) else _agreed(x)
 
 
+def _joined(parts: _PerRank, layout: Layout) -> Tensor:
+    """The whole tensor of which each rank has its part."""
+    shard = layout.shard
+    whole = joined(torch.stack([split_dim(x, shard, shard.block) for x in parts]), shard)
+    return torch.empty_strided(layout.shape, layout.stride, dtype=whole.dtype).copy_(whole)
+
+
 def run_on_ranks(module: fx.GraphModule, ranks: int, *args: Any) -> list[Any]:
     """What every one of ``ranks`` ranks returns for the same ``args``; what the graph writes to is written.
 
@@ -179,6 +192,7 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
         gm = own_copy(gm)
         places = canonicalise(gm)
+        boundary, compiled_for = open_boundary(gm, [example_inputs[i] for i in places], group, config)
         hints = frontend.prepare(gm, config).hints
         run = _AotRanks(group, config, hints)
         compiler = _torch.aot_autograd(
@@ -190,8 +204,8 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
             keep_inference_input_mutations=True,  # as Inductor has it: writes are nodes of the graph
         )
         with floats.no_restart(gm):
-            compiled = compiler(gm, [example_inputs[i] for i in places])
-        return in_their_order(gm, compiled, places)
+            compiled = compiler(gm, compiled_for)
+        return in_their_order(gm, lambda *args: boundary.give(compiled(*args)), places)
 
     return backend
 
@@ -204,10 +218,21 @@ class _AotRanks:
         self.outputs = 0
         self.inputs: dict[str, Any] = {}  # those that the backward writes to
         self.late: set[str] = set()
+        self.parts: dict[int, Layout] = {}  # what each rank returns its part of, by its place
 
     def shard(self, gm: fx.GraphModule) -> None:
-        shard_joint_graph(gm.graph, self.group, self.config, self.hints)
+        returned = tree_leaves(next(n for n in reversed(gm.graph.nodes) if n.op == "output").args)
+        numbers = {i: (lent_as(x), x.meta["val"]) for i, x in enumerate(returned) if isinstance(x, fx.Node)}
+        lent = shard_joint_graph(gm.graph, self.group, self.config, self.hints).lent
+        for i, (number, value) in numbers.items():
+            if number in lent:
+                shape, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
+                self.parts[i] = Layout(lent[number], shape, stride, self.group)
         gm.recompile()
+
+    def returned(self, results: Sequence[Any]) -> list[Any]:
+        """What every rank returns: what is returned in parts as if it were read at once."""
+        return [_joined(x, self.parts[i]) if i in self.parts else _agreed(x) for i, x in enumerate(results)]
 
     def partition(self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
         self.shard(joint)
@@ -223,7 +248,7 @@ class _AotRanks:
             self.inputs = {n: x for n, x in zip(names, args, strict=True) if n in self.late}
             interpreter = _Ranks(gm, self.group.size)
             outputs = interpreter.run(*args, enable_io_processing=False)
-            user = [_agreed(x) for x in outputs[: self.outputs]]
+            user = self.returned(outputs[: self.outputs])
             interpreter.write()
             return [*user, *map(_saved, outputs[self.outputs :])]
 
@@ -245,4 +270,12 @@ class _AotRanks:
 
     def inference(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         self.shard(gm)
-        return make_boxed_func(lambda *args: run_on_ranks(gm, self.group.size, *args))
+
+        def run(*args: Any) -> Any:
+            interpreter = _Ranks(gm, self.group.size)
+            with torch.no_grad():
+                outputs = self.returned(interpreter.run(*args, enable_io_processing=False))
+                interpreter.write()
+            return outputs
+
+        return make_boxed_func(run)

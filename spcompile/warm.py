@@ -134,7 +134,7 @@ class Told:
         self.record.saw_joint(graph, sharded)
         number = self.lines.number
         gathers = [(g._replace(source=""), number(g.source)) for g in self.record.gathers]
-        told = {"gathers": gathers, "sequence": self.record.sequence}
+        told = {"gathers": gathers, "sequence": self.record.sequence, "lent": self.record.lent}
         self.joint = self._keep(told | self._transfers(None))
 
     def saw_final(self, graph: fx.Graph) -> None:
@@ -164,6 +164,7 @@ class Told:
             return False
         self.joint = marks[0][0]
         self.record.sharded, self.record.sequence = True, joint["sequence"]
+        self.record.lent = joint["lent"]
         self.record.gathers += [g._replace(source=self.lines.text(n)) for g, n in joint["gathers"]]
         self._take(joint["transfers"], None)
         for phase, final in finals.items():

@@ -231,7 +231,10 @@ def test_all_names_are_expected_here() -> None:
         "UNTAGGED_POINTWISE",
         "callback_handler",
         "counters",
+        "disabled_torch_function",
         "inductor_config",
+        "keeps_graph",
+        "make_wrapper_subclass",
         "resolve_process_group",
         "tracing_metadata",
     }
@@ -374,6 +377,21 @@ def test_transforms_push_levels_that_can_be_undone() -> None:
     _torch.undo_transforms(depth)
     assert wrapped == (True, False), moved("is_functorch_wrapped_tensor", f"says {wrapped}")
     assert _torch.transform_depth() == depth, moved("pop_dynamic_layer_stack_and_undo_to_depth", "does not")
+
+
+def test_wrapper_subclasses_and_backwards_that_run_again() -> None:
+    class Wrapper(torch.Tensor):
+        __torch_function__ = _torch.disabled_torch_function
+
+    x = _torch.make_wrapper_subclass(Wrapper, (2, 3), strides=(1, 2), dtype=torch.int32, device="cpu")
+    assert x.stride() == (1, 2), moved("_make_wrapper_subclass", "takes no strides")
+    kept = []
+    y = torch.ones(2, requires_grad=True)
+    y.register_hook(lambda _: kept.append(_torch.keeps_graph()))
+    total = y.sum()
+    total.backward(retain_graph=True)
+    total.backward()
+    assert kept == [True, False], moved("_get_current_graph_task_keep_graph", f"says {kept}")
 
 
 def test_symbols_known_at_run_time_only() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
@@ -18,21 +18,27 @@ from spcompile.passes.context import GraphContext
 from spcompile.passes.gradients import gradients_of
 from spcompile.passes.localize import GatherNote, Localizer
 from spcompile.passes.lower import lower_attention
+from spcompile.passes.ports import lend_nothing, lent_as, open_ports
 from spcompile.passes.propagate import Plan
 from spcompile.passes.sequences import plan_sequences
 from spcompile.passes.specialise import specialise
 from spcompile.passes.verify import check_outputs, verify
 from spcompile.passes.windows import move_windows
+from spcompile.placement import Shard
 
 __all__ = ["Sharded", "shard_joint_graph"]
 
 
 @dataclass
 class Sharded:
-    """What the passes did to a graph: its plan (None at one rank), the gathers that missing rules forced."""
+    """What the passes did to a graph: its plan (None at one rank), the gathers that missing rules forced,
+    and the outputs that are returned as this rank's part, by the number of their port: how they lie, and
+    their nodes."""
 
     plan: Plan | None
     gathers: list[GatherNote]
+    lent: dict[int, Shard] = field(default_factory=dict)
+    parts: dict[int, fx.Node] = field(default_factory=dict)
 
 
 def shard_joint_graph(
@@ -49,11 +55,13 @@ def shard_joint_graph(
         parameters: the placeholders whose gradients the option ``gradients`` is about.
     """
     specialise(graph)
-    before = [x.meta["val"] if isinstance(x, fx.Node) else x for x in _returned(graph)]
+    open_ports(graph)
+    before = [(x.meta["val"], lent_as(x)) if isinstance(x, fx.Node) else (x, None) for x in _returned(graph)]
     emitter = Emitter(graph, _fake_mode(graph), _torch.select_decomp_table())
     context = GraphContext(group, emitter, config)
     sharded = Sharded(None, [])
     if group.size == 1:
+        lend_nothing(graph)
         lower_attention(graph, emitter, context)
         _erase_dead(graph, emitter.emitted)
     else:
@@ -65,8 +73,9 @@ def shard_joint_graph(
         localizer.run()
         _erase_dead(graph, emitter.emitted)
         verify(graph, localizer, done)
-        sharded.gathers = localizer.gathers
-    check_outputs(before, graph)
+        sharded.gathers, sharded.lent, sharded.parts = localizer.gathers, localizer.lent, localizer.parts
+    # A part that is returned has a placement, so verify has checked its shape.
+    check_outputs([None if number in sharded.lent else x for x, number in before], graph)
     return sharded
 
 

@@ -14,7 +14,7 @@ from spcompile.placement import Partial, Placement, Replicate, Shard, local_shap
 from spcompile.rules.base import Context
 from spcompile.rules.halo import halo
 
-__all__ = ["redistribute", "shifted", "surrounded"]
+__all__ = ["joined", "redistribute", "shifted", "split_dim", "surrounded"]
 
 
 def redistribute(
@@ -42,7 +42,7 @@ def redistribute(
     return _slice(context, x, want, shape)
 
 
-def _split(x: Tensor, shard: Shard, sequence: int) -> Tensor:
+def split_dim(x: Tensor, shard: Shard, sequence: int) -> Tensor:
     """View the sharded dim as [outer, sequence]."""
     return x.reshape(*x.shape[: shard.dim], shard.outer, sequence, *x.shape[shard.dim + 1 :])
 
@@ -54,10 +54,13 @@ def _merge(x: Tensor, shard: Shard) -> Tensor:
 
 def _gather(context: Context, x: Tensor, have: Shard) -> Tensor:
     """The whole tensor: one all-gather, the ranks' blocks side by side, padding cut off."""
-    ranks = context.group.size
-    assert have.holds_all(ranks), have
-    blocks = collectives.all_gather(_split(x, have, have.block), context.group)
-    at = have.dim + 1  # [P, ..., outer, block, ...] -> [..., outer, P, block, ...]
+    assert have.holds_all(context.group.size), have
+    return joined(collectives.all_gather(split_dim(x, have, have.block), context.group), have)
+
+
+def joined(blocks: Tensor, have: Shard) -> Tensor:
+    """The whole tensor of the ranks' parts, [P, ..., outer, block, ...]."""
+    ranks, at = blocks.shape[0], have.dim + 1  # [P, ..., outer, block, ...] -> [..., outer, P, block, ...]
     whole = blocks.movedim(0, at).flatten(at, at + 1)
     whole = whole.narrow(at, have.start, have.length) if have.padded(ranks) else whole
     return _merge(whole, have)
@@ -66,14 +69,14 @@ def _gather(context: Context, x: Tensor, have: Shard) -> Tensor:
 def _slice(context: Context, x: Tensor, want: Shard, shape: tuple[int, ...]) -> Tensor:
     """This rank's positions of a whole tensor; padding repeats the nearest valid entry."""
     index = context.clamped_index(want, x.device)
-    parts = _split(x, want, want.length)
+    parts = split_dim(x, want, want.length)
     return _merge(parts[(slice(None),) * (want.dim + 1) + (index,)], want).reshape(local_shape(shape, want))
 
 
 def _reduce_scatter(context: Context, x: Tensor, want: Shard) -> Tensor:
     """The sum of the ranks' terms, of which each rank gets its positions."""
     ranks, at = context.group.size, want.dim + 1
-    parts = _split(x, want, want.length)
+    parts = split_dim(x, want, want.length)
     before, after = want.start, ranks * want.block - want.start - want.length
     if before or after:
         parts = F.pad(parts, [0, 0] * (parts.dim() - 1 - at) + [before, after])
@@ -86,7 +89,7 @@ def surrounded(
 ) -> Tensor:
     """``x`` and, along its sharded dim, the ``reach`` positions of the ranks before and behind; for
     :func:`shifted`. The other arguments are those of :func:`redistribute`."""
-    return halo(context, _split(x, have, have.block), have.dim + 1, *reach)
+    return halo(context, split_dim(x, have, have.block), have.dim + 1, *reach)
 
 
 def shifted(around: Tensor, have: Shard, want: Shard, left: int) -> Tensor:

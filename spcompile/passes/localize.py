@@ -23,6 +23,7 @@ from spcompile.passes.propagate import Plan, Step, Value, value_of
 from spcompile.passes.reach import reaches
 from spcompile.placement import Partial, Placement, Replicate, Shard, same_blocks
 from spcompile.rules import Split, attention
+from spcompile.rules.ports import LEND
 from spcompile.traffic import Purpose
 
 __all__ = ["GatherNote", "Localizer", "same_strides", "source_line"]
@@ -63,6 +64,8 @@ class Localizer:
         self.nan_padding = nan_padding
         self.versions: dict[tuple[Value, Placement, float | None], Tensor] = {}
         self.gathers: list[GatherNote] = []
+        self.parts: dict[int, fx.Node] = {}
+        self.lent: dict[int, Shard] = {}  # outputs that stay this rank's part, by the number of their port
         self.originals = list(graph.nodes)
         self.last_writes = copies.last_writes(self.originals)
         self._pending: list[tuple[Value, Tensor]] = []
@@ -304,6 +307,11 @@ class Localizer:
         def returned(x: fx.Node) -> Any:
             if not isinstance(x.meta.get("val"), Tensor):
                 return x.meta.get("spcompile_copy", x)
+            if x.target is LEND and self._lends(x):
+                part = self.emitter.node_of(self.version(value_of(x.args[0]), self.lent[x.args[1]]))
+                self.parts[x.args[1]] = part
+                return part
+            x = x.args[0] if x.target is LEND else x
             value = value_of(x)
             if value in self.partial and self.plan.natural(value) == Partial("sum"):
                 term = self.version(value, Partial("sum"))
@@ -320,6 +328,14 @@ class Localizer:
             for node in self.last_writes:
                 self._consumer = node
                 write(self, node)
+
+    def _lends(self, x: fx.Node) -> bool:
+        """Whether an output stays this rank's part; in ``lent`` is then how it lies."""
+        natural = self.plan.natural((x, 0))
+        if not isinstance(natural, Shard) or not natural.holds_all(self.context.group.size):
+            return False
+        self.lent[x.args[1]] = natural.unshifted()
+        return True
 
     def restrided(self, node: fx.Node, local: Tensor) -> Tensor:
         """``local`` in the strides that eager gives ``node``."""

@@ -270,6 +270,7 @@ def _choose_split(plan: Plan, node: fx.Node, step: Step, naturals: list[Placemen
         for index, (value, placement) in enumerate(zip(step.operands, naturals, strict=True)):
             if placement is None:
                 candidates += [step.rule.split("in", index, mark) for mark in plan.marks.get(value, ())]
+    candidates += getattr(step.rule, "offers", ())
     usable = [c for c in candidates if c is not None and _loses_nothing(plan, node, step, c)]
     if not usable:
         return

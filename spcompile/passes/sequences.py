@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from spcompile.passes.ports import arrivals
 from spcompile.passes.propagate import Plan, Value, propagate
 from spcompile.placement import Shard, reshape_shard
 from spcompile.rules import attention
@@ -29,8 +30,13 @@ def plan_sequences(graph: fx.Graph, ranks: int, hints: Mapping[str, int]) -> Pla
     sequence does not reach.
     """
     seeds = _find_sequences(graph, ranks, hints)
-    longest = max((s.length for s in seeds.values()), default=0)
+    arrived = arrivals(graph)
+    longest = max((s.length for s in (arrived or seeds).values()), default=0)
     tokens = {value: seed for value, seed in seeds.items() if seed.length == longest}
+    if arrived:  # what comes in parts stays in these parts
+        block = next(s.block for s in arrived.values() if s.length == longest)
+        tokens = {v: replace(s, block=block) for v, s in tokens.items()}
+        tokens |= {v: s for v, s in arrived.items() if (s.length, s.block) == (longest, block)}
     plan = propagate(graph, ranks, tokens)
     rounded = _in_whole_chunks(plan, tokens)
     if rounded != tokens:

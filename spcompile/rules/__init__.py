@@ -18,6 +18,7 @@ from spcompile.rules import (
     indexing,
     kernels,
     pointwise,
+    ports,
     reductions,
     scans,
     views,
@@ -120,6 +121,7 @@ PULLED = frozenset(
         aten.select_scatter.default,
         aten.alias.default,
         aten.clone.default,
+        ports.LEND,
     }
 )
 
@@ -138,6 +140,7 @@ COMMITS = frozenset(
         aten.sort.stable,
         aten.topk.default,
         *kernels.KERNELS,
+        *ports.COMMITS,
     }
 )
 
@@ -159,7 +162,7 @@ def _drops_nothing(call: Call) -> bool:
 
 def rule_for(call: Call) -> Rule | None:
     """The rule of this call, or None: then it is computed whole on every rank."""
-    entry = RULES.get(call.op)
+    entry = RULES.get(call.op, ports.PORTS.get(call.op))
     if entry is None:
         if _draws(call.op) and not _drops_nothing(call):
             return creation.OneDraw(call)

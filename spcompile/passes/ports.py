@@ -1,0 +1,130 @@
+"""What AOTAutograd made of the ports of ``spcompile.ports``, written as the other passes want it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import getitem
+
+import torch
+from torch import fx
+
+from spcompile import ports
+from spcompile.passes.propagate import Value
+from spcompile.placement import Shard
+from spcompile.rules import PULLED, pointwise
+
+__all__ = ["arrivals", "close_ports", "lend_nothing", "lent_as", "open_ports", "own_parts", "same_memory"]
+
+aten = torch.ops.aten
+_LEND, _LATE = ports.ops.lend.default, ports.ops.late.default
+
+
+def open_ports(graph: fx.Graph) -> None:
+    """Tokens are constants; a gradient from the mailbox is added to the gradient of the graph's own."""
+    for node in list(graph.nodes):
+        if node.target is ports.ops.open_port.default:
+            with graph.inserting_before(node):
+                made = graph.call_function(
+                    aten.full.default,
+                    ([], 0.0),
+                    {"dtype": torch.float64, "device": torch.device("cpu"), "pin_memory": False},
+                )
+            _replace(node, made)
+        elif node.target is aten.add.Tensor and len(node.args) == 2 and not node.kwargs:
+            operands = [x for x in node.args if isinstance(x, fx.Node)]
+            found = [x for x in operands if x.target is _LATE and len(x.users) == 1]
+            if found and node.args[0] is not node.args[1]:
+                _add_late(graph, node, found[0])
+
+
+def _add_late(graph: fx.Graph, node: fx.Node, late: fx.Node) -> None:
+    (other,) = (x for x in node.args if x is not late)
+    if not isinstance(other, fx.Node) or other.meta["val"].shape != node.meta["val"].shape:
+        return
+    with graph.inserting_before(node):
+        made = graph.call_function(ports.ops.add_late.default, (other, late.args[0], [1], ""))
+    _replace(node, made)
+    graph.erase_node(late)
+
+
+def _dense(x: torch.Tensor) -> bool:
+    """Whether each entry has memory of its own, so that one may add in place."""
+    return all(stride > 0 for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
+
+
+def _replace(node: fx.Node, made: fx.Node) -> None:
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    node.graph.erase_node(node)
+
+
+def arrivals(graph: fx.Graph) -> dict[Value, Shard]:
+    """The global tensors of which the graph is given this rank's part, and how they lie."""
+    found = (n for n in graph.nodes if n.target is ports.ops.arrive.default)
+    return {(node, 0): ports.layout_of(*node.args[1:5]).shard for node in found}
+
+
+def lent_as(node: fx.Node) -> int | None:
+    """The number of the port by which ``node`` is returned; None if it has none."""
+    return node.args[1] if node.target is _LEND else None
+
+
+def lend_nothing(graph: fx.Graph) -> None:
+    """At one rank an output is the tensor itself."""
+    for node in list(graph.nodes):
+        if node.target is _LEND:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def close_ports(graph: fx.Graph) -> None:
+    """``add_late`` as the operator that runs, which adds in place (a copy is made where one is needed)."""
+    functional = torch.ops.higher_order.auto_functionalized
+    for node in list(graph.nodes):
+        if node.target is not ports.ops.add_late.default or not _dense(node.args[0].meta["val"]):
+            continue
+        x, token, where, group = node.args
+        with graph.inserting_before(node):
+            call = graph.call_function(
+                functional,
+                (ports.ops.add_late_.default,),
+                {"x": x, "token": token, "where": where, "group": group},
+            )
+            call.meta["val"] = (None, node.meta["val"])
+            made = graph.call_function(getitem, (call, 1))
+        _replace(node, made)
+
+
+def same_memory(graph: fx.Graph, node: fx.Node) -> frozenset[str]:
+    """The names of the nodes that are views of ``node``, or that it is a view of; none if an input is."""
+    def storage(n: fx.Node) -> object:
+        value = n.meta.get("val")
+        return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+    same = [n for n in graph.nodes if storage(n) == storage(node)]
+    return frozenset() if any(n.op == "placeholder" for n in same) else frozenset(n.name for n in same)
+
+
+def own_parts(graph: fx.Graph, names: Iterable[frozenset[str]]) -> None:
+    """Let a backward overwrite what its forward has returned too (NOTE in ``spcompile.ports``).
+
+    Args:
+        names: for each part that was returned, of all that is the same memory. What is saved twice is left.
+    """
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    if not any(n.name.startswith("tangents") for n in inputs):
+        return
+    for same in names:
+        found = [n for n in inputs if n.name in same]
+        if len(found) == 1 and _read_in_place(found[0]):
+            with graph.inserting_before(inputs[-1].next):
+                made = graph.call_function(ports.own, (found[0],))
+            made.meta = dict(found[0].meta)
+            found[0].replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
+
+
+def _read_in_place(node: fx.Node) -> bool:
+    """Whether all that reads ``node`` computes entry by entry, so that a result may take its place."""
+    return bool(node.users) and all(
+        _read_in_place(u) if u.target in PULLED else pointwise.is_pointwise(u.target) for u in node.users
+    )
