@@ -91,13 +91,13 @@ def spcompile(
     @functools.wraps(compiled)
     def checked(*args: Any) -> Any:
         # Some callables take all inputs as one list.
-        boxed = len(args) == 1 and isinstance(args[0], list)
-        given = args[0] if boxed else args
-        agreement.before_calling(given)
-        taken = boundary.take(given)
-        if boxed:
-            given.clear()
-        return boundary.give(compiled(taken) if boxed else compiled(*taken))
+        if len(args) != 1 or not isinstance(args[0], list):
+            agreement.before_calling(args)
+            return boundary.give(compiled(*boundary.take(args)))
+        agreement.before_calling(args[0])
+        taken = boundary.take(args[0])
+        args[0].clear()
+        return boundary.give(compiled(taken))
 
     return in_their_order(gm, checked if group.size > 1 else compiled, places)
 
