@@ -167,7 +167,6 @@ CALLED = {
     "make_fx": ["f", "tracing_mode", "pre_dispatch"],
     "min_cut_rematerialization_partition": ["joint_module", "_joint_inputs", "num_fwd_outputs"],
     "select_decomp_table": [],
-    "set_grad_enabled": [],
     "ShortenTraceback": ["first_useful_frame"],
     "source_name": ["node"],
     "ShapeEnv": [],
@@ -228,15 +227,22 @@ def test_all_names_are_expected_here() -> None:
         "HigherOrderOperator",
         "OpOverload",
         "OpOverloadPacket",
+        "TensorifyState",
         "UNTAGGED_POINTWISE",
         "callback_handler",
         "counters",
         "disabled_torch_function",
+        "float_symbols",
         "inductor_config",
+        "is_unbacked",
+        "is_wrapped",
         "keeps_graph",
         "make_wrapper_subclass",
         "resolve_process_group",
+        "set_grad_enabled",
         "tracing_metadata",
+        "transform_depth",
+        "undo_transforms",
     }
     unknown = set(_torch.__all__) ^ {*CALLED, *OPERATORS, *elsewhere}
     assert not unknown, f"spcompile/_torch.py and this file disagree about {sorted(unknown)}: add a test"
@@ -326,6 +332,21 @@ def test_dynamo_says_where_inputs_come_from() -> None:
     )
 
 
+def test_dynamo_writes_the_grad_mode_so() -> None:
+    written: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        written.extend(n.target for n in gm.graph.nodes)
+        return gm.forward
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return x * 2
+
+    torch.compile(program, backend=backend)(torch.ones(3, requires_grad=True))
+    assert written.count(_torch.set_grad_enabled) == 2, moved("torch._C._set_grad_enabled", "is not written")
+
+
 def test_an_error_of_a_backend_that_dynamo_lets_through() -> None:
     class Mine(_torch.ShortenTraceback):
         pass
@@ -382,6 +403,10 @@ def test_transforms_push_levels_that_can_be_undone() -> None:
 def test_wrapper_subclasses_and_backwards_that_run_again() -> None:
     class Wrapper(torch.Tensor):
         __torch_function__ = _torch.disabled_torch_function
+
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
 
     x = _torch.make_wrapper_subclass(Wrapper, (2, 3), strides=(1, 2), dtype=torch.int32, device="cpu")
     assert x.stride() == (1, 2), moved("_make_wrapper_subclass", "takes no strides")
