@@ -31,6 +31,9 @@ from torch._dynamo.exc import ShortenTraceback
 # The frame that Dynamo is compiling: its code and arguments tell which names `sequence_dims` can have.
 from torch._dynamo.symbolic_convert import InstructionTranslator as _InstructionTranslator
 
+# The float symbols for which a trace is started anew (spcompile.floats).
+from torch._dynamo.symbolic_convert import TensorifyState
+
 # The graph breaks that Dynamo has counted in this process, by reason: `explain` reports them. Inductor's own
 # are kept with a compiled graph and counted again when a cache serves it, which tells us which it served.
 from torch._dynamo.utils import counters
@@ -108,6 +111,7 @@ __all__ = [
     "OpOverloadPacket",
     "ShapeEnv",
     "ShortenTraceback",
+    "TensorifyState",
     "aot_autograd",
     "cache_dir",
     "callback_handler",
@@ -120,6 +124,7 @@ __all__ = [
     "exit_autocast",
     "flash_attention_cpu",
     "flash_attention_cpu_backward",
+    "float_symbols",
     "get_proxy_mode",
     "get_proxy_slot",
     "hint",
@@ -170,6 +175,11 @@ def differentiable() -> Any:
     torch.func fails. A kernel that runs is not traced, so it may have the keys that it would have outside.
     """
     return torch._C._ForceDispatchKeyGuard(*_OUTSIDE)
+
+
+def float_symbols(shapes: ShapeEnv) -> list[Any]:
+    """The symbols of floats whose value is known."""
+    return [s for s in shapes.backed_var_to_val if _symbol_is_type(s, _SymT.FLOAT)]
 
 
 def is_unbacked(symbol: Any) -> bool:

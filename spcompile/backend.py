@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from spcompile import _torch, inductor, library, watch
+from spcompile import _torch, floats, inductor, library, watch
 from spcompile.agreement import Agreement
 from spcompile.collectives import Group
 from spcompile.config import Config
@@ -77,9 +77,10 @@ def spcompile(
         "joint_custom_pre_pass": JointPass(group, config, frontend, told),
         "post_grad_custom_post_pass": WaitPass(told),
     }
-    compiled = told.compile(
-        lambda more: _torch.compile_fx(gm, example_inputs, config_patches={**patches, **more})
-    )
+    with floats.no_restart(gm):
+        compiled = told.compile(
+            lambda more: _torch.compile_fx(gm, example_inputs, config_patches={**patches, **more})
+        )
     watch.compiled(record)
     tell_gathers(record.gathers, config)
 

@@ -25,7 +25,7 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
-from spcompile import _torch, collectives, frontend, library
+from spcompile import _torch, collectives, floats, frontend, library
 from spcompile.config import Config
 from spcompile.passes import shard_joint_graph
 from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
@@ -181,14 +181,16 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
         places = canonicalise(gm)
         hints = frontend.prepare(gm, config).hints
         run = _AotRanks(group, config, hints)
-        compiled = _torch.aot_autograd(
+        compiler = _torch.aot_autograd(
             fw_compiler=run.forward,
             bw_compiler=run.backward,
             inference_compiler=run.inference,
             partition_fn=run.partition,
             decompositions=_torch.select_decomp_table(),
             keep_inference_input_mutations=True,  # as Inductor has it: writes are nodes of the graph
-        )(gm, [example_inputs[i] for i in places])
+        )
+        with floats.no_restart(gm):
+            compiled = compiler(gm, [example_inputs[i] for i in places])
         return in_their_order(gm, compiled, places)
 
     return backend

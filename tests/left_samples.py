@@ -102,7 +102,7 @@ def counter(self: Any, x: Tensor) -> Tensor:
 def old_and_new(self: Any, x: Tensor) -> Tensor:
     """What was read before the write is the old value."""
     old = self.steps * 0.5
-    self.steps *= 3
+    self.steps.mul_(3)
     self.steps += x.detach().mean()
     return x + old + self.steps
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import re
 from collections.abc import Iterator
@@ -11,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch._dynamo import list_backends
 from torch._inductor import comms
 from torch._inductor import config as inductor_config
 from torch._inductor.output_code import CompiledFxGraph
 
-from spcompile import _torch, inductor
+from spcompile import _torch, floats, inductor
 from spcompile.backend import JointPass, WaitPass
 from spcompile.passes.overlap import SCHEDULER
 from spcompile.warm import NO_CACHES
@@ -379,6 +381,26 @@ def test_symbols_known_at_run_time_only() -> None:
     for number in (shapes.create_unbacked_symint(), shapes.create_unbacked_symfloat()):
         (symbol,) = number.node.expr.free_symbols
         assert _torch.is_unbacked(symbol), moved("symbol_is_type", f"does not know {symbol}")
+
+
+def test_a_counter_in_float64_restarts_no_trace() -> None:
+    """Once PyTorch keeps the write without ``no_restart`` this fails, and spcompile.floats may go."""
+    seen: list[bool] = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        with contextlib.nullcontext() if seen else floats.no_restart(gm):
+            return _torch.aot_autograd(fw_compiler=lambda g, x: make_boxed_func(g.forward))(gm, inputs)
+
+    def tripled(steps: Any, x: Any) -> Any:
+        steps.mul_(3)
+        return x + steps
+
+    for expected in (3.0, 1.0):
+        steps = torch.ones((), dtype=torch.float64)
+        torch._dynamo.reset()
+        torch.compile(tripled, backend=backend)(steps, torch.zeros(3))
+        assert float(steps) == expected, moved("TensorifyState", f"leads to {float(steps)}")
+        seen.append(True)
 
 
 def test_options_of_inductor() -> None:
