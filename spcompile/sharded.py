@@ -223,7 +223,10 @@ class _HandedOut(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if part is not None:
             return ShardedTensor(part)
-        ctx.mark_dirty(local)  # the same tensor, not a view of it: a user may write to it
+        # The same tensor and not a view of it, so that a user may write to it. (Inductor returns no views.)
+        if local._is_view():
+            return local.clone()
+        ctx.mark_dirty(local)
         return local
 
     @staticmethod

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from functorch.compile import make_boxed_func
-from torch import Tensor, fx
+from torch import fx
 
 from spcompile import _torch
 
@@ -39,13 +39,7 @@ def uncompiled(gm: fx.GraphModule, inputs: Sequence[Any], config_patches: Mappin
     def run(module: fx.GraphModule, example: Any) -> Any:
         last_pass(module.graph)
         module.recompile()
-
-        def call(*args: Any) -> list[Any]:
-            outputs = _Runner(module).run(*args, enable_io_processing=False)
-            # For autograd Inductor's results are nobody's views.
-            return [x.clone() if isinstance(x, Tensor) and x._is_view() else x for x in outputs]
-
-        return make_boxed_func(call)
+        return make_boxed_func(lambda *args: _Runner(module).run(*args, enable_io_processing=False))
 
     def inference(module: fx.GraphModule, example: Any) -> Any:
         joint_pass(module.graph)
