@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from spcompile import _torch, inductor, library, watch
+from spcompile import _torch, inductor, library, limits, watch
 from spcompile.agreement import Agreement
 from spcompile.collectives import Group
 from spcompile.config import Config
@@ -29,6 +29,7 @@ __all__ = ["ForcedGather", "spcompile"]
 
 # PyTorch imports this module when the backend is looked up, before it traces anything.
 library.watch()
+limits.watch()
 
 
 class ForcedGather(UserWarning):
@@ -59,6 +60,7 @@ def spcompile(
             "Remedy: spcompile.explain(model, ranks=...) shows it; to train, start as many processes."
         )
     group = sequence_group(config)
+    limits.compiling(gm, config)
     record = Record(group, strategy_names(group, config))
     with record.timed("canonical"):
         gm = own_copy(gm)

@@ -18,6 +18,7 @@ _CHOICES = {
     "on_gather": ("warn", "error", "ignore"),
     "check": ("values", "shapes"),
     "gradients": ("whole", "partial"),
+    "on_limit": ("warn", "error"),
     "regather": (True, False),
     "recognize": (True, False),
     "nan_padding": (True, False),
@@ -62,6 +63,8 @@ class Config:
         on_gather: when an operator without a rule forces a gather: ``"warn"``, ``"error"`` or ``"ignore"``.
         check: what the ranks compare before each call: ``"values"`` of what it passes (and of parameters and
             buffers, at first and then now and then), or ``"shapes"`` alone.
+        on_limit: when Dynamo's recompile limit is reached and it runs a call unsharded: ``"warn"`` or
+            ``"error"``.
         sequence_dims: argument name -> the dim that is the sequence, where it is not to be inferred.
         ranks: compile for this many ranks without a process group (to inspect; such code is not run).
         nan_padding: a debugging mode: padding is filled with NaN, which must never reach a result.
@@ -77,6 +80,7 @@ class Config:
     recognize: bool = True
     on_gather: str = "warn"
     check: str = "values"
+    on_limit: str = "warn"
     sequence_dims: Mapping[str, int] = field(default_factory=dict)
     ranks: int | None = None
     nan_padding: bool = False

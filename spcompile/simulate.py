@@ -25,7 +25,7 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
-from spcompile import _torch, collectives, frontend, library
+from spcompile import _torch, collectives, frontend, library, limits
 from spcompile.config import Config
 from spcompile.passes import shard_joint_graph
 from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
@@ -179,6 +179,7 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
         gm = own_copy(gm)
         places = canonicalise(gm)
+        limits.compiling(gm, config)
         hints = frontend.prepare(gm, config).hints
         run = _AotRanks(group, config, hints)
         compiled = _torch.aot_autograd(
