@@ -66,7 +66,7 @@ def watch() -> None:
         callbacks.append(_not_reset)
     asked = _torch.convert_frame.exceeds_recompile_limit
     if not hasattr(asked, "spcompile"):
-        _torch.convert_frame.exceeds_recompile_limit = _before(asked)  # type: ignore[assignment]
+        _torch.convert_frame.exceeds_recompile_limit = _before(asked)
 
 
 def _not_reset(_: Any) -> None:
@@ -103,7 +103,7 @@ def _tell(frame: _Frame, training: bool, limit: str) -> None:
     mode = "training" if training else "inference"
     text = (
         f"Dynamo has reached torch._dynamo.config.{limit} for {frame.source}: {frame.graphs[training]} "
-        f"graphs of it were compiled for {mode}. Calls that need another one are not compiled: every rank computes "
+        f"graphs of it were compiled for {mode}. Calls that need another are not compiled: every rank computes "
         "all of them, right but unsharded.\n"
         "Remedy: find what changes from call to call with TORCH_LOGS=recompiles; pad to a few lengths, or "
         f"raise torch._dynamo.config.{limit}."
