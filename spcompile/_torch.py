@@ -99,7 +99,8 @@ from torch.distributed.distributed_c10d import _resolve_process_group as resolve
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, track_tensor_tree
 
 # What a fake mode needs for sizes that Dynamo makes symbolic.
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+# Whether something holds for all sizes that a symbol may have: asking so records no guard.
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 
 # Symbolic numbers whose value is known at run time only: they must be neither guarded nor written in.
 from torch.fx.experimental.symbolic_shapes import symbol_is_type as _symbol_is_type
@@ -149,6 +150,7 @@ __all__ = [
     "select_decomp_table",
     "set_grad_enabled",
     "source_name",
+    "statically_known_true",
     "tensor_metadata",
     "trace_structured",
     "traced_frame",

@@ -22,6 +22,7 @@ from spcompile.passes import shard_joint_graph
 from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
 from spcompile.passes.overlap import SCHEDULER, erase_dead_waits
 from spcompile.report import RECORDS, Record, strategy_names
+from spcompile.serve import inputs_of, served
 from spcompile.warm import Told
 
 __all__ = ["ForcedGather", "spcompile"]
@@ -79,16 +80,18 @@ def spcompile(
         "joint_custom_pre_pass": JointPass(group, config, frontend, told),
         "post_grad_custom_post_pass": WaitPass(told),
     }
-    compiled = told.compile(
-        lambda more: _torch.compile_fx(gm, example_inputs, config_patches={**patches, **more})
+    again = functools.partial(spcompile, mode=mode, options=options)
+    compiled = served(
+        told.compile(lambda more: _torch.compile_fx(gm, example_inputs, config_patches={**patches, **more})),
+        frontend.lengths,
+        again,
     )
     watch.compiled(record)
     tell_gathers(record.gathers, config)
 
     @functools.wraps(compiled)
     def checked(*args: Any) -> Any:
-        # Some callables take all inputs as one list.
-        agreement.before_calling(args[0] if len(args) == 1 and isinstance(args[0], list) else args)
+        agreement.before_calling(inputs_of(args))
         return compiled(*args)
 
     return in_their_order(gm, checked if group.size > 1 else compiled, places)

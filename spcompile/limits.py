@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,12 +35,17 @@ class Unsharded(UserWarning):
 
 @dataclass
 class _Frame:
-    """What spcompile has compiled of one frame: how many graphs by grad mode, and who was told of the end."""
+    """What spcompile has compiled of one frame: Dynamo's numbers of the graphs (it may start one over) by
+    grad mode, and who was told of the end."""
 
     config: Config
     source: str
-    graphs: Counter[bool] = field(default_factory=Counter)
+    compiled: dict[bool, set[int]] = field(default_factory=lambda: {True: set(), False: set()})
     told: set[bool] = field(default_factory=set)
+
+    def graphs(self, training: bool) -> int:
+        """How many."""
+        return len(self.compiled[training])
 
 
 _frames: dict[int, _Frame] = {}
@@ -55,7 +59,7 @@ def compiling(gm: fx.GraphModule, config: Config) -> None:
         return  # not called by Dynamo
     if current.frame_compile_id == 0 or current.frame_id not in _frames:
         _frames[current.frame_id] = _Frame(config, _source(gm))
-    _frames[current.frame_id].graphs[torch.is_grad_enabled()] += 1
+    _frames[current.frame_id].compiled[torch.is_grad_enabled()].add(current.frame_compile_id or 0)
 
 
 def watch() -> None:
@@ -82,7 +86,7 @@ def _before(exceeds: Callable[[Any, Any], tuple[bool, str]]) -> Callable[[Any, A
         frame, training = _frames.get(compile_id.frame_id), torch.is_grad_enabled()
         if frame is None:
             return reached, limit
-        few = frame.graphs[training] < _torch.dynamo_config.recompile_limit
+        few = frame.graphs(training) < _torch.dynamo_config.recompile_limit
         if few and not cache_size.will_compilation_exceed_accumulated_limit():
             return False, ""  # calls that were not compiled have ids, too, which Dynamo counts
         _tell(frame, training, limit)
@@ -102,9 +106,9 @@ def _tell(frame: _Frame, training: bool, limit: str) -> None:
     """
     mode = "training" if training else "inference"
     text = (
-        f"Dynamo has reached torch._dynamo.config.{limit} for {frame.source}: {frame.graphs[training]} "
-        f"graphs of it were compiled for {mode}. Calls that need another are not compiled: every rank computes "
-        "all of them, right but unsharded.\n"
+        f"Dynamo has reached torch._dynamo.config.{limit} for {frame.source}: {frame.graphs(training)} "
+        f"graphs of it were compiled for {mode}. Calls that need another are not compiled: every rank "
+        "computes all of them, right but unsharded.\n"
         "Remedy: find what changes from call to call with TORCH_LOGS=recompiles; pad to a few lengths, or "
         f"raise torch._dynamo.config.{limit}."
     )

@@ -19,6 +19,7 @@ from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.memory import Large, Memory, timeline
 from spcompile.placement import Shard
+from spcompile.sizes import hint
 from spcompile.traffic import Collective, Transfer, rows, transfers
 
 __all__ = ["RECORDS", "Record", "Report", "last", "pass_seconds", "strategy_names"]
@@ -75,7 +76,7 @@ class Record:
         self.gathers += sharded.gathers
         steps = sharded.plan.steps.values() if sharded.plan is not None else ()
         placements = [p for step in steps for p in step.native if isinstance(p, Shard)]
-        lengths = Counter((p.length, p.block) for p in placements if p.start == 0)
+        lengths = Counter((hint(p.length), hint(p.block)) for p in placements if hint(p.start) == 0)
         self.sequence = lengths.most_common(1)[0][0] if lengths else None
         self.batch = _batch(sharded.plan) if sharded.plan is not None else None
         self.transfers = transfers(graph, self.group.size, batch=self.batch)

@@ -30,6 +30,7 @@ from spcompile.config import Config
 from spcompile.passes import shard_joint_graph
 from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
 from spcompile.passes.copies import written
+from spcompile.serve import served
 
 __all__ = ["RanksDisagree", "run_on_ranks", "simulated"]
 
@@ -180,8 +181,8 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
         gm = own_copy(gm)
         places = canonicalise(gm)
         limits.compiling(gm, config)
-        hints = frontend.prepare(gm, config).hints
-        run = _AotRanks(group, config, hints)
+        prepared = frontend.prepare(gm, config)
+        run = _AotRanks(group, config, prepared.hints)
         compiled = _torch.aot_autograd(
             fw_compiler=run.forward,
             bw_compiler=run.backward,
@@ -190,7 +191,7 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
             decompositions=_torch.select_decomp_table(),
             keep_inference_input_mutations=True,  # as Inductor has it: writes are nodes of the graph
         )(gm, [example_inputs[i] for i in places])
-        return in_their_order(gm, compiled, places)
+        return in_their_order(gm, served(compiled, prepared.lengths, backend), places)
 
     return backend
 

@@ -15,6 +15,7 @@ from spcompile.passes.propagate import Plan, Value, propagate
 from spcompile.placement import Shard, reshape_shard
 from spcompile.rules import attention
 from spcompile.rules.views import Reshape
+from spcompile.sizes import ceil_div, hint
 
 __all__ = ["plan_sequences"]
 
@@ -29,7 +30,7 @@ def plan_sequences(graph: fx.Graph, ranks: int, hints: Mapping[str, int]) -> Pla
     sequence does not reach.
     """
     seeds = _find_sequences(graph, ranks, hints)
-    longest = max((s.length for s in seeds.values()), default=0)
+    longest = max((s.length for s in seeds.values()), default=0, key=hint)
     tokens = {value: seed for value, seed in seeds.items() if seed.length == longest}
     plan = propagate(graph, ranks, tokens)
     rounded = _in_whole_chunks(plan, tokens)
@@ -47,8 +48,8 @@ def _find_sequences(graph: fx.Graph, ranks: int, hints: Mapping[str, int]) -> di
     """
 
     def shard(value: Tensor, dim: int) -> Shard:
-        length = int(value.shape[dim])
-        return Shard(dim % value.dim(), length, -(-length // ranks))
+        length = value.shape[dim]
+        return Shard(dim % value.dim(), length, ceil_div(length, ranks))
 
     def found(target: Any, position: int, dim: int) -> dict[Value, Shard]:
         seeds: dict[Value, Shard] = {}
@@ -89,7 +90,7 @@ def _in_whole_chunks(plan: Plan, seeds: Mapping[Value, Shard]) -> dict[Value, Sh
 
 
 def _rounded(block: int, chunk: int) -> int:
-    return -(-block // chunk) * chunk
+    return ceil_div(block, chunk) * chunk
 
 
 def _chunks(plan: Plan, tokens: Shard) -> Iterator[int]:
@@ -101,4 +102,5 @@ def _chunks(plan: Plan, tokens: Shard) -> Iterator[int]:
         for mark in plan.marks.get(value, ()):
             chunks = reshape_shard(replace(mark, block=mark.length), *map(tuple, shapes))
             if chunks is not None and chunks.length < mark.length:  # in one block no view cuts it
-                yield Fraction(mark.length * tokens.block, chunks.length * mark.block).numerator
+                sizes = mark.length * tokens.block, chunks.length * mark.block
+                yield Fraction(*map(hint, sizes)).numerator
