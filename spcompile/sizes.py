@@ -63,13 +63,13 @@ class Sized:
     """A frozen dataclass, declared with ``eq=False``, whose fields may be symbolic sizes."""
 
     def _key(self) -> tuple[Any, ...]:
-        return tuple(key(getattr(self, f.name)) for f in dataclasses.fields(self))
+        return tuple(key(getattr(self, f.name)) for f in dataclasses.fields(self))  # type: ignore[arg-type]
 
     def __hash__(self) -> int:
         return hash(self._key())
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self._key() == other._key()  # type: ignore[attr-defined]
+        return type(other) is type(self) and self._key() == other._key()
 
 
 def bounds_of(start: Any, stop: Any, step: int, size: Any) -> tuple[Any, Any, int]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spcompile import _torch
 from spcompile.simulate import simulated
 from tests.proof import eager
 
@@ -61,14 +62,20 @@ class Trained:
     """A compiled model on simulated ranks, compared with eager at every call."""
 
     def __init__(self, net: nn.Module, ranks: int, dynamic: bool | None = None, **options: Any) -> None:
-        self.net, self.graphs, self.seen = net, 0, []
+        self.net, self.compilations = net, set[str]()
         backend = simulated(ranks, nan_padding=ranks > 1, **options)
 
         def counted(gm: Any, inputs: Any) -> Callable[..., Any]:
-            self.graphs += 1
+            # Dynamo may start a graph over, under the same number.
+            self.compilations.add(str(_torch.CompileContext.current_compile_id()))
             return backend(gm, inputs)
 
         self.compiled = torch.compile(net, backend=counted, dynamic=dynamic)
+
+    @property
+    def graphs(self) -> int:
+        """How many were compiled."""
+        return len(self.compilations)
 
     def step(self, batch: Tensor) -> None:
         """Loss and all gradients are eager's."""

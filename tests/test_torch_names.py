@@ -170,6 +170,7 @@ CALLED = {
     "ShortenTraceback": ["first_useful_frame"],
     "source_name": ["node"],
     "ShapeEnv": [],
+    "statically_known_true": ["x"],
     "tensor_metadata": ["result"],
     "trace_structured": ["name", "metadata_fn", "payload_fn"],
     "traced_frame": [],

@@ -23,7 +23,7 @@ from spcompile.passes.propagate import Plan, Step, Value, value_of
 from spcompile.passes.reach import reaches
 from spcompile.placement import Partial, Placement, Replicate, Shard, same_blocks
 from spcompile.rules import Split, attention
-from spcompile.sizes import hint, is_symbolic
+from spcompile.sizes import hint
 from spcompile.traffic import Purpose
 
 __all__ = ["GatherNote", "Localizer", "same_strides", "source_line"]
@@ -247,8 +247,9 @@ class Localizer:
             return Purpose("gradients", asked, False, _hints(args[0]), mark=_hinted(mark))
         mark = _hinted(next(iter(self.plan.marks.get((node, 0), ())), None))
         if function in (redistribute, surrounded):
-            moved, ends = (tuple(map(hint, args[4])),), map(_hinted, args[2:4])
-            return Purpose(str(node.target), asked, whole, moved, *ends, mark)
+            moved = (tuple(map(hint, args[4])),)
+            have, want = map(_hinted, args[2:4])
+            return Purpose(str(node.target), asked, whole, moved, have, want, mark)
         step = self.plan.steps.get(node)
         shapes = _hints(map(self._global, step.operands)) if step else ()
         if node.target in attention.RULES:  # by position: an operand that is not there has no dims

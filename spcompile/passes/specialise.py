@@ -1,5 +1,5 @@
-"""Symbolic floats and bools that follow sizes become numbers: each is compiled for itself (the guard makes Dynamo
-do so). Sizes stay symbolic (``spcompile/sizes.py``), and so do numbers that are operands
+"""Symbolic floats and bools that follow sizes become numbers: each is compiled for itself (the guard makes
+Dynamo do so). Sizes stay symbolic (``spcompile/sizes.py``), and so do numbers that are operands
 (``spcompile/passes/numbers.py``)."""
 
 from __future__ import annotations
