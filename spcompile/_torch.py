@@ -98,8 +98,8 @@ from torch.distributed.distributed_c10d import _resolve_process_group as resolve
 # is still going on; the public make_fx only gives the finished graph.
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, track_tensor_tree
 
-# What a fake mode needs for sizes that Dynamo makes symbolic; and whether something holds for all sizes that a
-# symbol may have, which records no guard.
+# What a fake mode needs for sizes that Dynamo makes symbolic; and whether something holds for all sizes that
+# a symbol may have, which records no guard.
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 
 # Symbolic numbers whose value is known at run time only: they must be neither guarded nor written in.

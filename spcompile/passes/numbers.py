@@ -1,9 +1,9 @@
 """Which symbolic numbers of a graph are sizes of tensors, and which are operands like any tensor.
 
-A size is an expression that is written where it is used (``spcompile/sizes.py``). A number that no tensor's
-size depends on (a step that the model is told, a count that is known at run time only) is passed on as it is:
-were it written in, each of its values would be compiled for itself, and one that is known at run time only has
-none to write in.
+A size is an expression that is written where it is used (``spcompile/sizes.py``). A number that no
+tensor's size depends on (a step that the model is told, a count that is known at run time only) is passed on
+as it is: were it written in, each of its values would be compiled for itself, and one that is known at run
+time only has none to write in.
 """
 
 from __future__ import annotations

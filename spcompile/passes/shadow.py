@@ -89,8 +89,8 @@ class _Storages:
 def trace(gm: fx.GraphModule) -> Shadow | None:
     """Trace Dynamo's `gm` on static shapes; None where its inputs are not plain fake tensors.
 
-    Sizes that are still symbolic (`passes/lengths.py` gives copies without) are specialised by `int()`, which is
-    what guards them.
+    Sizes that are still symbolic (`passes/lengths.py` gives copies without) are specialised by `int()`, which
+    is what guards them.
     """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     examples = [n.meta.get("example_value") for n in placeholders]
