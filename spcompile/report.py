@@ -286,8 +286,8 @@ def _batch(plan: Any) -> int | None:
     found: dict[fx.Node, int] = {}
     for (node, _), marks in plan.marks.items():
         if node.op == "placeholder" and not node.name.startswith("tangents") and marks:
-            shape = tuple(map(int, node.meta["val"].shape))
-            found[node] = min(prod(shape[: mark.dim]) * mark.outer for mark in marks)
+            shape = tuple(map(hint, node.meta["val"].shape))
+            found[node] = min(prod(shape[: mark.dim]) * hint(mark.outer) for mark in marks)
     return max(found.values(), default=None)
 
 
