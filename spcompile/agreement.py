@@ -153,7 +153,7 @@ class Agreement:
 
 
 def _shape(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')}{[*map(int, x.shape)]}"
+    return f"{str(x.dtype).removeprefix('torch.')}{[*map(hint, x.shape)]}"
 
 
 def _number(x: Any) -> str:
