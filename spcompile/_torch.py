@@ -15,6 +15,11 @@ from torch._C._functorch import get_dynamic_layer_stack_depth as transform_depth
 from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped
 from torch._C._functorch import pop_dynamic_layer_stack_and_undo_to_depth as undo_transforms
 
+# Where Dynamo asks whether a frame has too many graphs already (spcompile.limits), its limits, and how it is
+# told not to compile a call.
+from torch._dynamo import config as dynamo_config
+from torch._dynamo import convert_frame
+
 # ---- AOTAutograd and Inductor ---------------------------------------------------------------------------
 # Simulated ranks (spcompile.simulate) and `explain` stop before Inductor: they need AOTAutograd's joint
 # graph and its partition into forward and backward. The proofs in tests/ want a partition that recomputes
@@ -27,12 +32,15 @@ from torch._dynamo.callback import callback_handler
 # Dynamo lets an exception of this class through to the user as it is; others come out of a backend wrapped,
 # and then a rank that compiles and one that calls would raise different types for one fault.
 from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.exc import Unsupported as _Unsupported
 
 # The frame that Dynamo is compiling: its code and arguments tell which names `sequence_dims` can have.
 from torch._dynamo.symbolic_convert import InstructionTranslator as _InstructionTranslator
 
 # The float symbols for which a trace is started anew (spcompile.floats).
 from torch._dynamo.symbolic_convert import TensorifyState
+from torch._dynamo.types import FrameAction as _FrameAction
+from torch._dynamo.types import FrameExecStrategy as _FrameExecStrategy
 
 # The graph breaks that Dynamo has counted in this process, by reason: `explain` reports them. Inductor's own
 # are kept with a compiled graph and counted again when a cache serves it, which tells us which it served.
@@ -42,10 +50,12 @@ from torch._functorch.partitioners import (
     min_cut_rematerialization_partition,
 )
 
+# Which frame Dynamo is compiling.
+from torch._guards import CompileContext, detect_fake_mode
+
 # The fake mode of a graph's values, and what AOTAutograd knows of the graph that it is compiling (the inputs
 # that it mutates), which `explain` asks for.
 from torch._guards import TracingContext as _TracingContext
-from torch._guards import detect_fake_mode
 
 # What `mode=` of torch.compile means to Inductor, and the names and types of its options, which are checked
 # before they are handed on.
@@ -91,8 +101,9 @@ from torch.distributed.distributed_c10d import _resolve_process_group as resolve
 # is still going on; the public make_fx only gives the finished graph.
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx, track_tensor_tree
 
-# What a fake mode needs for sizes that Dynamo makes symbolic.
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+# What a fake mode needs for sizes that Dynamo makes symbolic; and whether something holds for all sizes that
+# a symbol may have, which records no guard.
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 
 # Symbolic numbers whose value is known at run time only: they must be neither guarded nor written in.
 from torch.fx.experimental.symbolic_shapes import symbol_is_type as _symbol_is_type
@@ -103,6 +114,7 @@ from torch.utils._sympy.symbol import SymT as _SymT
 
 __all__ = [
     "UNTAGGED_POINTWISE",
+    "CompileContext",
     "CustomGraphPass",
     "FakeTensor",
     "FakeTensorMode",
@@ -116,11 +128,13 @@ __all__ = [
     "cache_dir",
     "callback_handler",
     "compile_fx",
+    "convert_frame",
     "counters",
     "default_partition",
     "detect_fake_mode",
     "differentiable",
     "disabled_torch_function",
+    "dynamo_config",
     "enter_autocast",
     "exit_autocast",
     "flash_attention_cpu",
@@ -139,10 +153,12 @@ __all__ = [
     "make_fx",
     "make_wrapper_subclass",
     "min_cut_rematerialization_partition",
+    "not_traced",
     "resolve_process_group",
     "select_decomp_table",
     "set_grad_enabled",
     "source_name",
+    "statically_known_true",
     "tensor_metadata",
     "trace_structured",
     "traced_frame",
@@ -214,6 +230,8 @@ def traced_frame() -> tuple[Any, dict[str, Any]] | None:
     except AttributeError:  # outside Dynamo there is none
         return None
     return frame.f_code, frame.f_locals
+
+
 def source_name(node: torch.fx.Node) -> str:
     """Where Dynamo took an input from, as code: ``L['self']._parameters['weight']``; "" if it does not say.
 
@@ -229,3 +247,11 @@ def source_name(node: torch.fx.Node) -> str:
 def hint(x: Any) -> Any:
     """The number that a symbolic one was traced with, without a guard on it; others as they are."""
     return x.node.hint if isinstance(x, torch.SymInt | torch.SymFloat) else x
+
+
+def not_traced(reason: str) -> Exception:
+    """An exception by which Dynamo runs one call eagerly, compiles nothing that it calls, and asks again at
+    the next call."""
+    error = _Unsupported(reason, gb_type="spcompile")
+    error.frame_exec_strategy = _FrameExecStrategy(_FrameAction.DEFAULT, _FrameAction.RUN_ONLY)
+    return error

@@ -180,7 +180,7 @@ def gather_lengths(group: Group, length: int, others: str) -> tuple[list[int], b
 
 
 def _shape(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')}{[*map(int, x.shape)]}"
+    return f"{str(x.dtype).removeprefix('torch.')}{[*map(hint, x.shape)]}"
 
 
 def _number(x: Any) -> str:

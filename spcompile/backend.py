@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from spcompile import _torch, floats, inductor, library, watch
+from spcompile import _torch, floats, inductor, library, limits, watch
 from spcompile.agreement import Agreement
 from spcompile.boundary import Boundary, open_boundary
 from spcompile.collectives import Group
@@ -24,6 +24,7 @@ from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
 from spcompile.passes.overlap import SCHEDULER, erase_dead_waits
 from spcompile.passes.ports import close_ports, own_parts, same_memory
 from spcompile.report import RECORDS, Record, strategy_names
+from spcompile.serve import inputs_of, like, served
 from spcompile.warm import Told
 
 __all__ = ["ForcedGather", "spcompile"]
@@ -31,6 +32,7 @@ __all__ = ["ForcedGather", "spcompile"]
 
 # PyTorch imports this module when the backend is looked up, before it traces anything.
 library.watch()
+limits.watch()
 
 
 class ForcedGather(UserWarning):
@@ -61,6 +63,7 @@ def spcompile(
             "Remedy: spcompile.explain(model, ranks=...) shows it; to train, start as many processes."
         )
     group = sequence_group(config)
+    limits.compiling(gm, config)
     record = Record(group, strategy_names(group, config))
     with record.timed("canonical"):
         gm = own_copy(gm)
@@ -88,18 +91,14 @@ def spcompile(
     watch.compiled(record)
     tell_gathers(record.gathers, config)
 
-    @functools.wraps(compiled)
-    def checked(*args: Any) -> Any:
-        # Some callables take all inputs as one list.
-        if len(args) != 1 or not isinstance(args[0], list):
-            agreement.before_calling(args)
-            return boundary.give(compiled(*boundary.take(args)))
-        agreement.before_calling(args[0])
-        taken = boundary.take(args[0])
-        args[0].clear()
-        return boundary.give(compiled(taken))
+    again = functools.partial(spcompile, mode=mode, options=options)
+    own = served(boundary.around(compiled), frontend.lengths, again)
 
-    return in_their_order(gm, checked if group.size > 1 else compiled, places)
+    def checked(*args: Any) -> Any:
+        agreement.before_calling(inputs_of(args))
+        return own(*args)
+
+    return in_their_order(gm, like(own, checked) if group.size > 1 else own, places)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ What the compiled graph takes and gives is translated at run time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,9 @@ from spcompile.errors import SpcompileError
 from spcompile.parts import local
 from spcompile.placement import Shard
 from spcompile.ports import Layout
+from spcompile.serve import like
 from spcompile.sharded import ShardedTensor, hand_out, own_strides, plain, take_in
+from spcompile.sizes import is_symbolic
 
 __all__ = ["Boundary", "open_boundary"]
 
@@ -47,7 +49,8 @@ class Boundary:
         count: how many outputs the user's graph has.
         outputs: those that may stay this rank's part.
         arriving: which inputs come as this rank's part.
-        written: which of the user's are such parts, but are written to, and so are gathered before.
+        written: which of the user's are such parts, but are written to (or of many lengths), and so are
+            gathered before.
         local: whether these are returned as plain tensors of this rank's tokens.
         layouts: the outputs that do stay, by their number.
         memory: of each of these, the names of the joint graph's nodes that are the same memory.
@@ -72,6 +75,20 @@ class Boundary:
         for out in self.outputs:
             if out.number in lent:
                 self.layouts[out.number] = Layout(lent[out.number], out.shape, out.stride, self.group)
+
+    def around(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
+        """``compiled`` for the user's arguments; it takes them as ``compiled`` does."""
+        if self.group.size == 1:
+            return compiled
+
+        def call(*args: Any) -> Any:
+            if len(args) != 1 or not isinstance(args[0], list):
+                return self.give(compiled(*self.take(args)))
+            taken = self.take(args[0])
+            args[0].clear()
+            return self.give(compiled(taken))
+
+        return like(compiled, call)
 
     def take(self, args: Sequence[Any]) -> list[Any]:
         """What the compiled graph is given for the user's arguments."""
@@ -103,10 +120,12 @@ def open_boundary(
     boundary = Boundary(group, len(output.args[0]), config.outputs == "sharded")
     inputs = list(inputs)
     if group.size > 1:
-        _open_inputs(gm, inputs, boundary)
-        if config.inputs == "sharded" and not boundary.arriving:
+        symbolic = config.lengths == "symbolic" and _has_symbols(gm)
+        _open_inputs(gm, inputs, boundary, whole_only=symbolic)
+        if config.inputs == "sharded" and not (boundary.arriving or boundary.written):
             _require_parts(gm)
-        if config.outputs != "whole" and not _ends_without_grad(gm):
+        # A layout is of one length: where one graph serves many, what crosses its edges is whole.
+        if config.outputs != "whole" and not symbolic and not _ends_without_grad(gm):
             _open_outputs(gm, output, boundary)
         gm.recompile()
     return boundary, inputs
@@ -169,7 +188,13 @@ def _described(made: fx.Node, like: fx.Node, value: Tensor) -> fx.Node:
     return made
 
 
-def _open_inputs(gm: fx.GraphModule, inputs: list[Any], boundary: Boundary) -> None:
+def _has_symbols(gm: fx.GraphModule) -> bool:
+    values = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
+    sizes = [s for x in values for s in (x.shape if isinstance(x, Tensor) else (x,))]
+    return any(map(is_symbolic, sizes))
+
+
+def _open_inputs(gm: fx.GraphModule, inputs: list[Any], boundary: Boundary, whole_only: bool) -> None:
     """Inputs that are this rank's part are taken as such; the graph goes on as if they were whole."""
     last = next((n for n in gm.graph.nodes if n.op != "placeholder"), None)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -181,7 +206,7 @@ def _open_inputs(gm: fx.GraphModule, inputs: list[Any], boundary: Boundary) -> N
         with local.fake_mode:
             whole = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
         whole.requires_grad_(value.requires_grad)
-        if value._version > 0:  # the graph writes to it
+        if whole_only or value._version > 0:  # the graph writes to it
             node.meta["example_value"] = inputs[index] = whole
             boundary.written.append(index)
             continue

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from spcompile._torch import resolve_process_group
+from spcompile.sizes import Sized
 
 __all__ = [
     "Group",
@@ -40,8 +41,8 @@ class Group:
     name: str
 
 
-@dataclass(frozen=True)
-class Sequence:
+@dataclass(frozen=True, eq=False)
+class Sequence(Sized):
     """One sequence cut into ``block`` tokens per rank; the last ``size * block - length`` are padding."""
 
     group: Group

@@ -20,6 +20,8 @@ _CHOICES = {
     "on_gather": ("warn", "error", "ignore"),
     "check": ("values", "shapes"),
     "gradients": ("whole", "partial"),
+    "lengths": ("each", "symbolic"),
+    "on_limit": ("warn", "error"),
     "regather": (True, False),
     "recognize": (True, False),
     "nan_padding": (True, False),
@@ -68,6 +70,10 @@ class Config:
         on_gather: when an operator without a rule forces a gather: ``"warn"``, ``"error"`` or ``"ignore"``.
         check: what the ranks compare before each call: ``"values"`` of what it passes (and of parameters and
             buffers, at first and then now and then), or ``"shapes"`` alone.
+        lengths: ``"each"`` is compiled for itself; or, where Dynamo makes a size ``"symbolic"``, one graph
+            serves many: it takes longer to compile, and its outputs are gathered.
+        on_limit: when Dynamo's recompile limit is reached and it runs a call unsharded: ``"warn"`` or
+            ``"error"``.
         sequence_dims: argument name -> the dim that is the sequence, where it is not to be inferred.
         ranks: compile for this many ranks without a process group (to inspect; such code is not run).
         nan_padding: a debugging mode: padding is filled with NaN, which must never reach a result.
@@ -85,6 +91,8 @@ class Config:
     recognize: bool = True
     on_gather: str = "warn"
     check: str = "values"
+    lengths: str = "each"
+    on_limit: str = "warn"
     sequence_dims: Mapping[str, int] = field(default_factory=dict)
     ranks: int | None = None
     nan_padding: bool = False

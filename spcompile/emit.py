@@ -14,12 +14,13 @@ from operator import getitem
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import SymInt, Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import CheckpointPolicy
 
 from spcompile._torch import tensor_metadata
+from spcompile.expressions import Expressions
 
 __all__ = ["Emitter"]
 
@@ -60,6 +61,7 @@ class Emitter(TorchDispatchMode):
         self.graph = graph
         self.fake_mode = fake_mode
         self.decompositions = decompositions
+        self._sizes = Expressions(graph)
         self._nodes: dict[int, tuple[Tensor, fx.Node]] = {}
         self._numbers: dict[Any, fx.Node] = {}
         self._meta: dict[str, Any] = {}
@@ -78,7 +80,8 @@ class Emitter(TorchDispatchMode):
     def node_of(self, value: Any) -> Any:
         """The node that computes ``value``; anything but a tensor or a symbolic number is itself."""
         if isinstance(value, _SYMBOLIC):
-            return self._numbers[(type(value), value.node.expr)]
+            known = self._numbers.get((type(value), value.node.expr))
+            return self._sizes.node(value) if known is None and isinstance(value, SymInt) else known
         if not isinstance(value, Tensor):
             return value
         assert id(value) in self._nodes, f"a tensor that the graph does not compute was used: {value!r}"

@@ -11,6 +11,7 @@ from torch import fx, nn
 from spcompile.config import Config
 from spcompile.hints import find
 from spcompile.passes.einsums import split_einsums
+from spcompile.passes.lengths import Lengths, recognize_lengths
 from spcompile.passes.recognize import Site, recognize
 from spcompile.passes.recognize.common import source_of
 
@@ -20,11 +21,12 @@ __all__ = ["Frontend", "prepare"]
 @dataclass
 class Frontend:
     """The attention sites seen; by the names of the joint graph's placeholders, the sequence dims hinted and
-    which are parameters."""
+    which are parameters; for which sizes the graph is right (None: all)."""
 
     sites: list[Any] = field(default_factory=list)
     hints: dict[str, int] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
+    lengths: Lengths | None = None
 
 
 def _called(gm: fx.GraphModule) -> list[Site]:
@@ -43,11 +45,17 @@ def _called(gm: fx.GraphModule) -> list[Site]:
 
 def prepare(gm: fx.GraphModule, config: Config) -> Frontend:
     """Edit Dynamo's graph in place."""
-    hints = find(gm, config.sequence_dims)
+    hints, called = find(gm, config.sequence_dims), _called(gm)
+    found: list[Site] = []
+    lengths: Lengths | None = None
     # opt_einsum's choice follows the hashes of strings; what is traced here must not.
     with torch.backends.opt_einsum.flags(enabled=False):
-        sites = _called(gm) + (recognize(gm) if config.recognize else [])
+        if config.recognize and config.lengths == "symbolic":
+            found, lengths = recognize_lengths(gm)
+        elif config.recognize:
+            found = recognize(gm)
     split_einsums(gm)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     trained = [isinstance(n.meta.get("example_value"), nn.Parameter) for n in placeholders]
-    return Frontend(sites, hints, tuple(f"primals_{i + 1}" for i, is_one in enumerate(trained) if is_one))
+    parameters = tuple(f"primals_{i + 1}" for i, is_one in enumerate(trained) if is_one)
+    return Frontend(called + found, hints, parameters, lengths)

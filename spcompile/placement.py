@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
+from spcompile.sizes import Sized, hint
+
 __all__ = ["Partial", "Placement", "Replicate", "Shard", "local_shape", "reshape_shard", "same_blocks"]
 
 
@@ -31,15 +33,15 @@ class Partial:
         return f"Partial({self.op})"
 
 
-@dataclass(frozen=True)
-class Shard:
+@dataclass(frozen=True, eq=False)
+class Shard(Sized):
     """Dim ``dim``, seen as [outer, length], holds the sequence; a rank has ``block`` of its positions.
 
     Element i of the sequence stands at position start + i. ``outer`` is what a view merged into the dim from
     before ([B, T] -> [B * T] has outer = B). What it merged from behind makes the positions finer ([T, H] ->
     [T * H] is a sequence of T * H, in blocks of H times as many), and a view into chunks makes them coarser:
     the ranks' parts stay the same memory. A local tensor's dim has outer * block entries; those at positions
-    outside [start, start + length) are padding.
+    outside [start, start + length) are padding. All sizes may be symbolic (``sizes.py``).
     """
 
     dim: int
@@ -49,8 +51,8 @@ class Shard:
     outer: int = 1
 
     def __str__(self) -> str:
-        merged = f", outer={self.outer}" * (self.outer > 1)
-        shifted = f", start={self.start}" * (self.start != 0)
+        merged = f", outer={self.outer}" * (hint(self.outer) > 1)
+        shifted = f", start={self.start}" * (hint(self.start) != 0)
         return f"Shard({self.dim}, {self.length}/{self.block}{merged}{shifted})"
 
     def at(self, dim: int) -> Shard:
@@ -105,10 +107,11 @@ def reshape_shard(shard: Shard, source: tuple[int, ...], target: tuple[int, ...]
     before = prod(source[: shard.dim]) * shard.outer
     after = prod(source[shard.dim + 1 :])
     for dim, size in enumerate(target):
-        outer, cut = divmod(before, max(prod(target[:dim]), 1))
-        behind = max(prod(target[dim + 1 :]), 1)
-        scaled = [divmod(x * after, behind) for x in (shard.length, shard.block, shard.start)]
-        (length, _), (block, _), (start, _) = scaled
-        if not cut and not any(rest for _, rest in scaled) and size == outer * length and length > 1:
+        ahead, behind = (max(prod(sizes), 1) for sizes in (target[:dim], target[dim + 1 :]))
+        scaled = [x * after for x in (shard.length, shard.block, shard.start)]
+        if before % ahead or any(x % behind for x in scaled):
+            continue
+        outer, (length, block, start) = before // ahead, (x // behind for x in scaled)
+        if size == outer * length and length > 1:
             return Shard(dim, length, block, start, outer)
     return None

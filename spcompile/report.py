@@ -19,6 +19,7 @@ from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.memory import Large, Memory, timeline
 from spcompile.placement import Shard
+from spcompile.sizes import hint
 from spcompile.traffic import Collective, Transfer, rows, transfers
 
 __all__ = ["RECORDS", "Record", "Report", "last", "pass_seconds", "strategy_names"]
@@ -78,7 +79,7 @@ class Record:
         self.lent = dict(sharded.lent)
         steps = sharded.plan.steps.values() if sharded.plan is not None else ()
         placements = [p for step in steps for p in step.native if isinstance(p, Shard)]
-        lengths = Counter((p.length, p.block) for p in placements if p.start == 0)
+        lengths = Counter((hint(p.length), hint(p.block)) for p in placements if hint(p.start) == 0)
         self.sequence = lengths.most_common(1)[0][0] if lengths else None
         self.batch = _batch(sharded.plan) if sharded.plan is not None else None
         self.transfers = transfers(graph, self.group.size, batch=self.batch)
@@ -288,8 +289,8 @@ def _batch(plan: Any) -> int | None:
     found: dict[fx.Node, int] = {}
     for (node, _), marks in plan.marks.items():
         if node.op == "placeholder" and not node.name.startswith("tangents") and marks:
-            shape = tuple(map(int, node.meta["val"].shape))
-            found[node] = min(prod(shape[: mark.dim]) * mark.outer for mark in marks)
+            shape = tuple(map(hint, node.meta["val"].shape))
+            found[node] = min(prod(shape[: mark.dim]) * hint(mark.outer) for mark in marks)
     return max(found.values(), default=None)
 
 

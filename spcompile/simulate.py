@@ -27,7 +27,7 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from spcompile import _torch, collectives, floats, frontend, library
+from spcompile import _torch, collectives, floats, frontend, library, limits
 from spcompile.boundary import open_boundary
 from spcompile.config import Config
 from spcompile.passes import shard_joint_graph
@@ -36,6 +36,7 @@ from spcompile.passes.communicate import joined, split_dim
 from spcompile.passes.copies import written
 from spcompile.passes.ports import lent_as
 from spcompile.ports import Layout
+from spcompile.serve import served
 
 __all__ = ["RanksDisagree", "run_on_ranks", "simulated"]
 
@@ -192,9 +193,10 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
         gm = own_copy(gm)
         places = canonicalise(gm)
+        limits.compiling(gm, config)
         boundary, compiled_for = open_boundary(gm, [example_inputs[i] for i in places], group, config)
-        hints = frontend.prepare(gm, config).hints
-        run = _AotRanks(group, config, hints)
+        prepared = frontend.prepare(gm, config)
+        run = _AotRanks(group, config, prepared.hints)
         compiler = _torch.aot_autograd(
             fw_compiler=run.forward,
             bw_compiler=run.backward,
@@ -205,7 +207,7 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
         )
         with floats.no_restart(gm):
             compiled = compiler(gm, compiled_for)
-        return in_their_order(gm, lambda *args: boundary.give(compiled(*args)), places)
+        return in_their_order(gm, served(boundary.around(compiled), prepared.lengths, backend), places)
 
     return backend
 

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from spcompile.placement import Partial, Placement, Shard
+from spcompile.sizes import hint
 
 __all__ = ["Collective", "Purpose", "Transfer", "rows", "short_source", "transfers"]
 
@@ -121,7 +122,7 @@ def transfers(
         if name is not None:
             value = node.all_input_nodes[0].meta["val"]
             when = phase or ("backward" if node in backward else "forward")
-            elements = prod(int(s) for s in value.shape)
+            elements = prod(map(hint, value.shape))
             why, stack = node.meta.get("spcompile"), node.meta.get("stack_trace") or ""
             found.append(Transfer(name, when, ranks, elements, value.dtype.itemsize, why, stack, batch))
     return found

@@ -164,12 +164,14 @@ CALLED = {
     "get_proxy_slot": ["obj", "tracer", "default"],
     "list_mode_options": [],
     "hint": ["x"],
+    "not_traced": ["reason"],
     "make_fx": ["f", "tracing_mode", "pre_dispatch"],
     "min_cut_rematerialization_partition": ["joint_module", "_joint_inputs", "num_fwd_outputs"],
     "select_decomp_table": [],
     "ShortenTraceback": ["first_useful_frame"],
     "source_name": ["node"],
     "ShapeEnv": [],
+    "statically_known_true": ["x"],
     "tensor_metadata": ["result"],
     "trace_structured": ["name", "metadata_fn", "payload_fn"],
     "traced_frame": [],
@@ -222,6 +224,7 @@ def test_operator(name: str) -> None:
 
 def test_all_names_are_expected_here() -> None:
     elsewhere = {
+        "CompileContext",
         "CustomGraphPass",
         "FakeTensor",
         "HigherOrderOperator",
@@ -230,6 +233,7 @@ def test_all_names_are_expected_here() -> None:
         "TensorifyState",
         "UNTAGGED_POINTWISE",
         "callback_handler",
+        "convert_frame",
         "counters",
         "disabled_torch_function",
         "float_symbols",
@@ -238,6 +242,7 @@ def test_all_names_are_expected_here() -> None:
         "is_wrapped",
         "keeps_graph",
         "make_wrapper_subclass",
+        "dynamo_config",
         "resolve_process_group",
         "set_grad_enabled",
         "tracing_metadata",
@@ -453,6 +458,24 @@ def test_options_of_inductor() -> None:
     for name in {*inductor._OURS, *(name for options in modes.values() for name in options)}:
         assert name in known, moved(f"torch._inductor.config.{name}", "is gone")
     assert _torch.inductor_config.get_type("max_autotune") is bool, moved("get_type", "gives no type")
+def test_dynamo_asks_for_its_limit_by_a_name_of_its_module() -> None:
+    exceeds = inspect.unwrap(_torch.convert_frame.exceeds_recompile_limit)
+    found = list(inspect.signature(exceeds).parameters)
+    assert found == ["cache_size", "compile_id"], moved("exceeds_recompile_limit", f"takes {found}")
+    uses = inspect.getsource(_torch.convert_frame).count(" exceeds_recompile_limit(cache_size, compile_id)")
+    assert uses == 1, moved("exceeds_recompile_limit", f"is called in {uses} places of convert_frame")
+    assert {"recompile_limit", "accumulated_recompile_limit"} <= set(_torch.dynamo_config.get_config_copy())
+    assert _torch.CompileContext.current_compile_id() is None, moved("CompileContext", "has one outside")
+    asked: list[Any] = []
+    names = _torch.convert_frame.exceeds_recompile_limit
+    try:
+        _torch.convert_frame.exceeds_recompile_limit = lambda *args: asked.append(args) or names(*args)
+        torch.compile(lambda x: x + 2, backend="eager")(torch.zeros(1))
+    finally:
+        _torch.convert_frame.exceeds_recompile_limit = names
+    ((cache_size, compile_id),) = asked
+    assert cache_size.will_compilation_exceed_accumulated_limit() is False
+    assert isinstance(compile_id.frame_id, int) and compile_id.frame_compile_id == 0
 
 
 def test_group_of_a_name() -> None:

@@ -54,7 +54,7 @@ def shard_joint_graph(
         hints: placeholder -> the dim that is the sequence.
         parameters: the placeholders whose gradients the option ``gradients`` is about.
     """
-    specialise(graph)
+    specialise(graph, sizes=config.lengths == "each")
     open_ports(graph)
     before = [(x.meta["val"], lent_as(x)) if isinstance(x, fx.Node) else (x, None) for x in _returned(graph)]
     emitter = Emitter(graph, _fake_mode(graph), _torch.select_decomp_table())

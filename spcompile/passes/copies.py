@@ -19,6 +19,7 @@ from spcompile.errors import SpcompileError
 from spcompile.passes.numbers import SYMBOLIC
 from spcompile.passes.propagate import value_of
 from spcompile.placement import Replicate
+from spcompile.sizes import is_symbolic
 
 if TYPE_CHECKING:
     from spcompile.passes.localize import Localizer
@@ -106,9 +107,16 @@ def arguments(localizer: Localizer, node: fx.Node) -> Any:
 
 def _whole(localizer: Localizer, x: fx.Node) -> Any:
     if not isinstance(x.meta.get("val"), Tensor):
-        return x.meta.get("spcompile_copy", x)
+        return number(localizer, x)
     local = localizer.version(value_of(x), Replicate())
     return localizer.emitter.node_of(localizer.restrided(x, local))
+
+
+def number(localizer: Localizer, x: fx.Node) -> Any:
+    """What stands for a node that is no tensor: its copy, or a size written anew."""
+    if "spcompile_copy" not in x.meta and is_symbolic(x.meta.get("val")):
+        return localizer.emitter.node_of(x.meta["val"])
+    return x.meta.get("spcompile_copy", x)
 
 
 def _is_last(localizer: Localizer, node: fx.Node) -> bool:

@@ -7,7 +7,7 @@ pulled one whenever a consumer asks, in the version that it asks for. Old nodes 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx
@@ -24,6 +24,7 @@ from spcompile.passes.reach import reaches
 from spcompile.placement import Partial, Placement, Replicate, Shard, same_blocks
 from spcompile.rules import Split, attention
 from spcompile.rules.ports import LEND
+from spcompile.sizes import hint
 from spcompile.traffic import Purpose
 
 __all__ = ["GatherNote", "Localizer", "same_strides", "source_line"]
@@ -116,7 +117,7 @@ class Localizer:
             if found is not None:
                 return found
         have = self._at_hand(value, step, want)
-        shape = tuple(int(s) for s in self._global(value).shape)
+        shape = tuple(self._global(value).shape)
         local = self.version(value, have)
         if isinstance(have, Shard) and isinstance(want, Shard) and same_blocks(have, want):
             left, right = reach = self._reach.get(value, (0, 0))
@@ -222,7 +223,7 @@ class Localizer:
         )
         for index, (got, native) in enumerate(zip(split.outputs, step.native, strict=True)):
             if got != native:
-                shape = tuple(int(s) for s in self._global((node, index)).shape)
+                shape = tuple(self._global((node, index)).shape)
                 local = self.versions[((node, index), got, None)]
                 moved = self._run(node, redistribute, self.context, local, got, native, shape)
                 self.versions[((node, index), native, None)] = self._poisoned(node, moved, native)
@@ -246,12 +247,14 @@ class Localizer:
         whole = consumer is not None and bool(consumer.gathers)
         if function is collectives.all_reduce_bucket:
             mark = next((m for v, _ in self._pending for m in self.plan.marks.get(v, ())), None)
-            return Purpose("gradients", asked, False, tuple(tuple(x.shape) for x in args[0]), mark=mark)
-        mark = next(iter(self.plan.marks.get((node, 0), ())), None)
+            return Purpose("gradients", asked, False, _hints(args[0]), mark=_hinted(mark))
+        mark = _hinted(next(iter(self.plan.marks.get((node, 0), ())), None))
         if function in (redistribute, surrounded):
-            return Purpose(str(node.target), asked, whole, (args[4],), args[2], args[3], mark)
+            moved = (tuple(map(hint, args[4])),)
+            have, want = map(_hinted, args[2:4])
+            return Purpose(str(node.target), asked, whole, moved, have, want, mark)
         step = self.plan.steps.get(node)
-        shapes = tuple(tuple(map(int, self._global(v).shape)) for v in step.operands) if step else ()
+        shapes = _hints(map(self._global, step.operands)) if step else ()
         if node.target in attention.RULES:  # by position: an operand that is not there has no dims
             given = iter(shapes)
             shapes = tuple(() if x is None else next(given) for x in node.args if attention.is_operand(x))
@@ -263,7 +266,7 @@ class Localizer:
         for value in step.operands:
             if isinstance(self.plan.natural(value), Shard):
                 x = self._global(value)
-                size = math.prod(int(s) for s in x.shape) * x.dtype.itemsize
+                size = math.prod(map(hint, x.shape)) * x.dtype.itemsize
                 note = GatherNote(node.name, str(node.target), step.gathers, size, source_line(node))
                 self.gathers.append(note)
 
@@ -306,7 +309,7 @@ class Localizer:
     def _finish(self, outputs: fx.Node) -> None:
         def returned(x: fx.Node) -> Any:
             if not isinstance(x.meta.get("val"), Tensor):
-                return x.meta.get("spcompile_copy", x)
+                return copies.number(self, x)
             if x.target is LEND and self._lends(x):
                 part = self.emitter.node_of(self.version(value_of(x.args[0]), self.lent[x.args[1]]))
                 self.parts[x.args[1]] = part
@@ -341,10 +344,10 @@ class Localizer:
         """``local`` in the strides that eager gives ``node``."""
         if unsized(local):  # it is a copy's, as it was
             return local
-        strides = tuple(int(s) for s in node.meta["val"].stride())
+        strides = tuple(node.meta["val"].stride())
         if same_strides(local, strides):
             return local
-        order = sorted(range(local.dim()), key=lambda d: strides[d], reverse=True)
+        order = sorted(range(local.dim()), key=lambda d: hint(strides[d]), reverse=True)
         back = [order.index(d) for d in range(local.dim())]
         return self._run(node, lambda: local.permute(order).contiguous().permute(back))
 
@@ -355,7 +358,8 @@ def same_strides(x: Tensor, strides: tuple[int, ...]) -> bool:
     The stride of a dim of size one is never used. Where the strides leave gaps (a slice that is returned) or
     overlap (an expanded dim), they tell of a buffer that this rank does not have; then any will do.
     """
-    used = sorted((stride, size) for stride, size in zip(strides, x.shape, strict=True) if size != 1)
+    used = [(stride, size) for stride, size in zip(strides, x.shape, strict=True) if size != 1]
+    used.sort(key=lambda pair: (hint(pair[0]), hint(pair[1])))
     expected = 1
     for stride, size in used:
         if stride != expected:
@@ -363,6 +367,18 @@ def same_strides(x: Tensor, strides: tuple[int, ...]) -> bool:
         expected *= size
     pairs = zip(x.stride(), strides, x.shape, strict=True)
     return all(have == want for have, want, size in pairs if size != 1)
+
+
+def _hints(tensors: Iterable[Tensor]) -> tuple[tuple[int, ...], ...]:
+    """The shapes at hand, for a report."""
+    return tuple(tuple(map(hint, x.shape)) for x in tensors)
+
+
+def _hinted(placement: Any) -> Any:
+    if not isinstance(placement, Shard):
+        return placement
+    sizes = placement.length, placement.block, placement.start, placement.outer
+    return Shard(placement.dim, *map(hint, sizes))
 
 
 def _depends_on_tangents(nodes: list[fx.Node]) -> set[fx.Node]:

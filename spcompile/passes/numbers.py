@@ -1,8 +1,9 @@
 """Which symbolic numbers of a graph are sizes of tensors, and which are operands like any tensor.
 
-A size is specialised: each length is compiled for itself. A number that no tensor's size depends on (a step
-that the model is told, a count that is known at run time only) stays symbolic: were it written in, each of
-its values would be compiled for itself, and one that is known at run time only has none to write in.
+A size is an expression that is written where it is used (``spcompile/sizes.py``). A number that no
+tensor's size depends on (a step that the model is told, a count that is known at run time only) is passed on
+as it is: were it written in, each of its values would be compiled for itself, and one that is known at run
+time only has none to write in.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from spcompile import _torch
 
-__all__ = ["SYMBOLIC", "is_operand", "size_symbols", "unsized"]
+__all__ = ["SYMBOLIC", "is_operand", "is_size", "size_symbols", "unsized"]
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -31,6 +32,11 @@ def size_symbols(values: Iterable[Any]) -> frozenset[Any]:
 def is_operand(value: Any, sizes: frozenset[Any]) -> bool:
     """Whether a value is a symbolic number that depends on more than sizes."""
     return isinstance(value, SYMBOLIC) and not _symbols(value) <= sizes
+
+
+def is_size(value: Any, sizes: frozenset[Any]) -> bool:
+    """Whether a value is a symbolic integer that depends on sizes alone."""
+    return isinstance(value, torch.SymInt) and not is_operand(value, sizes)
 
 
 def unsized(value: Any) -> bool:

@@ -16,10 +16,11 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from spcompile._torch import OpOverload
-from spcompile.passes.numbers import SYMBOLIC, unsized
+from spcompile.passes.numbers import SYMBOLIC, is_size, size_symbols, unsized
 from spcompile.placement import Partial, Placement, Replicate, Shard
 from spcompile.rules import PULLED, Call, Rule, Split, commits, rule_for
 from spcompile.rules.pointwise import is_pointwise
+from spcompile.sizes import hint
 
 __all__ = ["Plan", "Step", "call_of", "propagate", "value_of"]
 
@@ -91,27 +92,30 @@ def propagate(graph: fx.Graph, ranks: int, seeds: Mapping[Value, Shard]) -> Plan
         seeds: tensors whose sequence dim is known.
     """
     plan = Plan(ranks)
+    sizes = size_symbols(n.meta.get("val") for n in graph.nodes)
     for node in graph.nodes:
-        if node.op == "call_function" and not is_output(node):
-            plan.steps[node] = _step(node)
+        size = is_size(node.meta.get("val"), sizes)  # written anew where it is used
+        if node.op == "call_function" and not is_output(node) and not size:
+            plan.steps[node] = _step(node, sizes)
     _mark(plan, seeds)
     for node, step in plan.steps.items():
         _choose(plan, node, step)
     return plan
 
 
-def _step(node: fx.Node) -> Step:
+def _step(node: fx.Node, sizes: frozenset[Any]) -> Step:
     leaves = tree_leaves((node.args, node.kwargs))
     operands = [x for x in leaves if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor)]
-    if not _takes_tensors(node, leaves) or not _returns_tensors(node) or not _only_computes(node):
+    if not _takes_tensors(node, leaves, sizes) or not _returns_tensors(node) or not _only_computes(node):
         return Step(None, None, tuple(map(value_of, operands)))
     call = call_of(node)
     return Step(call, rule_for(call), tuple(map(value_of, operands)))
 
 
-def _takes_tensors(node: fx.Node, leaves: list[Any]) -> bool:
-    """Whether every operand is a tensor of known size; a pointwise operator may also take a number."""
+def _takes_tensors(node: fx.Node, leaves: list[Any], sizes: frozenset[Any]) -> bool:
+    """Whether every operand is a tensor, or a size; a pointwise operator may also take a number."""
     values = [x.meta.get("val") for x in leaves if isinstance(x, fx.Node)]
+    values = [v for v in values if not is_size(v, sizes)]
     others = [v for v in values if not isinstance(v, Tensor)]
     numbers = is_pointwise(node.target) and all(isinstance(v, SYMBOLIC) for v in others)
     return (not others or numbers) and not unsized([*values, node.meta.get("val")])
@@ -390,4 +394,4 @@ def _moved_bytes(step: Step, naturals: Iterable[Placement | None], split: Split)
 
 
 def _bytes(x: Any) -> int:
-    return math.prod(int(s) for s in x.shape) * x.dtype.itemsize
+    return math.prod(map(hint, x.shape)) * x.dtype.itemsize

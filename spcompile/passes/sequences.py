@@ -16,6 +16,7 @@ from spcompile.passes.propagate import Plan, Value, propagate
 from spcompile.placement import Shard, reshape_shard
 from spcompile.rules import attention
 from spcompile.rules.views import Reshape
+from spcompile.sizes import ceil_div, hint
 
 __all__ = ["plan_sequences"]
 
@@ -31,7 +32,7 @@ def plan_sequences(graph: fx.Graph, ranks: int, hints: Mapping[str, int]) -> Pla
     """
     seeds = _find_sequences(graph, ranks, hints)
     arrived = arrivals(graph)
-    longest = max((s.length for s in (arrived or seeds).values()), default=0)
+    longest = max((s.length for s in (arrived or seeds).values()), default=0, key=hint)
     tokens = {value: seed for value, seed in seeds.items() if seed.length == longest}
     if arrived:  # what comes in parts stays in these parts
         block = next(s.block for s in arrived.values() if s.length == longest)
@@ -53,8 +54,8 @@ def _find_sequences(graph: fx.Graph, ranks: int, hints: Mapping[str, int]) -> di
     """
 
     def shard(value: Tensor, dim: int) -> Shard:
-        length = int(value.shape[dim])
-        return Shard(dim % value.dim(), length, -(-length // ranks))
+        length = value.shape[dim]
+        return Shard(dim % value.dim(), length, ceil_div(length, ranks))
 
     def found(target: Any, position: int, dim: int) -> dict[Value, Shard]:
         seeds: dict[Value, Shard] = {}
@@ -95,7 +96,7 @@ def _in_whole_chunks(plan: Plan, seeds: Mapping[Value, Shard]) -> dict[Value, Sh
 
 
 def _rounded(block: int, chunk: int) -> int:
-    return -(-block // chunk) * chunk
+    return ceil_div(block, chunk) * chunk
 
 
 def _chunks(plan: Plan, tokens: Shard) -> Iterator[int]:
@@ -107,4 +108,5 @@ def _chunks(plan: Plan, tokens: Shard) -> Iterator[int]:
         for mark in plan.marks.get(value, ()):
             chunks = reshape_shard(replace(mark, block=mark.length), *map(tuple, shapes))
             if chunks is not None and chunks.length < mark.length:  # in one block no view cuts it
-                yield Fraction(mark.length * tokens.block, chunks.length * mark.block).numerator
+                sizes = mark.length * tokens.block, chunks.length * mark.block
+                yield Fraction(*map(hint, sizes)).numerator

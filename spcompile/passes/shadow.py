@@ -89,7 +89,8 @@ class _Storages:
 def trace(gm: fx.GraphModule) -> Shadow | None:
     """Trace Dynamo's `gm` on static shapes; None where its inputs are not plain fake tensors.
 
-    Sizes that Dynamo made symbolic are specialised by `int()`, which is what guards them.
+    Sizes that are still symbolic (`passes/lengths.py` gives copies without) are specialised by `int()`, which
+    is what guards them.
     """
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     examples = [n.meta.get("example_value") for n in placeholders]
@@ -325,6 +326,8 @@ class _Interpreter(fx.Interpreter):
             out = self.unread(n)
         elif n.op == "call_function" and isinstance(n.target, HigherOrderOperator):
             out = self.higher_order(n)
+        elif n.op == "call_method" and n.target == "item" and _is_number(n.meta.get("example_value")):
+            out = _static(n.meta["example_value"])  # a number that Dynamo passes as a tensor
         else:
             out = super().run_node(n)
         if n.op == "get_attr" and isinstance(out, torch.Tensor) and getattr(out, "fake_mode", None) is None:
@@ -399,6 +402,12 @@ class _Interpreter(fx.Interpreter):
 def _opaque(*tensors: torch.Tensor) -> Any:
     """Stands for a higher-order op in the trace, of which nothing is ever run."""
     raise AssertionError("the shadow is only read")
+
+
+def _is_number(example: Any) -> bool:
+    """Whether it is a number that is known while Dynamo traces."""
+    known = isinstance(example, (torch.SymInt, torch.SymFloat, torch.SymBool)) and example.node.has_hint()
+    return known or isinstance(example, (bool, int, float))
 
 
 def _believe_dynamo(n: fx.Node, result: Any, begin: int) -> None:

@@ -32,7 +32,7 @@ def verify(graph: fx.Graph, localizer: Localizer, before: list[Effect]) -> None:
         whole = whole[index] if isinstance(whole, (tuple, list)) else whole
         if unsized(whole):  # a copy's result, which is only ever whole
             continue
-        expected = local_shape(tuple(int(s) for s in whole.shape), placement)
+        expected = local_shape(tuple(whole.shape), placement)
         if tuple(local.shape) != expected or local.dtype != whole.dtype:
             found = f"{tuple(local.shape)} {local.dtype}"
             _fail(node, f"{placement} should be {expected} {whole.dtype}, is {found}")
@@ -71,10 +71,10 @@ def check_outputs(before: list[Any], graph: fx.Graph) -> None:
         if not isinstance(old, Tensor) or unsized(old):
             continue
         value = new.meta["val"]
-        if tuple(value.shape) != tuple(map(int, old.shape)) or value.dtype != old.dtype:
+        if tuple(value.shape) != tuple(old.shape) or value.dtype != old.dtype:
             expected = f"{tuple(old.shape)} {old.dtype}"
             _fail(new, f"is returned as {tuple(value.shape)} {value.dtype}, eager has {expected}")
-        if not same_strides(value, tuple(map(int, old.stride()))):
+        if not same_strides(value, tuple(old.stride())):
             _fail(new, f"is returned with strides {tuple(value.stride())}, eager has {tuple(old.stride())}")
 
 

@@ -26,6 +26,7 @@ from spcompile.passes.numbers import unsized
 from spcompile.passes.propagate import call_of
 from spcompile.rules.pointwise import is_pointwise
 from spcompile.rules.scans import reverse_cumsum
+from spcompile.sizes import bounds_of
 
 __all__ = ["move_windows"]
 
@@ -94,7 +95,7 @@ def _value(x: Any) -> Any:
 
 
 def _shape(node: Any) -> tuple[int, ...]:
-    return tuple(int(s) for s in node.meta["val"].shape)
+    return tuple(node.meta["val"].shape)
 
 
 def _alike(a: fx.Node, b: fx.Node) -> bool:
@@ -130,8 +131,8 @@ def _crop_of(node: fx.Node) -> _Crop | None:
     if node.target is aten.slice.Tensor:
         call, size = call_of(node), _shape(node.args[0])
         dim = call.argument(1, "dim", 0)
-        bounds = (call.argument(i, name) for i, name in ((2, "start"), (3, "end"), (4, "step")))
-        start, stop, step = slice(*bounds).indices(size[dim])
+        first, last, by = (call.argument(i, name) for i, name in ((2, "start"), (3, "end"), (4, "step")))
+        start, stop, step = bounds_of(first, last, by, size[dim])
         return _Crop(dim % len(size), start, stop) if step == 1 else None
     if node.target is aten.constant_pad_nd.default:
         size, pads = _shape(node.args[0]), list(node.args[1])

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from spcompile import collectives
 from spcompile.placement import Partial, Placement, Replicate, Shard
+from spcompile.sizes import key
 from spcompile.strategies import LINEAR, SOFTMAX
 
 __all__ = ["Call", "Context", "Emit", "Factors", "Rule", "Side", "Split", "along", "parse"]
@@ -86,7 +87,7 @@ class Context:
     def positions(self, block: int, device: torch.device) -> Tensor:
         """The positions that this rank holds, [block] int64."""
         return self.cached(
-            ("positions", block, device),
+            ("positions", key(block), device),
             lambda: torch.arange(block, device=device) + self.rank(device) * block,
         )
 
@@ -98,7 +99,7 @@ class Context:
             below = positions < shard.start + shard.length
             return below if shard.start <= 0 else below & (positions >= shard.start)
 
-        return self.cached(("valid", shard.block, shard.start, shard.length, device), compute)
+        return self.cached(("valid", *map(key, (shard.block, shard.start, shard.length)), device), compute)
 
     def clamped_index(self, shard: Shard, device: torch.device) -> Tensor:
         """The sequence index at each position this rank holds, [block] int64; in padding, the nearest
@@ -110,7 +111,7 @@ class Context:
                 index = index - shard.start
             return index.clamp(0, shard.length - 1) if shard.padded(self.group.size) else index
 
-        return self.cached(("index", shard.block, shard.start, shard.length, device), compute)
+        return self.cached(("index", *map(key, (shard.block, shard.start, shard.length)), device), compute)
 
     def flat_index(self, shard: Shard, device: torch.device) -> Tensor:
         """The index in the whole dim of each entry held, merged dims included; padding as above."""

@@ -10,6 +10,7 @@ import torch
 
 from spcompile.placement import Partial, Replicate, Shard, local_shape, reshape_shard
 from spcompile.rules.base import Call, Context, Emit, Factors, Side, Split, along
+from spcompile.sizes import bounds_of
 
 __all__ = [
     "Concatenation",
@@ -96,7 +97,8 @@ def unbind(call: Call) -> Factors:
 
 def _of_one_rank(shard: Shard, index: int, select: Callable[[torch.Tensor, int], torch.Tensor]) -> Split:
     """One entry of the sequence: the rank that holds it has it, the others have a term of zeros."""
-    owner, inside = divmod(shard.start + index, shard.block)
+    position = shard.start + index
+    owner, inside = position // shard.block, position % shard.block
 
     def emit(context: Context, operands: list[torch.Tensor]) -> torch.Tensor:
         entry = select(operands[0], inside)
@@ -196,7 +198,7 @@ class Window:
         dim = self.call.argument(1, "dim", 0) % x.dim()
         start, stop = self.call.argument(2, "start"), self.call.argument(3, "end")
         step = self.call.argument(4, "step", 1)
-        return dim, slice(start, stop, step).indices(x.shape[dim])[0], step
+        return dim, bounds_of(start, stop, step, x.shape[dim])[0], step
 
     def _on_other_dim(self, shard: Shard) -> Emit:
         dim, _, _ = self._bounds()
@@ -281,7 +283,7 @@ class SliceScatter:
             )
         if step != 1 or shard.outer != 1:
             return None
-        start = slice(start, stop, step).indices(base.shape[dim])[0]
+        start = bounds_of(start, stop, step, base.shape[dim])[0]
         origin = shard.start - start if (side, index) == ("in", 1) else shard.start
         whole = shard.window(origin, base.shape[dim])
         part = shard.window(origin + start, source.shape[dim])

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spcompile._torch import statically_known_true
 from spcompile.kernels.linear.intra import Tokens, chunk_map, intra
 from spcompile.kernels.scan import state_dtype
 
@@ -64,8 +65,10 @@ class Options(NamedTuple):
 def _chunk_length(x: Operands) -> int:
     """Tokens per chunk, a power of two, hardly more than there are."""
     wide = x.beta is None and x.k.shape[3] * x.v.shape[3] >= _WIDE**2
-    tokens = max(1, x.k.shape[2])
-    return min(2 * CHUNK if wide else CHUNK, 1 << (tokens - 1).bit_length())
+    tokens, most = x.k.shape[2], 2 * CHUNK if wide else CHUNK
+    if isinstance(tokens, torch.SymInt):
+        return most  # however few there are
+    return min(most, 1 << (max(1, tokens) - 1).bit_length())
 
 
 def _cut(x: Tensor, chunk: int, reverse: bool) -> Tensor:
@@ -76,9 +79,10 @@ def _cut(x: Tensor, chunk: int, reverse: bool) -> Tensor:
     b, h, t, d = x.shape
     x = x.to(state_dtype(x.dtype))
     x = x.flip(2) if reverse else x
-    if t % chunk:
-        x = F.pad(x, (0, 0, 0, -t % chunk))
-    return x.reshape(b * h, -(-t // chunk), chunk, d)
+    n = (t + chunk - 1) // chunk
+    if not statically_known_true(t == n * chunk):
+        x = F.pad(x, (0, 0, 0, n * chunk - t))
+    return x.reshape(b * h, n, chunk, d)
 
 
 def _uncut(x: Tensor, like: Tensor, reverse: bool) -> Tensor:

@@ -1,0 +1,84 @@
+"""Sizes that may be symbolic: one compilation serves many lengths.
+
+A size of the graph is an ``int``, or a ``torch.SymInt`` where Dynamo made it symbolic. Passes compute with
+both alike. Whatever Python decides on a symbolic one (a comparison, ``bool``, ``int``) is decided on the size
+at hand and recorded as a guard by PyTorch, which Dynamo checks before each call: so a plan is right for every
+length that it serves, and another length is compiled anew.
+
+What only weighs costs or prints a size asks for its :func:`hint` and records nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import SymInt
+
+from spcompile._torch import statically_known_true
+
+__all__ = ["Sized", "bounds_of", "ceil_div", "hint", "is_symbolic", "key", "surely"]
+
+
+def is_symbolic(size: Any) -> bool:
+    """Whether ``size`` is an integer that is a function of the inputs' sizes (not one that is computed)."""
+    return isinstance(size, SymInt) and size.node.has_hint()
+
+
+def hint(size: Any) -> int:
+    """The size at hand; records no guard, so nothing that must be right may depend on it."""
+    return int(size.node.hint) if isinstance(size, SymInt) else int(size)
+
+
+def surely(condition: bool | torch.SymBool) -> bool:
+    """Whether ``condition`` holds for every length that the graph may get; records no guard."""
+    return statically_known_true(condition)
+
+
+def ceil_div(size: int, by: int) -> int:
+    """size / by, rounded up."""
+    return (size + by - 1) // by
+
+
+class _Key:
+    """A symbolic size in a key of a dict: equal to one that is equal, which is recorded."""
+
+    def __init__(self, size: SymInt) -> None:
+        self.size = size
+
+    def __hash__(self) -> int:
+        return hash(hint(self.size))
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.size == (other.size if isinstance(other, _Key) else other))
+
+
+def key(size: Any) -> Any:
+    """``size`` as part of a key: a symbolic one has no hash of its own."""
+    return _Key(size) if isinstance(size, SymInt) else size
+
+
+class Sized:
+    """A frozen dataclass, declared with ``eq=False``, whose fields may be symbolic sizes."""
+
+    def _key(self) -> tuple[Any, ...]:
+        return tuple(key(getattr(self, f.name)) for f in dataclasses.fields(self))  # type: ignore[arg-type]
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self._key() == other._key()
+
+
+def bounds_of(start: Any, stop: Any, step: int, size: Any) -> tuple[Any, Any, int]:
+    """``slice(start, stop, step).indices(size)`` of a positive step; a last entry beyond all is the size."""
+
+    def within(at: Any, missing: Any) -> Any:
+        if at is None or (not is_symbolic(at) and at >= 2**62):
+            return missing if at is None else size
+        at = at + size if at < 0 else at
+        return size if at > size else at if at > 0 else 0
+
+    return within(start, 0), within(stop, size), step if step is not None else 1

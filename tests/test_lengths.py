@@ -1,0 +1,137 @@
+"""One compilation serves many lengths: symbolic sizes through recognition, sharding and simulated ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spcompile import _torch
+from spcompile.simulate import simulated
+from tests.proof import eager
+
+
+class Model(nn.Module):
+    """A language model with one attention; the loss is that of the next token."""
+
+    def __init__(self, kind: str, window: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.window = kind, window
+        self.embedding, self.project = nn.Embedding(11, 8), nn.Linear(8, 24)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in self.project(x).chunk(3, -1))
+        x = x + self.attend(q, k, v).transpose(1, 2).flatten(2)
+        logits = self.head(x)
+        return F.cross_entropy(logits[:, :-1].reshape(-1, 11), ids[:, 1:].reshape(-1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.kind == "sdpa":
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        scores = q @ k.transpose(-1, -2)
+        if self.kind == "linear":
+            return scores.tril() @ v
+        at = torch.arange(q.shape[2])
+        hidden = at[:, None] < at
+        if self.window:
+            hidden = hidden | (at[:, None] - at >= self.window)
+        return (scores / math.sqrt(4)).masked_fill(hidden, -math.inf).softmax(-1) @ v
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def ids(tokens: int) -> Tensor:
+    return torch.randint(0, 11, (2, tokens), generator=torch.Generator().manual_seed(tokens))
+
+
+class Trained:
+    """A compiled model on simulated ranks, compared with eager at every call."""
+
+    def __init__(self, net: nn.Module, ranks: int, dynamic: bool | None = None, **options: Any) -> None:
+        self.net, self.compilations = net, set[str]()
+        backend = simulated(ranks, nan_padding=ranks > 1, lengths="symbolic", **options)
+
+        def counted(gm: Any, inputs: Any) -> Callable[..., Any]:
+            # Dynamo may start a graph over, under the same number.
+            self.compilations.add(str(_torch.CompileContext.current_compile_id()))
+            return backend(gm, inputs)
+
+        self.compiled = torch.compile(net, backend=counted, dynamic=dynamic)
+
+    @property
+    def graphs(self) -> int:
+        """How many were compiled."""
+        return len(self.compilations)
+
+    def step(self, batch: Tensor) -> None:
+        """Loss and all gradients are eager's."""
+        expected = eager(self.net, {"ids": batch})
+        loss = self.compiled(batch)
+        loss.backward()
+        found = {n: p.grad for n, p in self.net.named_parameters()}
+        assert expected.error(loss.detach(), found) <= 1e-9, batch.shape
+
+
+def test_two_graphs_serve_all_lengths_but_the_first() -> None:
+    """The first length is compiled for itself; then lengths that the ranks divide, and others."""
+    run = Trained(Model("sdpa"), 2)
+    for tokens in (12, 23, 36, 17, 60, 8, 31):
+        run.step(ids(tokens))
+    assert run.graphs == 3
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kind", "options"), [(3, "linear", {}), (2, "masked", {"recognize": False})]
+)
+def test_other_attention(ranks: int, kind: str, options: dict[str, Any]) -> None:
+    run = Trained(Model(kind), ranks, **options)
+    for tokens in (12, 23, 17, 31):
+        run.step(ids(tokens))
+    assert run.graphs == 2
+
+
+def test_dynamic_from_the_first_call() -> None:
+    run = Trained(Model("sdpa"), 2, dynamic=True)
+    for tokens in (11, 21):
+        run.step(ids(tokens))
+    assert run.graphs == 1
+
+
+def test_a_dim_that_is_marked_on_one_rank() -> None:
+    run = Trained(Model("sdpa"), 1)
+    for tokens in (11, 21):
+        batch = ids(tokens)
+        torch._dynamo.mark_dynamic(batch, 1)
+        run.step(batch)
+    assert run.graphs == 1
+
+
+def test_what_was_proved_at_one_length_is_not_taken_for_true_at_another() -> None:
+    """Up to its window the mask is causal: recognized as such, and then proved again at each length."""
+    net = Model("masked", window=16)
+    run = Trained(net, 2, dynamic=True)
+    for tokens in (9, 13):
+        run.step(ids(tokens))
+    assert run.graphs == 1
+    run.step(ids(29))  # from here on the window hides keys: another compilation, of the unedited graph
+
+
+def test_ranks_are_told_apart_by_sizes() -> None:
+    """What a symbolic graph is called with is part of what ranks agree upon (tests/test_ranks.py runs it)."""
+    from spcompile.groups import fingerprint
+
+    assert fingerprint(1, [20]) != fingerprint(1, [21])
