@@ -34,6 +34,9 @@ from torch._dynamo.callback import callback_handler
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.exc import Unsupported as _Unsupported
 
+# Exceptions of a backend that Dynamo takes for a graph break: it then runs the frame eagerly.
+from torch._dynamo.exc import exceptions_allowed_to_be_fallback as fallbacks
+
 # The frame that Dynamo is compiling: its code and arguments tell which names `sequence_dims` can have.
 from torch._dynamo.symbolic_convert import InstructionTranslator as _InstructionTranslator
 
@@ -137,6 +140,7 @@ __all__ = [
     "dynamo_config",
     "enter_autocast",
     "exit_autocast",
+    "fallbacks",
     "flash_attention_cpu",
     "flash_attention_cpu_backward",
     "float_symbols",

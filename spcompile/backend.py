@@ -82,7 +82,7 @@ def spcompile(
         "joint_custom_pre_pass": JointPass(group, config, frontend, told, boundary),
         "post_grad_custom_post_pass": WaitPass(told, boundary),
     }
-    with floats.no_restart(gm):
+    with limits.no_silent_fallback(gm, config), floats.no_restart(gm):
         compiled = told.compile(
             lambda more: _torch.compile_fx(gm, compiled_for, config_patches={**patches, **more})
         )

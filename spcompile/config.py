@@ -72,8 +72,8 @@ class Config:
             buffers, at first and then now and then), or ``"shapes"`` alone.
         lengths: ``"each"`` is compiled for itself; or, where Dynamo makes a size ``"symbolic"``, one graph
             serves many: it takes longer to compile, and its outputs are gathered.
-        on_limit: when Dynamo's recompile limit is reached and it runs a call unsharded: ``"warn"`` or
-            ``"error"``.
+        on_limit: when Dynamo runs a call unsharded, above all where its recompile limit is reached:
+            ``"warn"`` or ``"error"``.
         sequence_dims: argument name -> the dim that is the sequence, where it is not to be inferred.
         ranks: compile for this many ranks without a process group (to inspect; such code is not run).
         nan_padding: a debugging mode: padding is filled with NaN, which must never reach a result.

@@ -13,9 +13,10 @@ this call is run eagerly, what it calls is not compiled either, and the next cal
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,11 +27,12 @@ from spcompile import _torch
 from spcompile.config import Config
 from spcompile.errors import SpcompileError
 
-__all__ = ["Unsharded", "compiling", "watch"]
+__all__ = ["Unsharded", "compiling", "no_silent_fallback", "watch"]
 
 
 class Unsharded(UserWarning):
-    """A call was not sharded: Dynamo has reached its limit of graphs for the frame and runs it eagerly."""
+    """A call was not sharded: Dynamo runs the frame eagerly, since it has reached its limit of graphs for it,
+    or since the compiler failed on an operator whose result depends on data."""
 
 
 @dataclass
@@ -117,6 +119,28 @@ def _tell(frame: _Frame, training: bool, limit: str) -> None:
     if training not in frame.told:
         frame.told.add(training)
         warnings.warn(f"spcompile: {text}", Unsharded, stacklevel=2)
+
+
+@contextlib.contextmanager
+def no_silent_fallback(gm: fx.GraphModule, config: Config) -> Iterator[None]:
+    """Say so where compiling ``gm`` fails in a way that Dynamo takes for a graph break.
+
+    Raises:
+        SpcompileError: under ``on_limit="error"``.
+    """
+    try:
+        yield
+    except _torch.fallbacks as why:
+        said = f"{type(why).__name__}: {str(why).strip()[:200]}"
+        text = (
+            f"compiling {_source(gm)} failed with {said}. Dynamo runs "
+            "it eagerly: every rank computes all of it, right but unsharded.\n"
+            "Remedy: move what depends on data out of the compiled part (torch.compiler.disable)."
+        )
+        if config.on_limit == "error":
+            raise SpcompileError(text) from why
+        warnings.warn(f"spcompile: {text}", Unsharded, stacklevel=2)
+        raise
 
 
 def _source(gm: fx.GraphModule) -> str:

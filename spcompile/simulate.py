@@ -204,7 +204,7 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
             decompositions=_torch.select_decomp_table(),
             keep_inference_input_mutations=True,  # as Inductor has it: writes are nodes of the graph
         )
-        with floats.no_restart(gm):
+        with limits.no_silent_fallback(gm, config), floats.no_restart(gm):
             compiled = compiler(gm, compiled_for)
         return in_their_order(gm, served(boundary.around(compiled), prepared.lengths, backend), places)
 

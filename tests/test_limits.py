@@ -90,3 +90,15 @@ def test_calls_that_were_not_compiled_do_not_count() -> None:
 def test_another_backend_is_left_alone() -> None:
     run = torch.compile(Model(), backend="eager", dynamic=False)
     assert not any(warned(lambda t: run(torch.arange(t)), tokens) for tokens in range(4, 8))
+
+
+def test_a_failure_that_dynamo_takes_for_a_graph_break_is_said(monkeypatch) -> None:
+    def fail(*_: Any) -> None:
+        raise _torch.fallbacks[0](torch.ops.aten._local_scalar_dense.default)
+
+    monkeypatch.setattr("spcompile.simulate.shard_joint_graph", fail)
+    (message,) = warned(compiled(), 3)
+    assert "runs it eagerly" in str(message) and "test_limits.py" in str(message)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="runs it eagerly"):
+        compiled(on_limit="error")(3)

@@ -236,6 +236,7 @@ def test_all_names_are_expected_here() -> None:
         "convert_frame",
         "counters",
         "disabled_torch_function",
+        "fallbacks",
         "float_symbols",
         "inductor_config",
         "is_unbacked",
