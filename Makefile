@@ -1,7 +1,7 @@
 # Each target sets up what it needs: a virtual environment in .venv, made once and again when its inputs change.
 #   make demo    train the tiny model on 2 ranks beside unsharded eager, and compare
-#   make test    lint, types and the whole test suite
-#   make sweep-hashes   every model's graphs under three hash seeds, compared (minutes)
+#   make test    lint, types and the test suite
+#   make sweep   the rest of it, before a release: all examples, every model's graphs under three hash seeds
 #   make bench   time and memory against sequence length, into bench/results/
 
 PYTHON ?= python3
@@ -16,7 +16,7 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint bench sweep-hashes clean
+.PHONY: help setup demo test lint bench sweep clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -46,9 +46,11 @@ test: lint
 	@echo "== smoke test"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -x tests/test_tiny.py
 	@echo "== all tests, $(JOBS) at a time"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not sweep" tests $(PYTEST_ARGS)
 
-sweep-hashes: $(STAMP)
+# What is too dear for each change: more examples and hash seeds on real ranks, and every model under each seed.
+sweep: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m sweep tests $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.hash_seeds --sweep
 
 bench: $(STAMP)

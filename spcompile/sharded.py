@@ -242,7 +242,7 @@ def hand_out(local: Tensor, token: Tensor | None, layout: Layout | None, aliased
         token: of the port by which a gradient comes back; None for an output without gradient.
     """
     part = None if layout is None else Part(local, layout, aliased)
-    if part is not None:
+    if part is not None and type(local) is Tensor:  # a fake one has no memory
         ports.hold(local, part)
     if token is not None and token.requires_grad and torch.is_grad_enabled():
         return _HandedOut.apply(local, token, part)

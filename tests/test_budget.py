@@ -107,8 +107,9 @@ def test_what_regathering_saves_is_exact(report: Report) -> None:
 
 def test_returned_logits_are_told() -> None:
     with torch.no_grad():
-        report = explained(4, labels=False)
+        report, parts = explained(4, labels=False, outputs="whole"), explained(4, labels=False)
     (outputs,) = choices(report)
+    assert not choices(parts)  # they stay this rank's part
     whole = TOKENS * 256 * 4
     assert outputs.costs == "384 KiB is received, 512 KiB held" and whole == 512 * 1024
     assert "outputs are returned whole" in str(report)

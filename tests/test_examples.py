@@ -12,6 +12,8 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
+# Run for each change: one on two ranks and one on two axes. The others are compiled no otherwise.
+ALWAYS = ("plain_loop", "fsdp2_2x2")
 
 
 def losses(command: list[str]) -> list[float]:
@@ -30,7 +32,10 @@ def losses(command: list[str]) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(p, id=p.stem, marks=() if p.stem in ALWAYS else pytest.mark.sweep) for p in EXAMPLES],
+)
 def test_the_losses_are_eagers(example: Path) -> None:
     said = re.search(
         r"^PYTHONHASHSEED=0 torchrun --nproc-per-node (\d) examples/(\S+)$", example.read_text(), re.M

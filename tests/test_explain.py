@@ -185,7 +185,10 @@ def test_breaks_gathers_and_nothing_disturbed() -> None:
 
 def test_inference_and_a_length_that_the_ranks_do_not_divide() -> None:
     with torch.no_grad():
-        report = spcompile.explain(on_meta(Layer, True), ranks=8)(torch.zeros(2, 1001, 16, device="meta"))
+        layer, x = on_meta(Layer, True), torch.zeros(2, 1001, 16, device="meta")
+        report = spcompile.explain(layer, ranks=8, outputs="whole")(x)
+        parts = spcompile.explain(layer, ranks=8)(x)
+    assert not [c for c in parts.collectives if c.purpose == "output"]
     assert report.records[0].sequence == (1001, 126)
     assert "7 positions of padding" in str(report)
     assert {c.phase for c in report.collectives} == {"forward"}

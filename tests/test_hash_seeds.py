@@ -11,7 +11,7 @@ from tests.test_ranks import run_ranks
 SOME = ["gemma4", "fla_gdn2_chunk", "linear_llama3:tiny"]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.timeout(300)
 def test_one_graph_under_every_seed() -> None:
     found = [graphs(SOME, seed) for seed in SEEDS]
@@ -21,7 +21,7 @@ def test_one_graph_under_every_seed() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("case", ["gemma4", "gdn2"])
+@pytest.mark.parametrize("case", ["gemma4", pytest.param("gdn2", marks=pytest.mark.sweep)])
 def test_ranks_whose_hashes_differ_train(case: str) -> None:
     seeds = ["0", "1"]  # under which Gemma 4 walks its layers' types in two orders
     for result in run_ranks(case, 2, timeout=580, each=[{"PYTHONHASHSEED": seed} for seed in seeds]):

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from spcompile import _torch, warm
 from spcompile.backend import JointPass
+from spcompile.boundary import Boundary
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.frontend import Frontend
@@ -78,14 +79,15 @@ def test_a_line_is_told_as_it_is_today() -> None:
 def test_whatever_changes_the_graph_is_part_of_the_key() -> None:
     told = warm.Told(Record(Group(1, "")), fx.symbolic_trace(nn.Identity()), "")
     plain = Frontend()
+    edges = Boundary(Group(1, ""), 0)
     passes = [
-        JointPass(Group(2, "0"), Config(), plain, told),
-        JointPass(Group(2, "1"), Config(), plain, told),  # another axis of the mesh
-        JointPass(Group(4, "0"), Config(), plain, told),
-        JointPass(Group(2, "0"), Config(regather=True), plain, told),
-        JointPass(Group(2, "0"), Config(gradients="partial"), plain, told),
-        JointPass(Group(2, "0"), Config(), Frontend(hints={"primals_1": 1}), told),
-        JointPass(Group(2, "0"), Config(), Frontend(parameters=("primals_1",)), told),
+        JointPass(Group(2, "0"), Config(), plain, told, edges),
+        JointPass(Group(2, "1"), Config(), plain, told, edges),  # another axis of the mesh
+        JointPass(Group(4, "0"), Config(), plain, told, edges),
+        JointPass(Group(2, "0"), Config(regather=True), plain, told, edges),
+        JointPass(Group(2, "0"), Config(gradients="partial"), plain, told, edges),
+        JointPass(Group(2, "0"), Config(), Frontend(hints={"primals_1": 1}), told, edges),
+        JointPass(Group(2, "0"), Config(), Frontend(parameters=("primals_1",)), told, edges),
     ]
     assert len({p.uuid() for p in passes}) == len(passes)
     before = passes[0].uuid()
@@ -146,7 +148,7 @@ def test_one_rank_is_served_from_the_cache(cache: Path, monkeypatch: pytest.Monk
 def test_an_entry_whose_told_is_lost_in_part_is_not_served(cache: Path) -> None:
     gm = fx.symbolic_trace(nn.Identity())
     told = warm.Told(Record(Group(1, "")), gm, "")
-    joint = told._keep({"gathers": [], "sequence": None, "transfers": []})
+    joint = told._keep({"gathers": [], "sequence": None, "lent": {}, "transfers": []})
     mark = f"{warm.MARK} {joint} forward"
     assert not told._retell(warm.Counter({f"{mark} {'0' * 64}": 1}))
     assert not told._retell(warm.Counter())
