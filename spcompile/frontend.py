@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from spcompile.config import Config
 from spcompile.hints import find
-from spcompile.passes.einsums import split_einsums
+from spcompile.passes.einsums import split_einsums, without_opt_einsum
 from spcompile.passes.lengths import Lengths, recognize_lengths
 from spcompile.passes.recognize import Site, recognize
 from spcompile.passes.recognize.common import source_of
@@ -48,8 +48,7 @@ def prepare(gm: fx.GraphModule, config: Config) -> Frontend:
     hints, called = find(gm, config.sequence_dims), _called(gm)
     found: list[Site] = []
     lengths: Lengths | None = None
-    # opt_einsum's choice follows the hashes of strings; what is traced here must not.
-    with torch.backends.opt_einsum.flags(enabled=False):
+    with without_opt_einsum():
         if config.recognize and config.lengths == "symbolic":
             found, lengths = recognize_lengths(gm)
         elif config.recognize:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
 from spcompile.passes.canonical import canonicalise
-from spcompile.passes.einsums import cheapest, split_einsums
+from spcompile.passes.einsums import cheapest, split_einsums, without_opt_einsum
 
 
 def text(program: Callable[..., Any], *inputs: Any) -> tuple[str, Any, Any]:
@@ -168,6 +168,11 @@ def test_einsums_of_many_operands_are_split(equation: str, shapes: list[tuple[in
     code, _, (given, _) = text(lambda *x: torch.einsum(equation, *x), *inputs)
     torch.testing.assert_close(given[0], torch.einsum(equation, *inputs), rtol=1e-12, atol=1e-12)
     assert code.count("einsum(") == len(shapes) - 1
+
+
+def test_opt_einsum_may_be_off_already() -> None:
+    with without_opt_einsum(), without_opt_einsum():
+        assert not torch.backends.opt_einsum.enabled
 
 
 def test_the_cheapest_product_comes_first() -> None:

@@ -37,6 +37,9 @@ class _Region:
     closing: fx.Node | None = None
 
 
+# A value of so many users may be what the steps of an unrolled loop read.
+_MANY = 5
+
 _Item: TypeAlias = "fx.Node | _Region"
 
 
@@ -239,10 +242,23 @@ def _depth_first(
                     yield home[operand]
         yield from after.get(item, ())
 
-    order: dict[_Item, None] = {}
     leaves = any(user not in home for node in home for user in node.users)
     wanted = [home[o] for n in later if leaves for o in n.all_input_nodes if o in home]
-    for root in [*effects, *wanted, *items]:
+    roots = [*effects, *wanted, *items]
+    # What each step of an unrolled loop reads, and the state that it begins with, would otherwise stand in
+    # the first step, which then would be no step like the others.
+    before = [x for x in _from_roots(roots, needs) if any(map(_precedes_loops, _nodes(x)))]
+    return _from_roots([*before, *roots], needs)
+
+
+def _precedes_loops(node: fx.Node) -> bool:
+    return len(node.users) >= _MANY or (node.op == "call_function" and not node.all_input_nodes)
+
+
+def _from_roots(roots: Sequence[_Item], needs: Callable[[_Item], Iterator[_Item]]) -> list[_Item]:
+    """The roots, each behind what it needs."""
+    order: dict[_Item, None] = {}
+    for root in roots:
         stack = [(root, needs(root))]
         while stack:
             item, rest = stack[-1]

@@ -6,9 +6,10 @@ letters: where two orders cost the same, each process takes another. Here ties g
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, fx
 
 from spcompile._torch import FakeTensor, hint
 
-__all__ = ["split_einsums"]
+__all__ = ["split_einsums", "without_opt_einsum"]
 
 # Orders of more operands than these are chosen step by step.
 _TRY_ALL = 5
@@ -24,6 +25,16 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _KEPT = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 Step = tuple[int, int]  # the two terms that are multiplied; their product comes last
+
+
+@contextlib.contextmanager
+def without_opt_einsum() -> Iterator[None]:
+    """What is traced inside does not follow the hashes of strings. It may be off already (by the user)."""
+    if not torch.backends.opt_einsum.enabled:
+        yield
+        return
+    with torch.backends.opt_einsum.flags(enabled=False):
+        yield
 
 
 def split_einsums(gm: fx.GraphModule) -> None:

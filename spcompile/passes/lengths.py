@@ -24,6 +24,7 @@ import torch
 from torch import SymInt, Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
+from spcompile.passes.einsums import without_opt_einsum
 from spcompile.passes.recognize import Site, recognize
 from spcompile.sizes import is_symbolic
 
@@ -164,8 +165,7 @@ def _recognized(
 
 
 def _recognize(gm: fx.GraphModule) -> list[Site]:
-    # opt_einsum's choice follows the hashes of strings; what is traced here must not.
-    with torch.backends.opt_einsum.flags(enabled=False):
+    with without_opt_einsum():
         return recognize(gm)
 
 
