@@ -20,7 +20,7 @@ from spcompile.errors import SpcompileError
 from spcompile.frontend import Frontend, prepare
 from spcompile.groups import sequence_group
 from spcompile.passes import shard_joint_graph
-from spcompile.passes.canonical import canonicalise, in_their_order
+from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
 from spcompile.passes.overlap import SCHEDULER, erase_dead_waits
 from spcompile.passes.ports import close_ports, own_parts, same_memory
 from spcompile.report import RECORDS, Record, strategy_names
@@ -66,6 +66,7 @@ def spcompile(
     limits.compiling(gm, config)
     record = Record(group, strategy_names(group, config))
     with record.timed("canonical"):
+        gm = own_copy(gm)
         places = canonicalise(gm)
         example_inputs = [example_inputs[i] for i in places]
     boundary, compiled_for = open_boundary(gm, example_inputs, group, config)

@@ -27,7 +27,7 @@ from spcompile.errors import SpcompileError
 from spcompile.groups import sequence_group
 from spcompile.memory import Memory, largest, measure
 from spcompile.passes import shard_joint_graph
-from spcompile.passes.canonical import canonicalise, in_their_order
+from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
 from spcompile.passes.overlap import erase_dead_waits
 from spcompile.report import Record, Report, strategy_names
 
@@ -104,6 +104,7 @@ class _Session:
         index = len(self.records)
         self.records.append(record)
         self.calls.append(0)
+        gm = own_copy(gm)
         places = canonicalise(gm)
         example_inputs = [example_inputs[i] for i in places]
         boundary, example_inputs = open_boundary(gm, example_inputs, self.group, self.config)

@@ -31,7 +31,7 @@ from spcompile import _torch, collectives, floats, frontend, library, limits
 from spcompile.boundary import open_boundary
 from spcompile.config import Config
 from spcompile.passes import shard_joint_graph
-from spcompile.passes.canonical import canonicalise, in_their_order
+from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
 from spcompile.passes.communicate import joined, split_dim
 from spcompile.passes.copies import written
 from spcompile.passes.ports import lent_as
@@ -191,6 +191,7 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
     group = collectives.Group(ranks, "simulated")
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
+        gm = own_copy(gm)
         places = canonicalise(gm)
         limits.compiling(gm, config)
         boundary, compiled_for = open_boundary(gm, [example_inputs[i] for i in places], group, config)

@@ -16,7 +16,7 @@ from spcompile import _torch, frontend, library
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.passes import Sharded, shard_joint_graph
-from spcompile.passes.canonical import canonicalise, in_their_order
+from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
 from spcompile.simulate import run_on_ranks
 
 __all__ = ["Eager", "Joint", "capture", "eager", "left_behind", "loss_of", "relative_error"]
@@ -156,6 +156,7 @@ def capture(model: nn.Module, inputs: Mapping[str, Any], recognize: bool = True)
         return make_boxed_func(run)
 
     def backend(gm: fx.GraphModule, example: Any) -> Any:
+        gm = own_copy(gm)
         places = canonicalise(gm)
         found["sites"] = frontend.prepare(gm, Config(recognize=recognize)).sites
         nodes = [n for m in gm.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes]

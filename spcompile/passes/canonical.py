@@ -25,7 +25,7 @@ from torch import fx
 from spcompile._torch import source_name
 from spcompile.passes.effects import Effect, Unknown, effect_of, storages
 
-__all__ = ["canonicalise", "in_their_order"]
+__all__ = ["canonicalise", "in_their_order", "own_copy"]
 
 
 @dataclass(eq=False)
@@ -41,6 +41,20 @@ class _Region:
 _MANY = 5
 
 _Item: TypeAlias = "fx.Node | _Region"
+
+
+def own_copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """Dynamo's graph as one that it does not see: it calls by the order of its own graph's inputs."""
+    graph = fx.Graph()
+    found: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        found[node] = graph.node_copy(node, found.__getitem__)
+        if hasattr(node, "_dynamo_source"):
+            found[node]._dynamo_source = node._dynamo_source
+    graph.set_codegen(gm.graph._codegen)
+    copy = fx.GraphModule(gm, graph)
+    copy.meta = gm.meta
+    return copy
 
 
 def canonicalise(gm: fx.GraphModule) -> list[int]:
