@@ -44,7 +44,11 @@ _Item: TypeAlias = "fx.Node | _Region"
 
 
 def own_copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """Dynamo's graph as one that it does not see: it calls by the order of its own graph's inputs."""
+    """Dynamo's graph as one that it does not see.
+
+    It calls by the order of its own graph's inputs, which it reads again once the backend is done; and a pass
+    may give the module another graph, which is then not Dynamo's.
+    """
     graph = fx.Graph()
     found: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
