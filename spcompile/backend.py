@@ -65,6 +65,7 @@ def spcompile(
     group = sequence_group(config)
     limits.compiling(gm, config)
     record = Record(group, strategy_names(group, config))
+    pristine = gm
     with record.timed("canonical"):
         gm = own_copy(gm)
         places = canonicalise(gm)
@@ -92,13 +93,13 @@ def spcompile(
     tell_gathers(record.gathers, config)
 
     again = functools.partial(spcompile, mode=mode, options=options)
-    own = served(boundary.around(compiled), frontend.lengths, again)
+    own = served(boundary.around(compiled), frontend.lengths, pristine, places, again)
 
     def checked(*args: Any) -> Any:
         agreement.before_calling(inputs_of(args))
         return own(*args)
 
-    return in_their_order(gm, like(own, checked) if group.size > 1 else own, places)
+    return in_their_order(like(own, checked) if group.size > 1 else own, places)
 
 
 @functools.cache

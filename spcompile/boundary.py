@@ -13,30 +13,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
 
 from spcompile import ports
 from spcompile.arguments import arguments_of
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.errors import SpcompileError
+from spcompile.expressions import Expressions
 from spcompile.parts import local
 from spcompile.placement import Shard
 from spcompile.ports import Layout
-from spcompile.serve import like
+from spcompile.serve import inputs_of, like
 from spcompile.sharded import ShardedTensor, hand_out, own_strides, plain, take_in
-from spcompile.sizes import is_symbolic
+from spcompile.sizes import InputSizes, at, expression
 
 __all__ = ["Boundary", "open_boundary"]
 
 
 @dataclass
 class _Output:
-    """An output that has a port: its number among the outputs, and that of its token, if it has one."""
+    """An output that has a port: its number among the outputs, and that of its token, if it has one.
+
+    Sizes are numbers, or expressions of the inputs' sizes where one graph serves many lengths.
+    """
 
     number: int
     token: int | None
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    shape: tuple[Any, ...]
+    stride: tuple[Any, ...]
     aliased: bool
 
 
@@ -49,10 +54,10 @@ class Boundary:
         count: how many outputs the user's graph has.
         outputs: those that may stay this rank's part.
         arriving: which inputs come as this rank's part.
-        written: which of the user's are such parts, but are written to (or of many lengths), and so are
-            gathered before.
+        written: which of the user's are such parts, but are written to, and so are gathered before.
         local: whether these are returned as plain tensors of this rank's tokens.
-        layouts: the outputs that do stay, by their number.
+        sizes: what the symbols of sizes are in a call, by what the user passes and what the graph is given.
+        lent: the outputs that do stay, by their number: how they lie.
         memory: of each of these, the names of the joint graph's nodes that are the same memory.
     """
 
@@ -62,7 +67,8 @@ class Boundary:
     outputs: list[_Output] = field(default_factory=list)
     arriving: list[int] = field(default_factory=list)
     written: list[int] = field(default_factory=list)
-    layouts: dict[int, Layout] = field(default_factory=dict)
+    sizes: InputSizes = field(default_factory=lambda: InputSizes(()))
+    lent: dict[int, Shard] = field(default_factory=dict)
     memory: list[frozenset[str]] = field(default_factory=list)
 
     def saw_joint(self, memory: Mapping[int, frozenset[str]]) -> None:
@@ -72,9 +78,14 @@ class Boundary:
 
     def settle(self, lent: Mapping[int, Shard]) -> None:
         """Take what the joint pass has decided: how the outputs lie that stay this rank's part."""
-        for out in self.outputs:
-            if out.number in lent:
-                self.layouts[out.number] = Layout(lent[out.number], out.shape, out.stride, self.group)
+        self.lent = dict(lent)
+
+    def layout(self, out: _Output, values: Mapping[Any, int]) -> Layout | None:
+        """How an output lies on the ranks where sizes have these values; None if it is whole."""
+        if out.number not in self.lent:
+            return None
+        shape, stride = (tuple(at(size, values) for size in x) for x in (out.shape, out.stride))
+        return Layout(self.lent[out.number].at_sizes(values), shape, own_strides(shape, stride), self.group)
 
     def around(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """``compiled`` for the user's arguments; it takes them as ``compiled`` does."""
@@ -82,11 +93,13 @@ class Boundary:
             return compiled
 
         def call(*args: Any) -> Any:
+            given = inputs_of(args)
+            taken = self.take(given)
+            values = self.sizes.values([*given, *taken])
             if len(args) != 1 or not isinstance(args[0], list):
-                return self.give(compiled(*self.take(args)))
-            taken = self.take(args[0])
+                return self.give(compiled(*taken), values)
             args[0].clear()
-            return self.give(compiled(taken))
+            return self.give(compiled(taken), values)
 
         return like(compiled, call)
 
@@ -99,12 +112,12 @@ class Boundary:
             args[index] = plain(args[index])
         return args
 
-    def give(self, results: Sequence[Any]) -> Any:
-        """What the user gets for the compiled graph's results."""
+    def give(self, results: Sequence[Any], values: Mapping[Any, int]) -> Any:
+        """What the user gets for the compiled graph's results, in a call with these sizes."""
         given = list(results[: self.count])
         for out in self.outputs:
             token = None if out.token is None else results[out.token]
-            layout = self.layouts.get(out.number)
+            layout = self.layout(out, values)
             if layout is not None or token is not None:
                 given[out.number] = hand_out(given[out.number], token, layout, out.aliased)
                 if self.local:
@@ -120,15 +133,19 @@ def open_boundary(
     boundary = Boundary(group, len(output.args[0]), config.outputs == "sharded")
     inputs = list(inputs)
     if group.size > 1:
-        symbolic = config.lengths == "symbolic" and _has_symbols(gm)
-        _open_inputs(gm, inputs, boundary, whole_only=symbolic)
+        passed = _examples(gm)
+        _open_inputs(gm, inputs, boundary)
+        boundary.sizes = InputSizes([*passed, *_examples(gm)])
         if config.inputs == "sharded" and not (boundary.arriving or boundary.written):
             _require_parts(gm)
-        # A layout is of one length: where one graph serves many, what crosses its edges is whole.
-        if config.outputs != "whole" and not symbolic and not _ends_without_grad(gm):
-            _open_outputs(gm, output, boundary)
+        if config.outputs != "whole" and not _ends_without_grad(gm):
+            _open_outputs(gm, output, boundary, int if config.lengths == "each" else expression)
         gm.recompile()
     return boundary, inputs
+
+
+def _examples(gm: fx.GraphModule) -> list[Any]:
+    return [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
 
 
 def _require_parts(gm: fx.GraphModule) -> None:
@@ -151,7 +168,9 @@ def _ends_without_grad(gm: fx.GraphModule) -> bool:
     return bool(modes) and not modes[-1] and torch.is_grad_enabled()
 
 
-def _open_outputs(gm: fx.GraphModule, output: fx.Node, boundary: Boundary) -> None:
+def _open_outputs(
+    gm: fx.GraphModule, output: fx.Node, boundary: Boundary, size: Callable[[Any], Any]
+) -> None:
     returned = list(output.args[0])
     values = [x.meta.get("example_value") if isinstance(x, fx.Node) else None for x in returned]
     inputs = [n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")]
@@ -170,9 +189,9 @@ def _open_outputs(gm: fx.GraphModule, output: fx.Node, boundary: Boundary) -> No
                 node = _described(gm.graph.call_method("detach", (node,)), node, value)
             made = gm.graph.call_function(ports.ops.lend.default, (node, number))
             returned[number] = _described(made, node, value)
-            shape, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
+            shape, stride = tuple(map(size, value.shape)), tuple(map(size, value.stride()))
             aliased = mine.count(mine[number]) > 1
-            boundary.outputs.append(_Output(number, token, shape, own_strides(shape, stride), aliased))
+            boundary.outputs.append(_Output(number, token, shape, stride, aliased))
     output.args = ((*returned, *tokens),)
 
 
@@ -188,17 +207,11 @@ def _described(made: fx.Node, like: fx.Node, value: Tensor) -> fx.Node:
     return made
 
 
-def _has_symbols(gm: fx.GraphModule) -> bool:
-    values = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
-    sizes = [s for x in values for s in (x.shape if isinstance(x, Tensor) else (x,))]
-    return any(map(is_symbolic, sizes))
-
-
-def _open_inputs(gm: fx.GraphModule, inputs: list[Any], boundary: Boundary, whole_only: bool) -> None:
+def _open_inputs(gm: fx.GraphModule, inputs: list[Any], boundary: Boundary) -> None:
     """Inputs that are this rank's part are taken as such; the graph goes on as if they were whole."""
-    last = next((n for n in gm.graph.nodes if n.op != "placeholder"), None)
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    for index, node in enumerate(placeholders):
+    first = next(n for n in gm.graph.nodes if n.op != "placeholder")
+    wholes: list[tuple[fx.Node, Layout, Tensor]] = []
+    for index, node in enumerate([n for n in gm.graph.nodes if n.op == "placeholder"]):
         value = node.meta.get("example_value")
         if not isinstance(value, ShardedTensor):
             continue
@@ -206,16 +219,21 @@ def _open_inputs(gm: fx.GraphModule, inputs: list[Any], boundary: Boundary, whol
         with local.fake_mode:
             whole = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
         whole.requires_grad_(value.requires_grad)
-        if whole_only or value._version > 0:  # the graph writes to it
+        if value._version > 0:  # the graph writes to it
             node.meta["example_value"] = inputs[index] = whole
             boundary.written.append(index)
             continue
         if value.requires_grad:
             local = local.detach().requires_grad_()
-        with gm.graph.inserting_before(last):
-            made = gm.graph.call_function(ports.ops.arrive.default, (node, *value._part.layout.numbers()))
-        _described(made, node, whole)
-        node.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
-        node.meta["example_value"] = local
-        inputs[index] = local
+        node.meta["example_value"] = inputs[index] = local
         boundary.arriving.append(index)
+        wholes.append((node, value._part.layout, whole))
+    sizes = Expressions(gm.graph, "example_value")
+    for node, layout, whole in wholes:
+        users = list(node.users)
+        numbers = tree_map_only(torch.SymInt, sizes.node, layout.numbers())
+        with gm.graph.inserting_before(first):
+            made = gm.graph.call_function(ports.ops.arrive.default, (node, *numbers))
+        _described(made, node, whole)
+        for user in users:
+            user.replace_input_with(node, made)

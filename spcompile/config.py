@@ -20,7 +20,7 @@ _CHOICES = {
     "on_gather": ("warn", "error", "ignore"),
     "check": ("values", "shapes"),
     "gradients": ("whole", "partial"),
-    "lengths": ("each", "symbolic"),
+    "lengths": ("symbolic", "each"),
     "on_limit": ("warn", "error"),
     "regather": (True, False),
     "recognize": (True, False),
@@ -70,8 +70,8 @@ class Config:
         on_gather: when an operator without a rule forces a gather: ``"warn"``, ``"error"`` or ``"ignore"``.
         check: what the ranks compare before each call: ``"values"`` of what it passes (and of parameters and
             buffers, at first and then now and then), or ``"shapes"`` alone.
-        lengths: ``"each"`` is compiled for itself; or, where Dynamo makes a size ``"symbolic"``, one graph
-            serves many: it takes longer to compile, and its outputs are gathered.
+        lengths: where Dynamo makes a size ``"symbolic"`` (from a function's second length on) one graph
+            serves many; or ``"each"`` is compiled for itself, which takes less long.
         on_limit: when Dynamo runs a call unsharded, above all where its recompile limit is reached:
             ``"warn"`` or ``"error"``.
         sequence_dims: argument name -> the dim that is the sequence, where it is not to be inferred.
@@ -91,7 +91,7 @@ class Config:
     recognize: bool = True
     on_gather: str = "warn"
     check: str = "values"
-    lengths: str = "each"
+    lengths: str = "symbolic"
     on_limit: str = "warn"
     sequence_dims: Mapping[str, int] = field(default_factory=dict)
     ranks: int | None = None

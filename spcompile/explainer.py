@@ -127,9 +127,10 @@ class _Session:
 
         def called(*args: Any) -> Any:
             self.calls[index] += 1
-            return boundary.give(run(*boundary.take(args)))
+            taken = boundary.take(args)
+            return boundary.give(run(*taken), boundary.sizes.values([*args, *taken]))
 
-        return in_their_order(gm, called, places)
+        return in_their_order(called, places)
 
 
 class _Compilers:

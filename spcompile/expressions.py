@@ -15,10 +15,14 @@ __all__ = ["Expressions"]
 
 
 class Expressions:
-    """Writes symbolic sizes into ``graph``, each once, right behind its inputs."""
+    """Writes symbolic sizes into ``graph``, each once, right behind its inputs.
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
+    Args:
+        meta: under which key the nodes have their values: "val", or "example_value" in Dynamo's graphs.
+    """
+
+    def __init__(self, graph: fx.Graph, meta: str = "val") -> None:
+        self.graph, self.meta = graph, meta
         self._nodes: dict[sympy.Expr, fx.Node] = {}
         self._last: fx.Node | None = None
 
@@ -35,11 +39,11 @@ class Expressions:
             placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
             self._last = placeholders[-1] if placeholders else None
             for node in placeholders:
-                value = node.meta.get("val")
+                value = node.meta.get(self.meta)
                 if isinstance(value, SymInt) and value.node.expr.is_Symbol:
                     self._nodes.setdefault(value.node.expr, node)
             for node in placeholders:
-                value = node.meta.get("val")
+                value = node.meta.get(self.meta)
                 for dim, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
                     if isinstance(size, SymInt) and size.node.expr.is_Symbol:
                         if size.node.expr not in self._nodes:
@@ -59,12 +63,12 @@ class Expressions:
             made = reduce(lambda a, b: self._binary(target, a, b, env), args)
             if isinstance(made, int):
                 return made
-            made.meta["val"] = value
+            made.meta[self.meta] = value
             self._nodes[expr] = made
         return self._nodes[expr]
 
     def _binary(self, target: Any, a: Any, b: Any, env: Any) -> Any:
-        values = [x.meta["val"] if isinstance(x, fx.Node) else x for x in (a, b)]
+        values = [x.meta[self.meta] if isinstance(x, fx.Node) else x for x in (a, b)]
         value = target(*values)
         return value if isinstance(value, int) else self._call(target, (a, b), value)
 
@@ -72,7 +76,7 @@ class Expressions:
         assert self._last is not None
         with self.graph.inserting_after(self._last):
             node = self.graph.call_function(target, args)
-        node.meta["val"] = value
+        node.meta[self.meta] = value
         self._last = node
         return node
 

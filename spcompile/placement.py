@@ -7,10 +7,12 @@ the sequence moves no data: it only renames which positions are valid.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
-from spcompile.sizes import Sized, hint
+from spcompile.sizes import Sized, at, expression, hint
 
 __all__ = ["Partial", "Placement", "Replicate", "Shard", "local_shape", "reshape_shard", "same_blocks"]
 
@@ -54,6 +56,17 @@ class Shard(Sized):
         merged = f", outer={self.outer}" * (hint(self.outer) > 1)
         shifted = f", start={self.start}" * (hint(self.start) != 0)
         return f"Shard({self.dim}, {self.length}/{self.block}{merged}{shifted})"
+
+    def expressions(self) -> Shard:
+        """The same with expressions in the place of symbolic sizes: it can be kept."""
+        return self._with(expression)
+
+    def at_sizes(self, values: Mapping[Any, int]) -> Shard:
+        """One of expressions, where their symbols have these values."""
+        return self._with(lambda size: at(size, values))
+
+    def _with(self, change: Callable[[Any], Any]) -> Shard:
+        return Shard(self.dim, *map(change, (self.length, self.block, self.start, self.outer)))
 
     def at(self, dim: int) -> Shard:
         """The same block of the sequence on another dim (of another tensor)."""

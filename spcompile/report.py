@@ -76,7 +76,7 @@ class Record:
         """Take what is to be known of a joint graph that was just sharded (``spcompile.passes.Sharded``)."""
         self.sharded = True
         self.gathers += sharded.gathers
-        self.lent = dict(sharded.lent)
+        self.lent = {number: shard.expressions() for number, shard in sharded.lent.items()}
         steps = sharded.plan.steps.values() if sharded.plan is not None else ()
         placements = [p for step in steps for p in step.native if isinstance(p, Shard)]
         lengths = Counter((hint(p.length), hint(p.block)) for p in placements if hint(p.start) == 0)

@@ -6,15 +6,26 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from spcompile.passes.lengths import Lengths
 
 __all__ = ["inputs_of", "like", "served"]
 
 
-def served(compiled: Any, lengths: Lengths | None, backend: Callable[..., Any]) -> Any:
+def served(
+    compiled: Any,
+    lengths: Lengths | None,
+    pristine: fx.GraphModule,
+    places: Sequence[int],
+    backend: Callable[..., Any],
+) -> Any:
     """``compiled``, for the sizes for which it is right; other calls go to ``backend``'s own compilation of
-    the graph as it was before recognition, by Dynamo as for any module."""
+    ``pristine``, Dynamo's graph as it was, by Dynamo as for any module.
+
+    Args:
+        places: the positions of the inputs of ``compiled`` among those of ``pristine``.
+    """
     if lengths is None:
         return compiled
     other: list[Any] = []
@@ -24,8 +35,8 @@ def served(compiled: Any, lengths: Lengths | None, backend: Callable[..., Any]) 
         if lengths.hold(given):
             return compiled(*args)
         if not other:
-            other.append(torch.compile(lengths.pristine, backend=backend))
-        return other[0](*given)
+            other.append(torch.compile(pristine, backend=backend))
+        return other[0](*(x for _, x in sorted(zip(places, given, strict=True), key=lambda pair: pair[0])))
 
     return like(compiled, checked)
 

@@ -115,12 +115,16 @@ class ShardedTensor(ports.LocalPart, Tensor):
     def _local(self) -> Tensor:
         return self._part.local
 
+    # Dynamo compiles anew where this context differs, so it holds no length: one graph serves many.
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["_local"], (self._part.layout, self._part.aliased)
+        s, group = self._part.layout.shard, self._part.layout.group
+        return ["_local"], (s.dim, s.start, s.outer, group, self._part.aliased)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> ShardedTensor:
-        return ShardedTensor(Part(inner["_local"], *context))
+        (dim, start, outer, group, aliased), local = context, inner["_local"]
+        shard = Shard(dim, size[dim] // outer, local.shape[dim] // outer, start, outer)
+        return ShardedTensor(Part(local, Layout(shard, tuple(size), tuple(stride), group), aliased))
 
     def __coerce_same_metadata_as_tangent__(self, metadata: Any, kind: type | None = None) -> Tensor:
         return self.whole()

@@ -35,8 +35,10 @@ from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
 from spcompile.passes.communicate import joined, split_dim
 from spcompile.passes.copies import written
 from spcompile.passes.ports import lent_as
+from spcompile.placement import Shard
 from spcompile.ports import Layout
 from spcompile.serve import served
+from spcompile.sizes import InputSizes, at, expression
 
 __all__ = ["RanksDisagree", "run_on_ranks", "simulated"]
 
@@ -191,7 +193,7 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
     group = collectives.Group(ranks, "simulated")
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
-        gm = own_copy(gm)
+        pristine, gm = gm, own_copy(gm)
         places = canonicalise(gm)
         limits.compiling(gm, config)
         boundary, compiled_for = open_boundary(gm, [example_inputs[i] for i in places], group, config)
@@ -207,7 +209,8 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
         )
         with limits.no_silent_fallback(gm, config), floats.no_restart(gm):
             compiled = compiler(gm, compiled_for)
-        return in_their_order(gm, served(boundary.around(compiled), prepared.lengths, backend), places)
+        own = served(boundary.around(compiled), prepared.lengths, pristine, places, backend)
+        return in_their_order(own, places)
 
     return backend
 
@@ -220,7 +223,8 @@ class _AotRanks:
         self.outputs = 0
         self.inputs: dict[str, Any] = {}  # those that the backward writes to
         self.late: set[str] = set()
-        self.parts: dict[int, Layout] = {}  # what each rank returns its part of, by its place
+        self.sizes = InputSizes(())
+        self.parts: dict[int, tuple[Shard, Any]] = {}  # what each rank returns its part of, by its place
 
     def shard(self, gm: fx.GraphModule) -> None:
         returned = tree_leaves(next(n for n in reversed(gm.graph.nodes) if n.op == "output").args)
@@ -228,13 +232,23 @@ class _AotRanks:
         lent = shard_joint_graph(gm.graph, self.group, self.config, self.hints).lent
         for i, (number, value) in numbers.items():
             if number in lent:
-                shape, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
-                self.parts[i] = Layout(lent[number], shape, stride, self.group)
+                geometry = [tuple(map(expression, x)) for x in (value.shape, value.stride())]
+                self.parts[i] = lent[number].expressions(), geometry
+        self.sizes = InputSizes(n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder")
         gm.recompile()
 
-    def returned(self, results: Sequence[Any]) -> list[Any]:
+    def returned(self, results: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         """What every rank returns: what is returned in parts as if it were read at once."""
-        return [_joined(x, self.parts[i]) if i in self.parts else _agreed(x) for i, x in enumerate(results)]
+        values = self.sizes.values(args)
+
+        def one(i: int, x: Any) -> Any:
+            if i not in self.parts:
+                return _agreed(x)
+            shard, geometry = self.parts[i]
+            shape, stride = (tuple(at(size, values) for size in y) for y in geometry)
+            return _joined(x, Layout(shard.at_sizes(values), shape, stride, self.group))
+
+        return [one(i, x) for i, x in enumerate(results)]
 
     def partition(self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
         self.shard(joint)
@@ -250,7 +264,7 @@ class _AotRanks:
             self.inputs = {n: x for n, x in zip(names, args, strict=True) if n in self.late}
             interpreter = _Ranks(gm, self.group.size)
             outputs = interpreter.run(*args, enable_io_processing=False)
-            user = self.returned(outputs[: self.outputs])
+            user = self.returned(outputs[: self.outputs], args)
             interpreter.write()
             return [*user, *map(_saved, outputs[self.outputs :])]
 
@@ -276,7 +290,7 @@ class _AotRanks:
         def run(*args: Any) -> Any:
             interpreter = _Ranks(gm, self.group.size)
             with torch.no_grad():
-                outputs = self.returned(interpreter.run(*args, enable_io_processing=False))
+                outputs = self.returned(interpreter.run(*args, enable_io_processing=False), args)
                 interpreter.write()
             return outputs
 

@@ -11,14 +11,27 @@ What only weighs costs or prints a size asks for its :func:`hint` and records no
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
-from torch import SymInt
+from torch import SymInt, Tensor
 
 from spcompile._torch import statically_known_true
 
-__all__ = ["Sized", "bounds_of", "ceil_div", "hint", "is_symbolic", "key", "surely"]
+__all__ = [
+    "InputSizes",
+    "Sized",
+    "at",
+    "bounds_of",
+    "ceil_div",
+    "expression",
+    "hint",
+    "is_symbolic",
+    "key",
+    "surely",
+]
 
 
 def is_symbolic(size: Any) -> bool:
@@ -82,3 +95,42 @@ def bounds_of(start: Any, stop: Any, step: int, size: Any) -> tuple[Any, Any, in
         return size if at > size else at if at > 0 else 0
 
     return within(start, 0), within(stop, size), step if step is not None else 1
+
+
+def expression(size: Any) -> Any:
+    """A symbolic size as an expression, which can be kept; numbers are themselves."""
+    return size.node.expr if isinstance(size, SymInt) and not size.node.expr.is_Integer else int(size)
+
+
+def at(size: Any, values: Mapping[sympy.Symbol, int]) -> int:
+    """An :func:`expression` where the symbols have these values."""
+    return int(size.xreplace(values)) if isinstance(size, sympy.Expr) else size
+
+
+class InputSizes:
+    """The symbols of a graph's sizes, read off what it is called with.
+
+    Args:
+        inputs: what the graph was traced with: tensors with symbolic sizes, and these sizes.
+    """
+
+    def __init__(self, inputs: Iterable[Any]) -> None:
+        self._found: dict[sympy.Symbol, tuple[int, int | None]] = {}
+        for index, x in enumerate(inputs):
+            for dim, size in enumerate(x.shape) if isinstance(x, Tensor) else [(None, x)]:
+                if is_symbolic(size) and size.node.expr.is_Symbol:
+                    self._found.setdefault(size.node.expr, (index, dim))
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def tell(self, symbols: Iterable[sympy.Symbol]) -> bool:
+        """Whether all of these symbols are known in a call."""
+        return all(symbol in self._found for symbol in symbols)
+
+    def values(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
+        """What the symbols are in a call with ``args``."""
+        return {
+            symbol: int(args[index] if dim is None else args[index].shape[dim])
+            for symbol, (index, dim) in self._found.items()
+        }

@@ -170,7 +170,7 @@ def capture(model: nn.Module, inputs: Mapping[str, Any], recognize: bool = True)
             decompositions=_torch.select_decomp_table(),
             keep_inference_input_mutations=True,
         )
-        return in_their_order(gm, compile_joint(gm, [example[i] for i in places]), places)
+        return in_their_order(compile_joint(gm, [example[i] for i in places]), places)
 
     torch._dynamo.reset()  # all of models/ is one frame's code, and Dynamo gives up on code compiled often
     library.watch()

@@ -63,7 +63,7 @@ class Trained:
 
     def __init__(self, net: nn.Module, ranks: int, dynamic: bool | None = None, **options: Any) -> None:
         self.net, self.compilations = net, set[str]()
-        backend = simulated(ranks, nan_padding=ranks > 1, lengths="symbolic", **options)
+        backend = simulated(ranks, nan_padding=ranks > 1, **options)
 
         def counted(gm: Any, inputs: Any) -> Callable[..., Any]:
             # Dynamo may start a graph over, under the same number.
@@ -90,6 +90,20 @@ def test_two_graphs_serve_all_lengths_but_the_first() -> None:
     """The first length is compiled for itself; then lengths that the ranks divide, and others."""
     run = Trained(Model("sdpa"), 2)
     for tokens in (12, 23, 36, 17, 60, 8, 31):
+        run.step(ids(tokens))
+    assert run.graphs == 3
+
+
+def test_twenty_lengths_are_three_graphs() -> None:
+    run = Trained(Model("sdpa"), 2)
+    for tokens in torch.randint(100, 4_001, (20,), generator=torch.Generator().manual_seed(0)).tolist():
+        run.step(ids(tokens))
+    assert run.graphs == 3
+
+
+def test_each_length_for_itself() -> None:
+    run = Trained(Model("linear"), 2, lengths="each")
+    for tokens in (12, 23, 17):
         run.step(ids(tokens))
     assert run.graphs == 3
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import spcompile
+from spcompile import _torch
 from spcompile.collectives import Group
 from spcompile.placement import Shard
 from spcompile.ports import Layout
@@ -36,6 +37,19 @@ def test_outputs_and_their_gradients_are_eager(ranks: int, length: int) -> None:
     for found, expected_output in zip(compiled(ids, ids), net(ids, ids), strict=True):
         assert found.requires_grad == expected_output.requires_grad
         assert relative_error(found.detach() + 0, expected_output.detach()) <= 1e-9
+
+
+def test_one_graph_gives_parts_of_many_lengths() -> None:
+    net = seeded(LM)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend=simulated(2, nan_padding=True))
+    _torch.counters.clear()
+    for length in (13, 9, 17, 5):
+        ids = tokens(length)
+        expected = gradients(net, lambda ids=ids: LOSSES["both"](net(ids, ids)))
+        found = gradients(net, lambda ids=ids: LOSSES["both"](compiled(ids, ids)))
+        assert worst(found, expected) <= 1e-9, length
+    assert _torch.counters["stats"]["unique_graphs"] == 2
 
 
 def test_explain_counts_no_gather_of_what_is_returned() -> None:
@@ -116,7 +130,8 @@ def test_parts_are_eager_to_whoever_reads_them() -> None:
 @pytest.mark.slow
 def test_nothing_is_gathered_between_compiled_modules() -> None:
     for result in run_ranks("between", 2, worker=WORKER):
-        assert small(result) and result["reads"] == {"blocks": 1, "break": 0}, result
+        graphs = {"graphs of blocks": 4, "graphs of break": 4}  # whole tokens in or parts, one length or many
+        assert small(result) and result["reads"] == {"blocks": 1, "break": 0} | graphs, result
 
 
 @pytest.mark.slow

@@ -44,20 +44,27 @@ _Item: TypeAlias = "fx.Node | _Region"
 
 
 def own_copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """Dynamo's graph as one that it does not see.
+    """The graph and those nested in it, over the same tensors and with Dynamo's notes on its nodes.
 
-    It calls by the order of its own graph's inputs, which it reads again once the backend is done; and a pass
-    may give the module another graph, which is then not Dynamo's.
+    Dynamo's own is left alone: it calls by the order of its graph's inputs, which it reads again once the
+    backend is done; and a pass may give the module another graph, which is then not Dynamo's.
     """
-    graph = fx.Graph()
-    found: dict[fx.Node, fx.Node] = {}
+    return _own_copy(gm, {})
+
+
+def _own_copy(gm: fx.GraphModule, made: dict[fx.GraphModule, fx.GraphModule]) -> fx.GraphModule:
+    graph, found = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in gm.graph.nodes:
-        found[node] = graph.node_copy(node, found.__getitem__)
-        if hasattr(node, "_dynamo_source"):
-            found[node]._dynamo_source = node._dynamo_source
+        new = found[node] = graph.node_copy(node, found.__getitem__)
+        notes = {k: x for k, x in vars(node).items() if k not in vars(new)}  # where an input comes from
+        vars(new).update(notes)
     graph.set_codegen(gm.graph._codegen)
-    copy = fx.GraphModule(gm, graph)
-    copy.meta = gm.meta
+    copy = made[gm] = fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    for node in graph.nodes:
+        inner = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(inner, fx.GraphModule):
+            setattr(copy, str(node.target), made.get(inner) or _own_copy(inner, made))
     return copy
 
 
@@ -73,20 +80,12 @@ def canonicalise(gm: fx.GraphModule) -> list[int]:
     return _arrange(gm, inputs=True)
 
 
-def in_their_order(
-    gm: fx.GraphModule, compiled: Callable[..., Any], places: Sequence[int]
-) -> Callable[..., Any]:
-    """``compiled``, which takes the inputs of canonical ``gm``, as a function of them in Dynamo's order.
+def in_their_order(compiled: Callable[..., Any], places: Sequence[int]) -> Callable[..., Any]:
+    """``compiled``, which takes the inputs of a canonical graph, as a function of them in Dynamo's order.
 
-    The inputs of ``gm`` are put back: Dynamo reads their order off it again, to write the call.
     Some callables take all inputs as one list, which they empty, and say so: the wrapper does as they do. (It
     takes over nothing else: Dynamo would unwrap it.)
     """
-
-    new = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    old = [node for _, node in sorted(zip(places, new, strict=True), key=lambda pair: pair[0])]
-    _place([*old, *(n for n in gm.graph.nodes if n.op != "placeholder")])
-    gm.recompile()
 
     def call(*args: Any) -> Any:
         if len(args) != 1 or not isinstance(args[0], list):

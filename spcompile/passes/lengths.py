@@ -24,9 +24,10 @@ import torch
 from torch import SymInt, Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
+from spcompile.passes.canonical import own_copy
 from spcompile.passes.einsums import without_opt_einsum
 from spcompile.passes.recognize import Site, recognize
-from spcompile.sizes import is_symbolic
+from spcompile.sizes import InputSizes, is_symbolic
 
 __all__ = ["Lengths", "recognize_lengths"]
 
@@ -46,22 +47,23 @@ class Lengths:
     """Whether the edit that was made is right for a call's sizes.
 
     Args:
-        pristine: Dynamo's graph before the edit.
+        pristine: the graph before the edit.
         symbols: the symbols of its sizes.
-        inputs: for each symbol the position of an input that is it.
+        inputs: what these are in a call.
         edit: what recognition makes of the graph.
         proved: the sizes for which that is known.
     """
 
     pristine: fx.GraphModule
     symbols: list[sympy.Symbol]
-    inputs: list[int]
+    inputs: InputSizes
     edit: list[Any]
     proved: set[Sizes] = field(default_factory=set)
 
     def hold(self, args: Sequence[Any]) -> bool:
         """Whether the edit is right for a call with ``args``, the inputs of the graph."""
-        sizes = tuple(int(args[i]) for i in self.inputs)
+        values = self.inputs.values(args)
+        sizes = tuple(values[s] for s in self.symbols)
         if sizes not in self.proved:
             try:
                 edited, _ = _recognized(self.pristine, dict(zip(self.symbols, sizes, strict=True)))
@@ -81,13 +83,13 @@ def recognize_lengths(gm: fx.GraphModule) -> tuple[list[Site], Lengths | None]:
     symbols = _symbols(gm)
     if not symbols:
         return _recognize(gm), None
-    pristine, inputs = _copied(gm), _inputs(gm, symbols)
+    pristine, inputs = own_copy(gm), InputSizes(_given(gm))
     base, sites = _recognized(pristine, symbols)
     if not any(site.rewritten for site in sites):
         return sites, None
     for change in _CHANGES:
         try:
-            if inputs is None:
+            if _may_share(gm) or not inputs.tell(symbols):
                 break
             edit = _generalised(pristine, _text(base), symbols, change)
             _write(gm, base, edit, list(symbols))
@@ -100,10 +102,14 @@ def recognize_lengths(gm: fx.GraphModule) -> tuple[list[Site], Lengths | None]:
 # --------------------------------------------------------------------------------- copies at a length
 
 
+def _given(gm: fx.GraphModule) -> list[Any]:
+    return [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
+
+
 def _symbols(gm: fx.GraphModule) -> dict[sympy.Symbol, int]:
     """The symbols of the inputs' sizes, in the inputs' order, with their values at hand."""
     found: dict[sympy.Symbol, int] = {}
-    for x in tree_leaves([n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]):
+    for x in tree_leaves(_given(gm)):
         for size in (*x.shape, *x.stride()) if isinstance(x, Tensor) else (x,):
             if isinstance(size, SymInt):
                 env = size.node.shape_env
@@ -112,36 +118,17 @@ def _symbols(gm: fx.GraphModule) -> dict[sympy.Symbol, int]:
     return found
 
 
-def _inputs(gm: fx.GraphModule, symbols: Mapping[sympy.Symbol, int]) -> list[int] | None:
-    """For each symbol the input that is it; None if there is none, or if inputs may be one memory."""
-    given = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
-    tensors = [x for x in given if isinstance(x, Tensor)]
-    if len({x.untyped_storage()._cdata for x in tensors}) < len(tensors):
-        return None
-    at = {x.node.expr: i for i, x in enumerate(given) if isinstance(x, SymInt)}
-    return [at[s] for s in symbols] if all(s in at for s in symbols) else None
-
-
-def _copied(gm: fx.GraphModule) -> fx.GraphModule:
-    """The graph and those nested in it, with metadata of their own, over the same tensors."""
-    graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
-    output = graph.output(graph.graph_copy(gm.graph, nodes))
-    for old, new in nodes.items():  # what Dynamo has noted on its inputs: where they come from
-        vars(new).update({k: x for k, x in vars(old).items() if k not in vars(new)})
-    copy = fx.GraphModule(gm, graph)
-    for node in graph.nodes:
-        inner = getattr(copy, str(node.target), None) if node.op == "get_attr" else None
-        if isinstance(inner, fx.GraphModule):
-            setattr(copy, str(node.target), _copied(inner))
-    output.meta = dict(next(n for n in gm.graph.nodes if n.op == "output").meta)
-    return copy
+def _may_share(gm: fx.GraphModule) -> bool:
+    """Whether two inputs may be one memory."""
+    tensors = [x for x in _given(gm) if isinstance(x, Tensor)]
+    return len({x.untyped_storage()._cdata for x in tensors}) < len(tensors)
 
 
 def _recognized(
     pristine: fx.GraphModule, sizes: Mapping[sympy.Symbol, int]
 ) -> tuple[fx.GraphModule, list[Site]]:
     """A copy with these sizes, after recognition."""
-    copy = _copied(pristine)
+    copy = own_copy(pristine)
     values = {s: sympy.Integer(n) for s, n in sizes.items()}
 
     def number(size: Any) -> Any:

@@ -61,7 +61,8 @@ def _replace(node: fx.Node, made: fx.Node) -> None:
 def arrivals(graph: fx.Graph) -> dict[Value, Shard]:
     """The global tensors of which the graph is given this rank's part, and how they lie."""
     found = (n for n in graph.nodes if n.target is ports.ops.arrive.default)
-    return {(node, 0): ports.layout_of(*node.args[1:5]).shard for node in found}
+    numbers = {node: fx.map_arg(node.args[1:5], lambda n: n.meta["val"]) for node in found}
+    return {(node, 0): ports.layout_of(*given).shard for node, given in numbers.items()}
 
 
 def lent_as(node: fx.Node) -> int | None:
