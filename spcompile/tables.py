@@ -82,7 +82,7 @@ def _header(report: Report) -> str:
     for length, block in dict.fromkeys(r.sequence for r in report.records if r.sequence):
         padding = report.ranks * block - length
         padded = f"{_number(padding, 'position')} of padding" if padding else "no padding"
-        lines.append(f"sequence: {length:,} tokens, {block:,} per rank, {padded}; other lengths compile anew")
+        lines.append(f"sequence: {length:,} tokens, {block:,} per rank, {padded}")
     if report.ranks > 1 and not any(r.sequence for r in report.records):
         lines.append("sequence: none found, so nothing is sharded; the option sequence_dims names it")
     calls = sum(report.calls) if report.calls else len(report.records)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
-from spcompile.passes.canonical import canonicalise
+from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
 from spcompile.passes.einsums import cheapest, split_einsums, without_opt_einsum
 
 
@@ -180,3 +180,31 @@ def test_the_cheapest_product_comes_first() -> None:
     assert cheapest(chain, "ad", {"a": 2, "b": 9, "c": 9, "d": 9}) == [(0, 1), (0, 1)]
     assert cheapest(chain, "ad", {"a": 9, "b": 9, "c": 9, "d": 2}) == [(1, 2), (0, 1)]
     assert cheapest(["a", "b", "c"], "abc", {"a": 2, "b": 2, "c": 2}) == [(0, 1), (0, 1)]
+
+
+def test_dynamos_own_graph_is_left_alone() -> None:
+    """Dynamo writes the call by the order of its graph's inputs, which it reads after the backend; the passes
+    move inputs and give the module another graph. Without a copy the operands would be swapped, silently."""
+
+    def backend(gm: fx.GraphModule, example: Sequence[Any]) -> Callable[..., Any]:
+        before = str(gm.graph)
+        mine = own_copy(gm)
+        places = canonicalise(mine)
+        mine.graph = fx.Graph(mine)
+        moved.append(places != sorted(places))
+        nested = [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
+        assert str(gm.graph) == before and not {*nested} & {*mine.modules()}
+        again = own_copy(gm)
+        canonicalise(again)
+        return in_their_order(again, places)
+
+    def late_first(x: Tensor, y: Tensor) -> Tensor:
+        shape = x.shape[0] * 2  # x is Dynamo's first input, y is what is computed with first
+        return checkpoint(torch.cos, y.sin(), use_reentrant=False) - x * shape
+
+    moved: list[bool] = []
+    torch._dynamo.reset()
+    x, y = torch.randn(3), torch.randn(3, requires_grad=True)
+    found = torch.compile(late_first, backend=backend, fullgraph=True)(x, y)
+    torch.testing.assert_close(found, late_first(x, y))
+    assert moved == [True]
