@@ -19,10 +19,10 @@ from spcompile.config import Config
 from spcompile.errors import SpcompileError
 from spcompile.frontend import Frontend, prepare
 from spcompile.groups import sequence_group
-from spcompile.passes import shard_joint_graph
+from spcompile.passes import chunks, shard_joint_graph
 from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
 from spcompile.passes.overlap import SCHEDULER, erase_dead_waits
-from spcompile.passes.ports import close_ports, own_parts, same_memory
+from spcompile.passes.ports import close_ports, same_memory
 from spcompile.report import RECORDS, Record, strategy_names
 from spcompile.serve import inputs_of, like, served
 from spcompile.warm import Told
@@ -143,12 +143,13 @@ class WaitPass(_torch.CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         erase_dead_waits(graph)
+        chunks.in_pieces(graph, self.boundary.memory)
         close_ports(graph)
-        own_parts(graph, self.boundary.memory)
         self.told.saw_final(graph)
 
     def uuid(self) -> Any:
-        return (source_hash(), [sorted(names) for names in self.boundary.memory])
+        pieces = chunks.LEAST_BYTES, chunks.PIECES
+        return (source_hash(), pieces, [sorted(names) for names in self.boundary.memory])
 
 
 def tell_gathers(gathers: Sequence[Any], config: Config) -> None:

@@ -242,8 +242,6 @@ def hand_out(local: Tensor, token: Tensor | None, layout: Layout | None, aliased
         token: of the port by which a gradient comes back; None for an output without gradient.
     """
     part = None if layout is None else Part(local, layout, aliased)
-    if part is not None and type(local) is Tensor:  # a fake one has no memory
-        ports.hold(local, part)
     if token is not None and token.requires_grad and torch.is_grad_enabled():
         return _HandedOut.apply(local, token, part)
     return local if part is None else ShardedTensor(part)
@@ -254,20 +252,16 @@ class _TakenIn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: ShardedTensor, local: Tensor) -> Tensor:
-        ctx.part, ctx.layout = x._part, x._part.layout  # held while the graph that took it in may read it
+        ctx.layout = x._part.layout
         return local.view_as(local)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.part = None
         return ShardedTensor(Part(gradient, ctx.layout)), None
 
 
 def take_in(x: ShardedTensor) -> Tensor:
     """This rank's part of ``x`` in the place that it has in autograd."""
     local = x.local_part()
-    if not torch.is_grad_enabled():
-        return local
-    # A graph that saves a part outside of autograd does not hold it.
-    return _TakenIn.apply(x, local) if x.requires_grad else local.clone()
+    return _TakenIn.apply(x, local) if x.requires_grad and torch.is_grad_enabled() else local
