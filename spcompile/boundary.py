@@ -53,7 +53,6 @@ class Boundary:
             gathered before.
         local: whether these are returned as plain tensors of this rank's tokens.
         layouts: the outputs that do stay, by their number.
-        memory: of each of these, the names of the joint graph's nodes that are the same memory.
     """
 
     group: Group
@@ -63,12 +62,6 @@ class Boundary:
     arriving: list[int] = field(default_factory=list)
     written: list[int] = field(default_factory=list)
     layouts: dict[int, Layout] = field(default_factory=dict)
-    memory: list[frozenset[str]] = field(default_factory=list)
-
-    def saw_joint(self, memory: Mapping[int, frozenset[str]]) -> None:
-        """Take, of each output that stays a part, the names of the joint graph's nodes in the same memory."""
-        single = [out.number for out in self.outputs if not out.aliased]
-        self.memory = [memory[number] for number in single if memory.get(number)]
 
     def settle(self, lent: Mapping[int, Shard]) -> None:
         """Take what the joint pass has decided: how the outputs lie that stay this rank's part."""

@@ -35,7 +35,7 @@ from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
 from spcompile.passes.chunks import in_pieces
 from spcompile.passes.communicate import joined, split_dim
 from spcompile.passes.copies import written
-from spcompile.passes.ports import lent_as, same_memory
+from spcompile.passes.ports import lent_as
 from spcompile.ports import Layout
 from spcompile.serve import served
 
@@ -221,15 +221,12 @@ class _AotRanks:
         self.outputs = 0
         self.inputs: dict[str, Any] = {}  # those that the backward writes to
         self.late: set[str] = set()
-        self.memory: list[frozenset[str]] = []
         self.parts: dict[int, Layout] = {}  # what each rank returns its part of, by its place
 
     def shard(self, gm: fx.GraphModule) -> None:
         returned = tree_leaves(next(n for n in reversed(gm.graph.nodes) if n.op == "output").args)
         numbers = {i: (lent_as(x), x.meta["val"]) for i, x in enumerate(returned) if isinstance(x, fx.Node)}
-        sharded = shard_joint_graph(gm.graph, self.group, self.config, self.hints)
-        self.memory = [same_memory(gm.graph, node) for node in sharded.parts.values()]
-        lent = sharded.lent
+        lent = shard_joint_graph(gm.graph, self.group, self.config, self.hints).lent
         for i, (number, value) in numbers.items():
             if number in lent:
                 shape, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
@@ -261,7 +258,7 @@ class _AotRanks:
         return make_boxed_func(run)
 
     def backward(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        in_pieces(gm.graph, self.memory)
+        in_pieces(gm.graph)
         gm.recompile()
         names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
 

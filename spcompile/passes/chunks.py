@@ -2,21 +2,22 @@
 
 NOTE [Gradients in pieces]
 The backward of a loss computes a gradient as large as the logits, for a few matrix products. Inductor writes
-it over the logits, but it may not where they are returned as well: the user may read them. So where such a
-tensor [*rows, V] is read row by row, up to products that contract rows or columns, these steps are done for
-one piece of the rows after the other: with G_i the piece's gradient, H_i the piece's hidden states,
+it over the logits, but it may not where they are returned as well: the user may read them. Such a gradient is
+known by ``add_late`` (NOTE [Ports]). Where it is computed row by row, [*rows, K], and goes row by row into
+products that contract rows or columns, these steps are done for one piece of the rows after the other: with
+G_i the gradient's piece, H_i that of the hidden states, W the head's weight,
 
     dH_i = G_i @ W        put one below the other
     dW  += G_i^T @ H_i
 
-Every value of a piece is written [n, k], or [n, 1] for one without columns, or it has no rows and is the same
-for all pieces. What a piece reads comes through ``spcompile::rows``, which waits for the piece before.
+Every value of a piece is written [n, k], with k = 1 for one without columns, or it has no rows and is the
+same for all pieces. What a piece reads comes through ``spcompile::rows``, which waits for the piece before.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,52 +52,54 @@ _VIEWS = {
 _REDUCTIONS = {aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.any.dim}
 _ALONG_ROWS = {aten.scatter.value, aten.scatter.src, aten.gather.default}
 _CREATE = {aten.full.default}
-_BROADCAST = {aten.expand.default, ports.ops.add_late.default}
+_LATE = ports.ops.add_late.default
+_BROADCAST = {aten.expand.default, _LATE}
 
 
-def in_pieces(graph: fx.Graph, names: Iterable[frozenset[str]]) -> None:
-    """Compute the gradients of large returned tensors in pieces, in place; see NOTE [Gradients in pieces].
-
-    Args:
-        graph: a forward's is left as it is.
-        names: for each output that is a rank's part, of all nodes that are the same memory.
-    """
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    if not any(n.name.startswith("tangents") for n in inputs):
-        return
-    for same in names:
-        for node in inputs:
-            if node.name in same and _is_large(node.meta["val"]):
-                _unroll(graph, node)
+def in_pieces(graph: fx.Graph) -> None:
+    """Compute the gradients of large returned tensors in pieces, in place; see NOTE [Gradients in pieces]."""
+    for node in list(graph.nodes):
+        if node.target is _LATE and _is_large(node.meta["val"]):
+            try:
+                steps = _Steps.around(node)
+                _Writer(graph, steps).write()
+            except _Refused:
+                continue
 
 
-def _is_large(x: Any) -> bool:
-    if not isinstance(x, Tensor) or x.dim() < 2 or not all(isinstance(n, int) for n in x.shape):
+def _is_large(x: Tensor) -> bool:
+    if x.dim() < 2 or not all(isinstance(n, int) for n in x.shape) or x.shape[-1] < 2:
         return False
-    rows = x.numel() // max(1, x.shape[-1])
-    return rows >= 2 * PIECES and x.is_contiguous() and x.numel() * x.element_size() >= LEAST_BYTES
+    return x.numel() >= 2 * PIECES * x.shape[-1] and x.numel() * x.element_size() >= LEAST_BYTES
 
 
 def _shape(node: fx.Node) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
 
-def _tensors(node: fx.Node) -> list[fx.Node]:
-    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+def _same(node: fx.Node, dims: Any) -> bool:
+    """Whether ``node`` is a matrix, and ``dims`` exchanges its dims."""
+    return len(_shape(node)) == 2 and list(dims) == [1, 0]
 
 
-# ---- what is read row by row ----------------------------------------------------------------------------
+# ---- what is computed row by row ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How rows lie in a value: [*rows, columns], or [columns, rows] if turned; one column may be left out."""
+
+    columns: int
+    turned: bool = False
 
 
 @dataclass(frozen=True)
 class _Read:
-    """A value from outside as a step reads it: aligned to ``shape``, of which the last ``tail`` dims (0 or 1)
-    are columns. Without rows of its own it is ``free``."""
+    """What a step reads of ``node``, which is broadcast to ``shape``; without rows of its own if no form."""
 
     node: fx.Node
     shape: tuple[int, ...]
-    tail: int
-    free: bool
+    form: _Form | None
 
 
 class _Refused(Exception):
@@ -109,155 +112,162 @@ class _Steps:
 
     Args:
         rows: R; the rows of every value.
-        tails: of each value that is computed in pieces, how many of its last dims (0 or 1) are columns.
-        cone: those of them that are computed from the tensor.
-        reads: what each step reads.
-        turned: transposed values of the cone.
-        ends: what is computed from all rows.
+        forms: of each value that is computed in pieces.
+        reads: what each of them reads.
+        cone: those of them that are computed from the gradient.
+        ends: what is computed from all rows of these.
     """
 
     rows: int
-    tails: dict[fx.Node, int] = field(default_factory=dict)
-    cone: set[fx.Node] = field(default_factory=set)
+    forms: dict[fx.Node, _Form] = field(default_factory=dict)
     reads: dict[fx.Node, dict[fx.Node, _Read]] = field(default_factory=dict)
-    turned: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    cone: set[fx.Node] = field(default_factory=set)
     ends: list[fx.Node] = field(default_factory=list)
 
-    def tail_of(self, shape: tuple[Any, ...], columns: int) -> int | None:
-        """How many of the last dims are columns, of a value with R rows of so many; None if it is not one."""
-        if columns > 1:
-            return 1 if shape and shape[-1] == columns and math.prod(shape[:-1]) == self.rows else None
-        if math.prod(shape) != self.rows:
-            return None
-        return int(bool(shape) and shape[-1] == 1)
+    # ---- one step
 
-    def columns(self, node: fx.Node, tail: int) -> int:
-        return _shape(node)[-1] if tail else 1
-
-    def step(self, node: fx.Node, tail: int) -> dict[fx.Node, _Read] | None:
+    def step(self, node: fx.Node, form: _Form) -> dict[fx.Node, _Read] | None:
         """What ``node`` reads, if each row of it is computed from the same row of its operands."""
-        operands = _tensors(node)
-        if node.op != "call_function" or not isinstance(node.meta.get("val"), Tensor):
+        operands = node.all_input_nodes
+        values = [n.meta.get("val") for n in (node, *operands)]
+        if node.op != "call_function" or not all(isinstance(x, Tensor) for x in values):
             return None
         shape = _shape(node)
-        sizes = [s for n in (node, *operands) for s in _shape(n)]
-        if len(operands) < len(node.all_input_nodes) or not all(isinstance(s, int) for s in sizes):
-            return None  # sizes that are known at run time only
-        if len(shape) < tail or math.prod(shape[: len(shape) - tail]) != self.rows:
+        if not all(isinstance(s, int) for n in (node, *operands) for s in _shape(n)):
+            return None
+        if not self._is_of(shape, form):
             return None
         if node.target in _VIEWS:
-            return self._view(node, tail)
+            return self._view(node, form)
+        if node.target is aten.permute.default:
+            return self._permute(node, form)
         if node.target in _REDUCTIONS:
-            return self._reduction(node, tail)
+            return self._reduction(node, form)
         if node.target in _ALONG_ROWS:
-            return self._along_rows(node, tail)
+            return self._along_rows(node, form)
         if node.target in _CREATE:
             return {}
         if node.target in _BROADCAST or is_pointwise(node.target):
-            return {n: self._aligned(n, shape, tail) for n in _tensors(node)}
+            return {n: self._aligned(n, shape, form) for n in operands}
         return None
 
-    def _view(self, node: fx.Node, tail: int) -> dict[fx.Node, _Read] | None:
-        (x,) = _tensors(node)
-        found = self.tail_of(_shape(x), self.columns(node, tail))
-        return None if found is None else {x: _Read(x, _shape(x), found, False)}
+    def _is_of(self, shape: tuple[int, ...], form: _Form) -> bool:
+        if form.columns == 1:
+            return math.prod(shape) == self.rows
+        if form.turned:
+            return shape == (form.columns, self.rows)
+        return bool(shape) and shape[-1] == form.columns and math.prod(shape[:-1]) == self.rows
 
-    def _reduction(self, node: fx.Node, tail: int) -> dict[fx.Node, _Read] | None:
-        x, dims, keep = (*node.args, False)[:3] if len(node.args) > 1 else (None, None, False)
-        if not isinstance(x, fx.Node) or tail != int(bool(keep)):
+    def _view(self, node: fx.Node, form: _Form) -> dict[fx.Node, _Read] | None:
+        (x,) = node.all_input_nodes
+        return {x: _Read(x, _shape(x), form)} if self._is_of(_shape(x), form) else None
+
+    def _permute(self, node: fx.Node, form: _Form) -> dict[fx.Node, _Read] | None:
+        x = node.args[0]
+        if not _same(x, node.args[1]) or (form.columns == 1 and 1 not in _shape(x)):
             return None
+        turned = form if form.columns == 1 else _Form(form.columns, not form.turned)
+        return {x: _Read(x, _shape(x), turned)}
+
+    def _reduction(self, node: fx.Node, form: _Form) -> dict[fx.Node, _Read] | None:
+        if len(node.args) < 2 or form.columns > 1:
+            return None
+        x, dims = node.args[:2]
         last, dims = len(_shape(x)) - 1, dims if isinstance(dims, Sequence) else [dims]
-        if list(dims) not in ([last], [-1]) or self.tail_of(_shape(x), _shape(x)[-1]) is None:
-            return None
-        return {x: _Read(x, _shape(x), 1, False)}
+        read = _Read(x, _shape(x), _Form(_shape(x)[-1]))
+        return {x: read} if list(dims) in ([last], [-1]) else None
 
-    def _along_rows(self, node: fx.Node, tail: int) -> dict[fx.Node, _Read] | None:
-        dim, operands = node.args[1], _tensors(node)
-        if tail != 1 or dim not in (-1, len(_shape(node)) - 1):
+    def _along_rows(self, node: fx.Node, form: _Form) -> dict[fx.Node, _Read] | None:
+        operands, last = node.all_input_nodes, len(_shape(node)) - 1
+        if node.args[1] not in (-1, last) or form.turned:
             return None
-        if any(math.prod(_shape(x)[:-1]) != self.rows for x in operands):
-            return None
-        return {x: _Read(x, _shape(x), 1, False) for x in operands}
+        reads = {x: _Read(x, _shape(x), _Form(_shape(x)[-1])) for x in operands if len(_shape(x)) == last + 1}
+        fits = len(reads) == len(operands) and all(self._is_of(r.shape, r.form) for r in reads.values())
+        return reads if fits else None
 
-    def _aligned(self, node: fx.Node, shape: tuple[int, ...], tail: int) -> _Read:
+    def _aligned(self, node: fx.Node, shape: tuple[int, ...], form: _Form) -> _Read:
         """``node`` broadcast to the rows of a result of ``shape``."""
         own = (1,) * (len(shape) - len(_shape(node))) + _shape(node)
-        rows = len(shape) - tail
-        if all(n == 1 for n in own[:rows]):
-            return _Read(node, own, tail, True)
-        return _Read(node, (*shape[:rows], *own[rows:]), tail, False)
+        if form.columns == 1:
+            return _Read(node, shape, None if math.prod(own) == 1 else form)
+        if form.turned:
+            turned = own[0] > 1
+            return _Read(node, own, None if own[1] == 1 else _Form(own[0], turned))
+        free = math.prod(own[:-1]) == 1
+        return _Read(node, own if free else (*shape[:-1], own[-1]), None if free else _Form(own[-1]))
 
-    # ---- finding them
+    # ---- all of them
 
-    def find(self, start: fx.Node) -> None:
-        """Follow what is computed from ``start``, then what these steps read.
+    @staticmethod
+    def around(start: fx.Node) -> _Steps:
+        """What is computed from ``start``, and what this reads.
 
         Raises:
-            _Refused: something else reads it.
+            _Refused: something else is computed from it.
         """
-        self.cone.add(start)
-        self.tails[start] = 1
+        form = _Form(_shape(start)[-1])
+        steps = _Steps(math.prod(_shape(start)[:-1]))
+        steps._take(start, [form])
         for node in start.graph.nodes:
-            if any(n in self.cone or n in self.turned for n in node.all_input_nodes):
-                self._follow(node)
-        if not self.ends:
-            raise _Refused("no products")
-        for node in list(self.reads):
-            self._pull(node)
+            if any(n in steps.cone for n in node.all_input_nodes):
+                steps._follow(node)
+        if not steps.ends:
+            raise _Refused("nothing is computed from it")
+        for node in list(steps.reads):
+            steps._pull(node)
+        return steps
 
-    def _follow(self, node: fx.Node) -> None:
+    def _take(self, node: fx.Node, forms: Sequence[_Form]) -> None:
         mine = [n for n in node.all_input_nodes if n in self.cone]
-        if _is_product(node) or _sums_rows(node):
-            self._check_end(node)
-            self.ends.append(node)
-        elif len(mine) < len([n for n in node.all_input_nodes if n in self.cone or n in self.turned]):
-            raise _Refused(f"{node} reads it transposed")
-        elif node.target is aten.permute.default and len(_shape(mine[0])) == 2 and node.args[1] == [1, 0]:
-            self.turned[node] = mine[0]
-        elif not self._take(node, mine):
-            raise _Refused(f"{node} is computed from it")
-
-    def _take(self, node: fx.Node, mine: list[fx.Node]) -> bool:
-        for tail in (1, 0):
-            reads = self.step(node, tail)
+        for form in forms:
+            reads = self.step(node, form)
             if reads is not None and all(self.inside(reads[n]) for n in mine):
                 self.cone.add(node)
-                self.tails[node], self.reads[node] = tail, reads
-                return True
-        return False
+                self.forms[node], self.reads[node] = form, reads
+                return
+        raise _Refused(f"{node} is computed from it")
+
+    def _follow(self, node: fx.Node) -> None:
+        if isinstance(node.meta.get("val"), Tensor) and self._is_end(node):
+            self.ends.append(node)
+            return
+        shape = _shape(node) if isinstance(node.meta.get("val"), Tensor) else ()
+        self._take(node, [_Form(1), *(f for s in shape[-1:] for f in (_Form(s), _Form(shape[0], True)))])
 
     def inside(self, read: _Read) -> bool:
         """Whether what is read is a value in pieces, as it is computed."""
-        return not read.free and self.tails.get(read.node) == read.tail and _has_rows(read)
+        known = self.forms.get(read.node)
+        return known is not None and known == read.form and _has_rows(read)
 
-    def _check_end(self, node: fx.Node) -> None:
+    def _is_end(self, node: fx.Node) -> bool:
+        """Whether it is a product of a value in pieces and something else, or its sum over all rows.
+
+        Raises:
+            _Refused: it is a product of two of them.
+        """
+        mine = [n for n in node.all_input_nodes if n in self.cone]
         if _sums_rows(node):
-            whole = [node.args[0]]
-            others: list[fx.Node] = []
-        else:
-            factors = _factors(node)
-            whole = [self.turned.get(n, n) for n in factors if n in self.cone or n in self.turned]
-            others = [n for n in node.all_input_nodes if n not in factors]
-        if len(whole) != 1 or any(n in self.cone or n in self.turned for n in others):
+            return self.forms[mine[0]] == _Form(_shape(mine[0])[-1])
+        if not _is_product(node):
+            return False
+        if len(mine) != 1 or mine[0] not in _factors(node) or node.args[-2] is node.args[-1]:
             raise _Refused(f"{node} is not a product of it and something else")
-        shape = _shape(whole[0])
-        if self.tails[whole[0]] != 1 or math.prod(shape[:-1]) != self.rows:
-            raise _Refused(f"{node} contracts something else")
+        return self.forms[mine[0]].columns > 1
 
     def _pull(self, node: fx.Node) -> None:
         """Take in what ``node`` reads and what is computed row by row too."""
         todo = [node]
         while todo:
             for read in self.reads[todo.pop()].values():
-                if read.free or self.inside(read):
+                if read.form is None or self.inside(read):
                     continue
                 if read.node in self.cone:
                     raise _Refused(f"{read.node} is read in two ways")
-                reads = self.step(read.node, read.tail) if _has_rows(read) else None
-                if reads is not None and read.node not in self.tails:
-                    self.tails[read.node], self.reads[read.node] = read.tail, reads
+                reads = self.step(read.node, read.form) if _has_rows(read) else None
+                if reads is not None and read.node not in self.forms:
+                    self.forms[read.node], self.reads[read.node] = read.form, reads
                     todo.append(read.node)
-                elif not _has_rows(read) and read.tail and read.shape[-1] > 1:
+                elif not _has_rows(read) and read.form.columns > 1:
                     raise _Refused(f"{read.node} would be written out for all rows")
 
 
@@ -273,7 +283,7 @@ def _is_product(node: fx.Node) -> bool:
 
 
 def _factors(node: fx.Node) -> list[fx.Node]:
-    return list(node.args[-2:])
+    return list(node.args[-2:]) if _is_product(node) else []
 
 
 def _sums_rows(node: fx.Node) -> bool:
@@ -297,23 +307,14 @@ def _precise(dtype: torch.dtype) -> torch.dtype:
 # ---- writing them ---------------------------------------------------------------------------------------
 
 
-def _unroll(graph: fx.Graph, start: fx.Node) -> None:
-    steps = _Steps(start.meta["val"].numel() // start.meta["val"].shape[-1])
-    try:
-        steps.find(start)
-        _Writer(graph, steps, start).write()
-    except _Refused:
-        return
-
-
 class _Writer:
     """Writes the pieces before the first node that needs a result of them."""
 
-    def __init__(self, graph: fx.Graph, steps: _Steps, start: fx.Node) -> None:
-        self.graph, self.steps, self.start = graph, steps, start
+    def __init__(self, graph: fx.Graph, steps: _Steps) -> None:
+        self.graph, self.steps = graph, steps
         self.order = {n: i for i, n in enumerate(graph.nodes)}
-        self.region = sorted((n for n in steps.tails if n in steps.reads), key=self.order.__getitem__)
-        fake_mode = _torch.detect_fake_mode([start.meta["val"]])
+        self.region = sorted(steps.reads, key=self.order.__getitem__)
+        fake_mode = _torch.detect_fake_mode([self.region[0].meta["val"]])
         self.emitter = Emitter(graph, fake_mode, _torch.select_decomp_table())
         self.outside: dict[Any, Tensor] = {}
 
@@ -327,7 +328,7 @@ class _Writer:
             end.replace_all_uses_with(self.emitter.node_of(made))
         for end in ends:
             self.graph.erase_node(end)
-        for node in [*reversed(self.steps.turned), *reversed(self.region)]:
+        for node in reversed(self.region):
             if not node.users:
                 self.graph.erase_node(node)
 
@@ -341,9 +342,9 @@ class _Writer:
         needed = [n for end in steps.ends for n in ([end] if _is_added(end) else end.users)]
         point = min(needed, key=self.order.__getitem__)
         for reads in steps.reads.values():
-            todo += [r.node for r in reads.values() if not steps.inside(r) or r.node is self.start]
+            todo += [r.node for r in reads.values() if not steps.inside(r)]
         for end in steps.ends:
-            todo += [n for n in _factors(end) if n not in steps.cone and n not in steps.turned]
+            todo += [n for n in _factors(end) if n not in steps.cone]
         moved: set[fx.Node] = set()
         while todo:
             node = todo.pop()
@@ -365,14 +366,18 @@ class _Writer:
         return self.outside[node]
 
     def _free(self, read: _Read) -> Tensor:
-        return self._given(read.node).reshape(read.shape[-1:] if read.tail else ())
+        """What is the same for all pieces, [k] or []."""
+        columns = math.prod(read.shape) if math.prod(_shape(read.node)) > 1 else 1
+        return self._given(read.node).reshape([columns] if columns > 1 else [])
 
-    def _tall(self, read: _Read) -> Tensor:
+    def _tall(self, read: _Read, form: _Form) -> Tensor:
         """All rows of what the pieces read, [R, k]."""
         x = self._given(read.node)
         if not _has_rows(read):
             x = x.expand(read.shape)
-        return x.reshape(self.steps.rows, read.shape[-1] if read.tail else 1)
+        if form.turned:
+            x = x.permute(1, 0)
+        return x.reshape(self.steps.rows, form.columns)
 
     # ---- a piece
 
@@ -391,25 +396,24 @@ class _Writer:
         return results
 
     def _value(self, read: _Read) -> Tensor:
-        if self.steps.inside(read) and read.node is not self.start:
+        if self.steps.inside(read):
             return self.piece[read.node]
-        key = read.node, read.free or _has_rows(read) or read.shape, read.tail
+        key = read.node, read.form, _has_rows(read) or read.shape
         if key not in self.outside:
-            self.outside[key] = self._free(read) if read.free else self._tall(read)
-        if read.free:
+            self.outside[key] = self._free(read) if read.form is None else self._tall(read, read.form)
+        if read.form is None:
             return self.outside[key]
         if key not in self.piece:
             self.piece[key] = chunked.rows(self.outside[key], self.first, self.stop, self.after)
         return self.piece[key]
 
     def _step(self, node: fx.Node) -> Tensor:
-        reads, tail = self.steps.reads[node], self.steps.tails[node]
-        shape = [self.stop - self.first, self.steps.columns(node, tail)]
+        reads, shape = self.steps.reads[node], [self.stop - self.first, self.steps.forms[node].columns]
         operands = {n: self._value(read) for n, read in reads.items()}
         args, kwargs = tree_map(
             lambda x: operands.get(x, x) if isinstance(x, fx.Node) else x, (node.args, node.kwargs)
         )
-        if node.target in _VIEWS or node.target is aten.expand.default:
+        if node.target in _VIEWS or node.target in (aten.permute.default, aten.expand.default):
             made = args[0]
         elif node.target in _REDUCTIONS:
             made = node.target(args[0], [1] if isinstance(args[1], Sequence) else 1, True, **kwargs)
@@ -417,7 +421,7 @@ class _Writer:
             made = node.target(args[0], 1, *args[2:], **kwargs)
         elif node.target in _CREATE:
             made = node.target(shape, *args[1:], **kwargs)
-        elif node.target is ports.ops.add_late.default:
+        elif node.target is _LATE:
             x, *rest = args[:4]
             made = ports.add_late(x.expand(shape), *rest, self.first, self.stop < self.steps.rows)
         else:
@@ -430,7 +434,7 @@ class _Writer:
         """Add a piece to a result: to the list of its pieces, or to their sum."""
         precise = _precise(end.meta["val"].dtype)
         if _sums_rows(end):
-            term = self._of_piece(end.args[0]).sum([0], dtype=precise)
+            term = self.piece[end.args[0]].sum([0], dtype=precise)
             so_far[:] = [so_far[0] + term] if so_far else [term]
             return
         joined = self._joined(end)
@@ -447,19 +451,17 @@ class _Writer:
         if _sums_rows(end):
             return None
         a, b = _factors(end)
-        return 0 if a in self.steps.cone else 1 if b in self.steps.turned else None
+        if a in self.steps.cone:
+            return None if self.steps.forms[a].turned else 0
+        return 1 if self.steps.forms[b].turned else None
 
     def _factor(self, node: fx.Node, dim: int, summed: bool) -> Tensor:
         """This piece of a factor, which is contracted along ``dim``: of its rows, if these are summed."""
         if node in self.steps.cone:
-            return self._of_piece(node)
-        if node in self.steps.turned:
-            return self._of_piece(self.steps.turned[node]).permute(1, 0)
+            piece = self.piece[node]
+            return piece.permute(1, 0) if self.steps.forms[node].turned else piece
         x = self._given(node)
         return x.narrow(dim, self.first, self.stop - self.first) if summed else x
-
-    def _of_piece(self, node: fx.Node) -> Tensor:
-        return self._value(_Read(node, _shape(node), self.steps.tails[node], False))
 
     def _finish(self, end: fx.Node, results: list[Tensor]) -> Tensor:
         dim, value = self._joined(end), end.meta["val"]

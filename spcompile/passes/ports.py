@@ -11,7 +11,7 @@ from spcompile import chunked, ports
 from spcompile.passes.propagate import Value
 from spcompile.placement import Shard
 
-__all__ = ["arrivals", "close_ports", "lend_nothing", "lent_as", "open_ports", "same_memory"]
+__all__ = ["arrivals", "close_ports", "lend_nothing", "lent_as", "open_ports"]
 
 aten = torch.ops.aten
 _LEND, _LATE = ports.ops.lend.default, ports.ops.late.default
@@ -96,13 +96,3 @@ def close_ports(graph: fx.Graph) -> None:
             call.meta["val"] = (None, node.meta["val"])
             made = graph.call_function(getitem, (call, 1))
         _replace(node, made)
-
-
-def same_memory(graph: fx.Graph, node: fx.Node) -> frozenset[str]:
-    """The names of the nodes that are views of ``node``, or that it is a view of; none if an input is."""
-    def storage(n: fx.Node) -> object:
-        value = n.meta.get("val")
-        return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
-
-    same = [n for n in graph.nodes if storage(n) == storage(node)]
-    return frozenset() if any(n.op == "placeholder" for n in same) else frozenset(n.name for n in same)
