@@ -202,9 +202,7 @@ def _piece(found: Tensor, x: Tensor, first: int) -> Tensor:
 
 
 @add_late.register_fake
-def _(
-    x: Tensor, token: Tensor, where: list[int], group: str, first: int = 0, more: bool = False
-) -> Tensor:
+def _(x: Tensor, token: Tensor, where: list[int], group: str, first: int = 0, more: bool = False) -> Tensor:
     return torch.empty_like(x)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import spcompile
 from spcompile import _torch, sharded
+from spcompile.passes import chunks
 from tests.proof import relative_error
 from tests.uncompiled import uncompiled
 
@@ -227,7 +228,8 @@ def one_reads() -> dict[str, Any]:
 
 
 def through_inductor() -> dict[str, Any]:
-    """A step of which the loss alone is used, held and not held; and one that uses all."""
+    """A step of which the loss alone is used, and one that uses all; the logits' gradient in pieces."""
+    chunks.LEAST_BYTES, chunks.PIECES = 1, 3
     net, ids = seeded(LM), tokens()
     compiled = torch.compile(net, backend="spcompile")
     errors = {}
