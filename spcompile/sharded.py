@@ -81,7 +81,10 @@ class ShardedTensor(ports.LocalPart, Tensor):
     # Methods that look at memory are not operators, so PyTorch does not ask the class about them.
     __torch_function__ = _torch.disabled_torch_function
 
+    # A compiled nn.Linear called by itself runs eagerly (PyTorch traces nothing of torch.nn as a frame of its
+    # own), and Dynamo would then compile this method as if it were the user's.
     @classmethod
+    @torch.compiler.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (aten.detach.default, aten.alias.default) and isinstance(args[0], ShardedTensor):

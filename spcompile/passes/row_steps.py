@@ -1,4 +1,4 @@
-"""Which steps around a gradient are done row by row; see NOTE [Gradients in pieces] in ``passes/chunks.py``."""
+"""Which steps around a gradient are done row by row; NOTE [Gradients in pieces] in ``passes.chunks``."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ class Steps:
                     raise Refused(f"{read.node} would be written out for all rows")
 
     def _check_letters(self, graph: fx.Graph) -> None:
-        """A letter is taken from the mailbox once: where a step is kept beside its pieces, it may read none."""
+        """A letter is taken once: a step that is kept beside its pieces may read none."""
         gone = set(self.ends)
         for node in reversed(graph.nodes):
             if node in self.reads and all(user in gone for user in node.users):
