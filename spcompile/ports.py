@@ -5,7 +5,9 @@ An output that may carry the sequence is returned by ``lend``, outside of autogr
 tangent. Its place in autograd is taken by ``open_port``, a token of one number: whoever gets a gradient for
 the output puts it into the mailbox and gives the token's gradient the number under which it lies there. In
 the backward ``late`` is that gradient, or zeros if the number is 0; where there is another gradient to add
-to, ``add_late`` adds it in place, so an output that nobody read costs no memory and no time.
+to, ``add_late`` adds it in place, so an output that nobody read costs no memory and no time. Where that other
+gradient is computed in pieces (``spcompile.passes.chunks``), each adds its rows of the letter, and the last
+takes it out of the mailbox.
 
 ``arrive`` says that an input of the graph is this rank's part of a global tensor; ``depart`` is its backward.
 """
