@@ -152,7 +152,6 @@ __all__ = [
     "inductor_seed",
     "is_unbacked",
     "is_wrapped",
-    "keeps_graph",
     "list_mode_options",
     "make_fx",
     "make_wrapper_subclass",
@@ -214,11 +213,6 @@ def is_unbacked(symbol: Any) -> bool:
 # documents both in its notes on subclasses.
 make_wrapper_subclass = torch.Tensor._make_wrapper_subclass
 disabled_torch_function = torch._C._disabled_torch_function_impl
-
-
-def keeps_graph() -> bool:
-    """Whether the backward that runs may be run again (``retain_graph``)."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def tracing_metadata() -> Any:

@@ -13,16 +13,16 @@ from torch import fx
 
 from spcompile import _torch, floats, inductor, library, limits, watch
 from spcompile.agreement import Agreement
-from spcompile.boundary import Boundary, open_boundary
+from spcompile.boundary import open_boundary
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.errors import SpcompileError
 from spcompile.frontend import Frontend, prepare
 from spcompile.groups import sequence_group
-from spcompile.passes import shard_joint_graph
+from spcompile.passes import chunks, shard_joint_graph
 from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
 from spcompile.passes.overlap import SCHEDULER, erase_dead_waits
-from spcompile.passes.ports import close_ports, own_parts, same_memory
+from spcompile.passes.ports import close_ports
 from spcompile.report import RECORDS, Record, strategy_names
 from spcompile.serve import inputs_of, like, served
 from spcompile.warm import Told
@@ -81,8 +81,8 @@ def spcompile(
     patches: dict[str, Any] = {
         **(SCHEDULER if group.size > 1 else {}),
         **chosen,
-        "joint_custom_pre_pass": JointPass(group, config, frontend, told, boundary),
-        "post_grad_custom_post_pass": WaitPass(told, boundary),
+        "joint_custom_pre_pass": JointPass(group, config, frontend, told),
+        "post_grad_custom_post_pass": WaitPass(told),
     }
     with limits.no_silent_fallback(gm, config), floats.no_restart(gm):
         compiled = told.compile(
@@ -114,10 +114,8 @@ def source_hash() -> str:
 class JointPass(_torch.CustomGraphPass):
     """Inductor's hook on the joint graph."""
 
-    def __init__(
-        self, group: Group, config: Config, frontend: Frontend, told: Told, boundary: Boundary
-    ) -> None:
-        self.group, self.config, self.told, self.boundary = group, config, told, boundary
+    def __init__(self, group: Group, config: Config, frontend: Frontend, told: Told) -> None:
+        self.group, self.config, self.told = group, config, told
         self.named = frontend.hints, frontend.parameters
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -128,7 +126,6 @@ class JointPass(_torch.CustomGraphPass):
         # A graph that a cache serves never comes here: whatever its caller needs to know of it (and not only
         # reports) must be kept with what was told, and be taken from there in `Told._retell`.
         self.told.saw_joint(graph, sharded)
-        self.boundary.saw_joint({number: same_memory(graph, node) for number, node in sharded.parts.items()})
         if self.config.on_gather == "error":  # before Inductor spends its time
             tell_gathers(sharded.gathers, self.config)
 
@@ -139,17 +136,17 @@ class JointPass(_torch.CustomGraphPass):
 class WaitPass(_torch.CustomGraphPass):
     """Inductor's hook after its own passes on the forward, and later the backward, graph."""
 
-    def __init__(self, told: Told, boundary: Boundary) -> None:
-        self.told, self.boundary = told, boundary
+    def __init__(self, told: Told) -> None:
+        self.told = told
 
     def __call__(self, graph: fx.Graph) -> None:
         erase_dead_waits(graph)
+        chunks.in_pieces(graph)
         close_ports(graph)
-        own_parts(graph, self.boundary.memory)
         self.told.saw_final(graph)
 
     def uuid(self) -> Any:
-        return (source_hash(), [sorted(names) for names in self.boundary.memory])
+        return (source_hash(), chunks.LEAST_BYTES, chunks.PIECES)
 
 
 def tell_gathers(gathers: Sequence[Any], config: Config) -> None:

@@ -58,7 +58,6 @@ class Boundary:
         local: whether these are returned as plain tensors of this rank's tokens.
         sizes: what the symbols of sizes are in a call, by what the user passes and what the graph is given.
         lent: the outputs that do stay, by their number: how they lie.
-        memory: of each of these, the names of the joint graph's nodes that are the same memory.
     """
 
     group: Group
@@ -69,12 +68,6 @@ class Boundary:
     written: list[int] = field(default_factory=list)
     sizes: InputSizes = field(default_factory=lambda: InputSizes(()))
     lent: dict[int, Shard] = field(default_factory=dict)
-    memory: list[frozenset[str]] = field(default_factory=list)
-
-    def saw_joint(self, memory: Mapping[int, frozenset[str]]) -> None:
-        """Take, of each output that stays a part, the names of the joint graph's nodes in the same memory."""
-        single = [out.number for out in self.outputs if not out.aliased]
-        self.memory = [memory[number] for number in single if memory.get(number)]
 
     def settle(self, lent: Mapping[int, Shard]) -> None:
         """Take what the joint pass has decided: how the outputs lie that stay this rank's part."""

@@ -5,7 +5,9 @@ An output that may carry the sequence is returned by ``lend``, outside of autogr
 tangent. Its place in autograd is taken by ``open_port``, a token of one number: whoever gets a gradient for
 the output puts it into the mailbox and gives the token's gradient the number under which it lies there. In
 the backward ``late`` is that gradient, or zeros if the number is 0; where there is another gradient to add
-to, ``add_late`` adds it in place, so an output that nobody read costs no memory and no time.
+to, ``add_late`` adds it in place, so an output that nobody read costs no memory and no time. Where that other
+gradient is computed in pieces (``spcompile.passes.chunks``), each adds its rows of the letter, and the last
+takes it out of the mailbox.
 
 ``arrive`` says that an input of the graph is this rank's part of a global tensor; ``depart`` is its backward.
 """
@@ -13,7 +15,6 @@ to, ``add_late`` adds it in place, so an output that nobody read costs no memory
 from __future__ import annotations
 
 import itertools
-import weakref
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,7 +22,6 @@ import torch
 from torch import Tensor
 
 from spcompile import collectives
-from spcompile._torch import keeps_graph
 from spcompile.collectives import Group
 from spcompile.placement import Shard
 
@@ -33,14 +33,12 @@ __all__ = [
     "arrive",
     "deliver",
     "depart",
-    "hold",
     "is_local_part",
     "late",
     "layout_of",
     "lend",
     "open_port",
     "ops",
-    "own",
 ]
 
 
@@ -89,6 +87,7 @@ class Letter(Protocol):
 
 
 _letters: dict[int, Letter] = {}
+_opened: dict[tuple[int, int], Tensor] = {}  # by number and rank: what is read in several pieces
 _numbers = itertools.count(1)
 
 
@@ -99,13 +98,26 @@ def deliver(letter: Letter) -> Tensor:
     return torch.tensor(float(number), dtype=torch.float64)
 
 
-def _take(token: Tensor, where: list[int], group: str) -> Tensor | None:
-    """What the letter of this number has for this rank; None for number 0."""
+def _take(token: Tensor, where: list[int], group: str, more: bool = False) -> Tensor | None:
+    """What the letter of this number has for this rank; None for number 0.
+
+    Args:
+        more: whether it will be asked for again.
+    """
     *shard, size = where
     turns = collectives._simulated_rank
     last = not turns or turns[-1] == size - 1  # simulated ranks share a mailbox
-    letter = _letters.pop(int(token), None) if last else _letters.get(int(token))
-    return None if letter is None else letter.part(Shard(*shard) if shard else None, Group(size, group))
+    number = int(token)
+    mine = number, turns[-1] if turns else 0
+    part = _opened.pop(mine, None)
+    if part is None:
+        letter = _letters.pop(number, None) if last else _letters.get(number)
+        if letter is None:
+            return None
+        part = letter.part(Shard(*shard) if shard else None, Group(size, group))
+    if more:
+        _opened[mine] = part
+    return part
 
 
 # ---- outputs --------------------------------------------------------------------------------------------
@@ -162,22 +174,37 @@ def _(
 
 
 @torch.library.custom_op("spcompile::add_late_", mutates_args=("x",))
-def add_late_(x: Tensor, token: Tensor, where: list[int], group: str) -> None:
-    """Add to ``x`` the gradient that ``token`` is the number of."""
-    found = _take(token, where, group)
+def add_late_(
+    x: Tensor, token: Tensor, where: list[int], group: str, first: int = 0, more: bool = False
+) -> None:
+    """Add to ``x`` the gradient that ``token`` is the number of.
+
+    Args:
+        first: where ``x`` is a piece [n, k] of it, the first of its rows.
+        more: whether other pieces will be asked for.
+    """
+    found = _take(token, where, group, more)
     if found is not None:
-        x.add_(found)
+        x.add_(_piece(found, x, first))
 
 
 @torch.library.custom_op("spcompile::add_late", mutates_args=())
-def add_late(x: Tensor, token: Tensor, where: list[int], group: str) -> Tensor:
+def add_late(
+    x: Tensor, token: Tensor, where: list[int], group: str, first: int = 0, more: bool = False
+) -> Tensor:
     """``x`` and the gradient that ``token`` is the number of; what runs is :func:`add_late_`."""
-    found = _take(token, where, group)
-    return x.clone() if found is None else x + found
+    found = _take(token, where, group, more)
+    return x.clone() if found is None else x + _piece(found, x, first)
+
+
+def _piece(found: Tensor, x: Tensor, first: int) -> Tensor:
+    if found.shape == x.shape:
+        return found
+    return found.reshape(-1, x.shape[1])[first : first + x.shape[0]]
 
 
 @add_late.register_fake
-def _(x: Tensor, token: Tensor, where: list[int], group: str) -> Tensor:
+def _(x: Tensor, token: Tensor, where: list[int], group: str, first: int = 0, more: bool = False) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -192,33 +219,6 @@ def _open_port_backward(ctx: Any, token: Tensor) -> Tensor:
 
 
 open_port.register_autograd(_open_port_backward, setup_context=_open_port_context)
-
-
-# ---- what is returned and saved -------------------------------------------------------------------------
-
-# NOTE [Logits are overwritten by their gradient]
-# The backward of a loss reads its logits once and then needs them no more: Inductor writes the gradient in
-# their place, which halves the peak. It may not where they are returned as well. So the backward reads them
-# through ``own``: while nobody holds the part that was returned it is the same memory, else a copy.
-
-_held: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-
-
-def hold(local: Tensor, holder: Any) -> None:
-    """The memory of ``local`` may not be overwritten while ``holder`` lives."""
-    _held[local.untyped_storage().data_ptr()] = holder
-
-
-def _own(x: Tensor) -> Tensor:
-    again = keeps_graph()
-    return x.clone() if again or x.untyped_storage().data_ptr() in _held else x.detach()
-
-
-# Its result may be its operand, which the custom_op decorator forbids.
-torch.library.define("spcompile::own", "(Tensor x) -> Tensor")
-torch.library.impl("spcompile::own", "CompositeExplicitAutograd")(_own)
-torch.library.register_fake("spcompile::own")(lambda x: x.new_empty_strided(x.shape, x.stride()))
-own = ops.own.default
 
 
 # ---- inputs ---------------------------------------------------------------------------------------------

@@ -81,7 +81,10 @@ class ShardedTensor(ports.LocalPart, Tensor):
     # Methods that look at memory are not operators, so PyTorch does not ask the class about them.
     __torch_function__ = _torch.disabled_torch_function
 
+    # A compiled nn.Linear called by itself runs eagerly (PyTorch traces nothing of torch.nn as a frame of its
+    # own), and Dynamo would then compile this method as if it were the user's.
     @classmethod
+    @torch.compiler.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (aten.detach.default, aten.alias.default) and isinstance(args[0], ShardedTensor):
@@ -246,8 +249,6 @@ def hand_out(local: Tensor, token: Tensor | None, layout: Layout | None, aliased
         token: of the port by which a gradient comes back; None for an output without gradient.
     """
     part = None if layout is None else Part(local, layout, aliased)
-    if part is not None and type(local) is Tensor:  # a fake one has no memory
-        ports.hold(local, part)
     if token is not None and token.requires_grad and torch.is_grad_enabled():
         return _HandedOut.apply(local, token, part)
     return local if part is None else ShardedTensor(part)
@@ -258,20 +259,16 @@ class _TakenIn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: ShardedTensor, local: Tensor) -> Tensor:
-        ctx.part, ctx.layout = x._part, x._part.layout  # held while the graph that took it in may read it
+        ctx.layout = x._part.layout
         return local.view_as(local)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.part = None
         return ShardedTensor(Part(gradient, ctx.layout)), None
 
 
 def take_in(x: ShardedTensor) -> Tensor:
     """This rank's part of ``x`` in the place that it has in autograd."""
     local = x.local_part()
-    if not torch.is_grad_enabled():
-        return local
-    # A graph that saves a part outside of autograd does not hold it.
-    return _TakenIn.apply(x, local) if x.requires_grad else local.clone()
+    return _TakenIn.apply(x, local) if x.requires_grad and torch.is_grad_enabled() else local

@@ -32,6 +32,7 @@ from spcompile.boundary import open_boundary
 from spcompile.config import Config
 from spcompile.passes import shard_joint_graph
 from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
+from spcompile.passes.chunks import in_pieces
 from spcompile.passes.communicate import joined, split_dim
 from spcompile.passes.copies import written
 from spcompile.passes.ports import lent_as
@@ -271,6 +272,8 @@ class _AotRanks:
         return make_boxed_func(run)
 
     def backward(self, gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        in_pieces(gm.graph)
+        gm.recompile()
         names = [n.name for n in gm.graph.nodes if n.op == "placeholder"]
 
         def run(*args: Any) -> Any:

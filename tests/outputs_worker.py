@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import spcompile
 from spcompile import _torch, sharded
+from spcompile.passes import chunks
 from tests.proof import relative_error
 from tests.uncompiled import uncompiled
 
@@ -189,6 +190,29 @@ def between() -> dict[str, Any]:
     return {"errors": errors, "reads": found}
 
 
+def llama_blocks() -> dict[str, Any]:
+    """A Hugging Face Llama with each block compiled by itself, then with all else that can be, too.
+
+    The norm is eager first, and then the head: PyTorch traces no nn.Linear that is compiled by itself.
+    """
+    from tests.huggingface import build
+
+    net, inputs = build("llama", 13)
+    expected = gradients(net, lambda: net(**inputs).loss)
+    errors: dict[str, float] = {}
+    found: dict[str, list[tuple[int, ...]]] = {}
+    rest = [net.model.embed_tokens, net.model.rotary_emb, net.model.norm, net.lm_head]
+    for name, compiled in (("blocks", net.model.layers), ("all", rest)):
+        for module in compiled:
+            module.compile(backend="spcompile")
+        reads.clear()
+        errors[name] = worst(gradients(net, lambda: net(**inputs).loss), expected)
+        found[name] = list(reads)
+    with torch.no_grad():
+        errors["loss"] = relative_error(net(**inputs).loss, build("llama", 13)[0](**inputs).loss)
+    return {"errors": errors, "reads": found}
+
+
 def given() -> dict[str, Any]:
     """Each rank passes its own tokens and gets its own logits back; no rank has all of either."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -231,7 +255,8 @@ def one_reads() -> dict[str, Any]:
 
 
 def through_inductor() -> dict[str, Any]:
-    """A step of which the loss alone is used, held and not held; and one that uses all."""
+    """A step of which the loss alone is used, and one that uses all; the logits' gradient in pieces."""
+    chunks.LEAST_BYTES, chunks.PIECES = 1, 3
     net, ids = seeded(LM), tokens()
     compiled = torch.compile(net, backend="spcompile")
     errors = {}
@@ -252,7 +277,7 @@ def _error(run: Callable[[], object]) -> str:
     return ""
 
 
-CASES = {f.__name__: f for f in (parts, between, given, one_reads, through_inductor)}
+CASES = {f.__name__: f for f in (parts, between, llama_blocks, given, one_reads, through_inductor)}
 
 if __name__ == "__main__":
     if sys.argv[1] != "through_inductor":

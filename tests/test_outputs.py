@@ -134,6 +134,13 @@ def test_nothing_is_gathered_between_compiled_modules() -> None:
         assert small(result) and result["reads"] == {"blocks": 1, "break": 0} | graphs, result
 
 
+@pytest.mark.sweep
+def test_nothing_is_gathered_between_the_blocks_of_a_hugging_face_llama() -> None:
+    """What leaves the last compiled module is read, once; between the blocks, and backwards, nothing is."""
+    for result in run_ranks("llama_blocks", 3, worker=WORKER):
+        assert small(result) and result["reads"] == {"blocks": [[2, 13, 64]], "all": [[2, 13, 64]]}, result
+
+
 @pytest.mark.slow
 def test_ranks_pass_their_own_tokens_and_get_their_own_logits() -> None:
     for result in run_ranks("given", 3, worker=WORKER):

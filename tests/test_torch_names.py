@@ -241,7 +241,6 @@ def test_all_names_are_expected_here() -> None:
         "inductor_config",
         "is_unbacked",
         "is_wrapped",
-        "keeps_graph",
         "make_wrapper_subclass",
         "dynamo_config",
         "resolve_process_group",
@@ -416,13 +415,6 @@ def test_wrapper_subclasses_and_backwards_that_run_again() -> None:
 
     x = _torch.make_wrapper_subclass(Wrapper, (2, 3), strides=(1, 2), dtype=torch.int32, device="cpu")
     assert x.stride() == (1, 2), moved("_make_wrapper_subclass", "takes no strides")
-    kept = []
-    y = torch.ones(2, requires_grad=True)
-    y.register_hook(lambda _: kept.append(_torch.keeps_graph()))
-    total = y.sum()
-    total.backward(retain_graph=True)
-    total.backward()
-    assert kept == [True, False], moved("_get_current_graph_task_keep_graph", f"says {kept}")
 
 
 def test_symbols_known_at_run_time_only() -> None:

@@ -32,13 +32,11 @@ __all__ = ["Sharded", "shard_joint_graph"]
 @dataclass
 class Sharded:
     """What the passes did to a graph: its plan (None at one rank), the gathers that missing rules forced,
-    and the outputs that are returned as this rank's part, by the number of their port: how they lie, and
-    their nodes."""
+    and how the outputs lie that are returned as this rank's part, by the number of their port."""
 
     plan: Plan | None
     gathers: list[GatherNote]
     lent: dict[int, Shard] = field(default_factory=dict)
-    parts: dict[int, fx.Node] = field(default_factory=dict)
 
 
 def shard_joint_graph(
@@ -73,7 +71,7 @@ def shard_joint_graph(
         localizer.run()
         _erase_dead(graph, emitter.emitted)
         verify(graph, localizer, done)
-        sharded.gathers, sharded.lent, sharded.parts = localizer.gathers, localizer.lent, localizer.parts
+        sharded.gathers, sharded.lent = localizer.gathers, localizer.lent
     # A part that is returned has a placement, so verify has checked its shape.
     check_outputs([None if number in sharded.lent else x for x, number in before], graph)
     return sharded

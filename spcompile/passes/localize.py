@@ -65,7 +65,6 @@ class Localizer:
         self.nan_padding = nan_padding
         self.versions: dict[tuple[Value, Placement, float | None], Tensor] = {}
         self.gathers: list[GatherNote] = []
-        self.parts: dict[int, fx.Node] = {}
         self.lent: dict[int, Shard] = {}  # outputs that stay this rank's part, by the number of their port
         self.originals = list(graph.nodes)
         self.last_writes = copies.last_writes(self.originals)
@@ -311,9 +310,7 @@ class Localizer:
             if not isinstance(x.meta.get("val"), Tensor):
                 return copies.number(self, x)
             if x.target is LEND and self._lends(x):
-                part = self.emitter.node_of(self.version(value_of(x.args[0]), self.lent[x.args[1]]))
-                self.parts[x.args[1]] = part
-                return part
+                return self.emitter.node_of(self.version(value_of(x.args[0]), self.lent[x.args[1]]))
             x = x.args[0] if x.target is LEND else x
             value = value_of(x)
             if value in self.partial and self.plan.natural(value) == Partial("sum"):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from operator import getitem
 
 import torch
 from torch import fx
 
-from spcompile import ports
+from spcompile import chunked, ports
 from spcompile.passes.propagate import Value
 from spcompile.placement import Shard
-from spcompile.rules import PULLED, pointwise
 
-__all__ = ["arrivals", "close_ports", "lend_nothing", "lent_as", "open_ports", "own_parts", "same_memory"]
+__all__ = ["arrivals", "close_ports", "lend_nothing", "lent_as", "open_ports"]
 
 aten = torch.ops.aten
 _LEND, _LATE = ports.ops.lend.default, ports.ops.late.default
@@ -78,54 +76,24 @@ def lend_nothing(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+_IN_PLACE = {
+    ports.ops.add_late.default: ports.add_late_,
+    ports.ops.add_product.default: chunked.add_product_,
+}
+
+
 def close_ports(graph: fx.Graph) -> None:
-    """``add_late`` as the operator that runs, which adds in place (a copy is made where one is needed)."""
+    """What adds as the operator that runs, which adds in place (a copy is made where one is needed)."""
     functional = torch.ops.higher_order.auto_functionalized
     for node in list(graph.nodes):
-        if node.target is not ports.ops.add_late.default or not _dense(node.args[0].meta["val"]):
+        writes = _IN_PLACE.get(node.target)
+        if writes is None or not _dense(node.args[0].meta["val"]):
             continue
-        x, token, where, group = node.args
+        operator = writes._opoverload
+        names = [a.name for a in operator._schema.arguments]
+        given = [*node.args, *(a.default_value for a in operator._schema.arguments[len(node.args) :])]
         with graph.inserting_before(node):
-            call = graph.call_function(
-                functional,
-                (ports.ops.add_late_.default,),
-                {"x": x, "token": token, "where": where, "group": group},
-            )
+            call = graph.call_function(functional, (operator,), dict(zip(names, given, strict=True)))
             call.meta["val"] = (None, node.meta["val"])
             made = graph.call_function(getitem, (call, 1))
         _replace(node, made)
-
-
-def same_memory(graph: fx.Graph, node: fx.Node) -> frozenset[str]:
-    """The names of the nodes that are views of ``node``, or that it is a view of; none if an input is."""
-    def storage(n: fx.Node) -> object:
-        value = n.meta.get("val")
-        return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
-
-    same = [n for n in graph.nodes if storage(n) == storage(node)]
-    return frozenset() if any(n.op == "placeholder" for n in same) else frozenset(n.name for n in same)
-
-
-def own_parts(graph: fx.Graph, names: Iterable[frozenset[str]]) -> None:
-    """Let a backward overwrite what its forward has returned too (NOTE in ``spcompile.ports``).
-
-    Args:
-        names: for each part that was returned, of all that is the same memory. What is saved twice is left.
-    """
-    inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    if not any(n.name.startswith("tangents") for n in inputs):
-        return
-    for same in names:
-        found = [n for n in inputs if n.name in same]
-        if len(found) == 1 and _read_in_place(found[0]):
-            with graph.inserting_before(inputs[-1].next):
-                made = graph.call_function(ports.own, (found[0],))
-            made.meta = dict(found[0].meta)
-            found[0].replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
-
-
-def _read_in_place(node: fx.Node) -> bool:
-    """Whether all that reads ``node`` computes entry by entry, so that a result may take its place."""
-    return bool(node.users) and all(
-        _read_in_place(u) if u.target in PULLED else pointwise.is_pointwise(u.target) for u in node.users
-    )
