@@ -25,7 +25,8 @@ from torch import SymInt, Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from spcompile.passes.einsums import without_opt_einsum
-from spcompile.passes.recognize import Site, recognize
+from spcompile.passes.recognize import recognize
+from spcompile.passes.sites import Site
 from spcompile.sizes import is_symbolic
 
 __all__ = ["Lengths", "recognize_lengths"]
