@@ -255,7 +255,9 @@ def test_an_edit_that_comes_out_otherwise_is_not_used(cache: Path) -> None:
     kept = warm.remembered(name)
     assert kept is not None
     content = kept["graphs"][0]
-    for wrong in (content.replace(b"relu", b"tanh"), content[:-9], b""):
+    other = content.replace(b"reshape", b"squeeze")
+    assert other != content
+    for wrong in (other, content[:-9], b""):
         warm.remember(name, kept | {"graphs": {0: wrong}})
         assert _prepared(_traced(_attend, *_qkv())) == cold  # which keeps it anew
     assert _prepared(_traced(_attend, *_qkv()))[0] == 0
