@@ -302,9 +302,7 @@ def _literals(x: Any, numbers: Mapping[fx.Node, int], mode: Any = None) -> Itera
     elif isinstance(x, fx.Node):
         yield f"%{numbers[x]}"
     elif isinstance(x, Tensor) and mode is not None:
-        if not isinstance(x, _torch.FakeTensor) or x.fake_mode is not mode:
-            raise _Unkept
-        yield f"{isinstance(x, nn.Parameter)} {_geometry(x)}"
+        yield f"{_bare(x, mode)} {isinstance(x, nn.Parameter)} {_geometry(x)}"
     elif isinstance(x, slice):
         yield "slice"
         yield from _literals((x.start, x.stop, x.step), numbers, mode)
@@ -320,6 +318,15 @@ def _literals(x: Any, numbers: Mapping[fx.Node, int], mode: Any = None) -> Itera
         yield f"class {x.__module__}.{x.__qualname__}"
     else:
         raise _Unkept
+
+
+def _bare(x: Tensor, mode: Any) -> str:
+    """What kind of tensor without values it is: ours are on the meta device."""
+    if isinstance(x, _torch.FakeTensor) and x.fake_mode is mode:
+        return "fake"
+    if type(x) is Tensor and x.is_meta:
+        return "meta"
+    raise _Unkept
 
 
 def _kind(x: Sequence[Any]) -> str:
