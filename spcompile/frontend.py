@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
+import spcompile.attention  # noqa: F401  (registers the operators that a kept edit writes)
 from spcompile.config import Config
 from spcompile.hints import find
 from spcompile.passes.einsums import split_einsums, without_opt_einsum
-from spcompile.passes.lengths import Lengths, recognize_lengths
-from spcompile.passes.recognize import recognize
 from spcompile.passes.sites import Site, source_of
 from spcompile.replay import Kept
+
+if TYPE_CHECKING:
+    from spcompile.passes.lengths import Lengths
 
 __all__ = ["Frontend", "prepare"]
 
@@ -66,6 +68,10 @@ def prepare(gm: fx.GraphModule, config: Config, version: str | None = None) -> F
 
 
 def _recognized(gm: fx.GraphModule, config: Config) -> tuple[list[Site], Lengths | None]:
+    # Imported here: a start that makes a kept edit again does not need them.
+    from spcompile.passes.lengths import recognize_lengths
+    from spcompile.passes.recognize import recognize
+
     with without_opt_einsum():
         if config.recognize and config.lengths == "symbolic":
             return recognize_lengths(gm)

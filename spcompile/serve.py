@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spcompile.passes.lengths import Lengths
 
 import torch
-
-from spcompile.passes.lengths import Lengths
 
 __all__ = ["inputs_of", "like", "served"]
 

@@ -249,6 +249,15 @@ def test_what_a_text_does_not_tell_is_not_kept(cache: Path) -> None:
     assert not (cache / "spcompile").exists()
 
 
+def test_our_own_tokens_on_the_meta_device_have_no_values_to_read(cache: Path) -> None:
+    gm = _traced(_no_attention, *_qkv())
+    node = next(n for n in gm.graph.nodes if n.op == "call_function")
+    node.meta["example_value"] = torch.empty((), device="meta")
+    assert replay.Kept(gm, "").key is not None
+    node.meta["example_value"] = torch.ones(())
+    assert replay.Kept(gm, "").key is None
+
+
 def test_an_edit_that_comes_out_otherwise_is_not_used(cache: Path) -> None:
     cold = _prepared(_traced(_attend, *_qkv()))
     name = replay.Kept(_traced(_attend, *_qkv()), "")._name
