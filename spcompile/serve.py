@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from spcompile.passes.lengths import Lengths
-
-import torch
 
 __all__ = ["inputs_of", "like", "served"]
 
