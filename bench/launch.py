@@ -10,6 +10,7 @@ import json
 import os
 import queue
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -42,6 +43,12 @@ def report(**fields: Any) -> None:
 def task() -> dict[str, Any]:
     """In a worker: what it was launched to do."""
     return json.load(sys.stdin)
+
+
+def processor_seconds() -> float:
+    """In a worker: of this process and of those that it started: compilers."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def cores() -> int:

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import os
-import resource
 import time
 from typing import Any
 
 import torch
 
-from bench.launch import report, task
+from bench.launch import processor_seconds, report, task
 from tests.proof import eager, loss_of
 from tests.zoo import FUNCTIONS, MODELS
 
 # What tests/test_zoo.py asserts for code that computes in float32 inside.
 BOUND = 2e-4
-
-
-def processor_seconds() -> float:
-    """Of this process and of those that it started: compilers."""
-    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def measure(work: dict[str, Any]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def spcompile(
         example_inputs = [example_inputs[i] for i in places]
     boundary, compiled_for = open_boundary(gm, example_inputs, group, config)
     with record.timed("recognize"):
-        frontend = prepare(gm, config)
+        frontend = prepare(gm, config, source_hash() if inductor.caches(chosen) else None)
     record.sites = frontend.sites
     agreement = Agreement.of(gm, example_inputs, group, config, {"spcompile's sources": source_hash()})
     agreement.before_compiling(example_inputs)

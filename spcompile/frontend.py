@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
+import spcompile.attention  # noqa: F401  (registers the operators that a kept edit writes)
 from spcompile.config import Config
 from spcompile.hints import find
 from spcompile.passes.einsums import split_einsums, without_opt_einsum
-from spcompile.passes.lengths import Lengths, recognize_lengths
-from spcompile.passes.recognize import Site, recognize
-from spcompile.passes.recognize.common import source_of
+from spcompile.passes.sites import Site, source_of
+from spcompile.replay import Kept
+
+if TYPE_CHECKING:
+    from spcompile.passes.lengths import Lengths
 
 __all__ = ["Frontend", "prepare"]
 
@@ -43,18 +46,33 @@ def _called(gm: fx.GraphModule) -> list[Site]:
     return sites
 
 
-def prepare(gm: fx.GraphModule, config: Config) -> Frontend:
-    """Edit Dynamo's graph in place."""
+def prepare(gm: fx.GraphModule, config: Config, version: str | None = None) -> Frontend:
+    """Edit Dynamo's graph in place.
+
+    Args:
+        version: of all that decides on the edit besides the graph, if the edit may be kept for later starts.
+    """
     hints, called = find(gm, config.sequence_dims), _called(gm)
-    found: list[Site] = []
+    kept = Kept(gm, version) if version is not None and config.recognize else None
+    found = kept.again() if kept is not None else None
     lengths: Lengths | None = None
-    with without_opt_einsum():
-        if config.recognize and config.lengths == "symbolic":
-            found, lengths = recognize_lengths(gm)
-        elif config.recognize:
-            found = recognize(gm)
-    split_einsums(gm)
+    if found is None:
+        found, lengths = _recognized(gm, config)
+        split_einsums(gm)
+        if kept is not None and lengths is None:
+            kept.keep(found)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     trained = [isinstance(n.meta.get("example_value"), nn.Parameter) for n in placeholders]
     parameters = tuple(f"primals_{i + 1}" for i, is_one in enumerate(trained) if is_one)
     return Frontend(called + found, hints, parameters, lengths)
+
+
+def _recognized(gm: fx.GraphModule, config: Config) -> tuple[list[Site], Lengths | None]:
+    # Imported here: a start that makes a kept edit again does not need them.
+    from spcompile.passes.lengths import recognize_lengths
+    from spcompile.passes.recognize import recognize
+
+    with without_opt_einsum():
+        if config.recognize and config.lengths == "symbolic":
+            return recognize_lengths(gm)
+        return (recognize(gm) if config.recognize else []), None

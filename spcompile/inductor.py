@@ -8,7 +8,7 @@ from typing import Any, get_origin
 
 from spcompile.errors import SpcompileError
 
-__all__ = ["patches"]
+__all__ = ["caches", "patches"]
 
 # What a user may not set, and what to do instead.
 _OURS = {
@@ -43,6 +43,15 @@ def patches(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
         _check(key, value)
         found[key] = value
     return found
+
+
+def caches(chosen: Mapping[str, Any]) -> bool:
+    """Whether Inductor keeps what it compiles, under the patches that were chosen."""
+    from spcompile import _torch
+
+    config = _torch.inductor_config
+    kept = chosen.get("fx_graph_cache", config.fx_graph_cache)
+    return bool(kept) and not chosen.get("force_disable_caches", config.force_disable_caches)
 
 
 def _check(name: str, value: Any) -> None:

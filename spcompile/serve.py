@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from spcompile.passes.lengths import Lengths
+if TYPE_CHECKING:
+    from spcompile.passes.lengths import Lengths
 
 __all__ = ["inputs_of", "like", "served"]
 

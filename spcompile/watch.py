@@ -36,7 +36,8 @@ def compiled(record: Record) -> None:
     from spcompile.report import Report
 
     report = Report(record.group.size, [record])
-    _log.info("%s", report.summary())
+    if _log.isEnabledFor(logging.INFO):  # a summary asks for the formulas of all collectives
+        _log.info("%s", report.summary())
     _log.debug("%s", report)
     _artifact("spcompile_report", lambda: str(report))
 

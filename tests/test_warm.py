@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from spcompile import _torch, warm
+from spcompile import _torch, frontend, replay, warm
 from spcompile.backend import JointPass
 from spcompile.boundary import Boundary
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.frontend import Frontend
+from spcompile.passes.canonical import own_copy
 from spcompile.report import Record, last
 from tests.test_ranks import run_ranks
 
@@ -93,6 +97,185 @@ def test_whatever_changes_the_graph_is_part_of_the_key() -> None:
     before = passes[0].uuid()
     told.joint = "a digest"  # the same forward, of another joint graph
     assert passes[0].uuid() != before
+
+
+# ---- recognition made again
+
+
+def _traced(function: Callable[..., Any], *args: Any, dynamic: bool = False) -> fx.GraphModule:
+    """Dynamo's graph, as a start of its own would see it."""
+    torch._dynamo.reset()
+    graphs: list[fx.GraphModule] = []
+
+    def backend(gm: fx.GraphModule, _: Any) -> Any:
+        graphs.append(own_copy(gm))
+        return gm.forward
+
+    torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*args)
+    return graphs[0]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    future = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    return (q @ k.mT).masked_fill(future, -torch.inf).softmax(-1) @ v.relu()
+
+
+def _elsewhere(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    future = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    return scores.masked_fill(future, -torch.inf).softmax(-1) @ v.relu()
+
+
+def _loop(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    state, out = torch.zeros(2, 4, 4), []
+    for t in range(6):
+        state = 0.5 * state + k[:, t, :, None] * v[:, t, None]
+        out.append(torch.einsum("bd,bde->be", q[:, t], state))
+    return torch.stack(out, 1)
+
+
+def _checkpointed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.utils.checkpoint.checkpoint(_attend, q, k, v, use_reentrant=False)
+
+
+def _cast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return _loop(q, k, v).float()
+
+
+def _no_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("btd,btd,btd->bt", q, k, v)
+
+
+def _qkv(length: int = 6) -> list[Tensor]:
+    return [torch.randn(2, length, 4, requires_grad=True) for _ in range(3)]
+
+
+def _geometry(n: fx.Node) -> list[Any]:
+    leaves = torch.utils._pytree.tree_leaves(n.meta.get("example_value"))
+    return [(x.dtype, x.shape, x.stride(), x.requires_grad) if isinstance(x, Tensor) else x for x in leaves]
+
+
+def _prepared(gm: fx.GraphModule, version: str = "") -> tuple[int, list[Any], list[str], list[Any]]:
+    """How often recognition ran, the sites, and what the graphs became: their code and what is on nodes."""
+    with mock.patch.object(frontend, "_recognized", wraps=frontend._recognized) as ran:
+        sites = frontend.prepare(gm, Config(), version).sites
+    scopes = [m for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    gm.graph.lint()
+    metas = [
+        (n.name, sorted(n.meta), n.meta.get("stack_trace"), _torch.source_name(n), _geometry(n))
+        for m in scopes
+        for n in m.graph.nodes
+    ]
+    return ran.call_count, sites, [m.code for m in scopes], metas
+
+
+@pytest.mark.parametrize("function", [_attend, _loop, _checkpointed, _cast, _no_attention])
+def test_an_edit_is_made_again_without_recognizing(cache: Path, function: Callable[..., Any]) -> None:
+    before, first, second = (_traced(function, *_qkv()) for _ in range(3))
+    cold, warm_ = _prepared(first), _prepared(second)
+    assert (cold[0], warm_[0]) == (1, 0)
+    assert cold[1:] == warm_[1:]
+    assert any(site.rewritten for site in cold[1]) or function is _no_attention
+    assert cold[2] != [m.code for m in before.modules() if isinstance(m, fx.GraphModule)]
+    inputs = _qkv()
+    torch.testing.assert_close(second(*inputs), before(*inputs), rtol=1e-2, atol=1e-2)
+
+
+def test_a_site_made_again_is_told_at_its_line_of_today(cache: Path) -> None:
+    cold, warm_ = (_prepared(_traced(f, *_qkv())) for f in (_attend, _elsewhere))
+    assert (cold[0], warm_[0]) == (1, 1)  # two lines in the place of one: which is meant cannot be known
+    moved = _traced(_attend, *_qkv())
+    for n in moved.graph.nodes:
+        if "stack_trace" in n.meta:
+            n.meta["stack_trace"] = re.sub(r"line (\d+)", r"line 9\1", n.meta["stack_trace"])
+    again = _prepared(moved)
+    expected = [dataclasses.replace(s, source=s.source.replace(".py:", ".py:9")) for s in cold[1]]
+    assert again[:2] == (0, expected) and expected != cold[1]
+
+
+def test_whatever_recognition_reads_is_part_of_its_key() -> None:
+    def key(
+        f: Callable[..., Any] = _attend, args: list[Tensor] | None = None, version: str = ""
+    ) -> str | None:
+        return replay.Kept(_traced(f, *(args or _qkv())), version).key
+
+    def scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _attend(q * 2, k, v)
+
+    def scaled_more(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _attend(q * 3, k, v)
+
+    q, k, v = _qkv()
+    keys = [
+        key(),
+        key(version="other sources"),
+        key(scaled),
+        key(scaled_more),
+        key(_checkpointed),
+        key(args=[x.double() for x in (q, k, v)]),
+        key(args=[x.detach() for x in (q, k, v)]),
+        key(args=[x.detach().mT.contiguous().mT.requires_grad_() for x in (q, k, v)]),
+        key(args=[nn.Parameter(x.detach()) for x in (q, k, v)]),
+        key(args=[x.detach() for x in (q, q[:], v)]),
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        keys.append(key())
+    with torch.no_grad():
+        keys.append(key())
+    assert None not in keys and len(set(keys)) == len(keys)
+    assert key() == keys[0]
+
+
+def test_what_a_text_does_not_tell_is_not_kept(cache: Path) -> None:
+    @torch.library.custom_op("spcompile_tests::warm_mask", mutates_args=())
+    def mask(x: Tensor) -> Tensor:
+        return x.clone()
+
+    mask.register_fake(lambda x: torch.empty_like(x))
+
+    @torch.compiler.allow_in_graph
+    def of_the_user(x: Tensor) -> Tensor:
+        return x * 2
+
+    gms = [
+        _traced(lambda q, k, v: _attend(mask(q), k, v), *_qkv()),
+        _traced(lambda q, k, v: _attend(of_the_user(q), k, v), *_qkv()),
+        _traced(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, *_qkv(), dynamic=True),
+    ]
+    for gm in gms:
+        assert replay.Kept(gm, "").key is None
+        assert _prepared(gm)[0] == 1
+    assert not (cache / "spcompile").exists()
+
+
+def test_our_own_tokens_on_the_meta_device_have_no_values_to_read(cache: Path) -> None:
+    gm = _traced(_no_attention, *_qkv())
+    node = next(n for n in gm.graph.nodes if n.op == "call_function")
+    node.meta["example_value"] = torch.empty((), device="meta")
+    assert replay.Kept(gm, "").key is not None
+    node.meta["example_value"] = torch.ones(())
+    assert replay.Kept(gm, "").key is None
+
+
+def test_an_edit_that_comes_out_otherwise_is_not_used(cache: Path) -> None:
+    cold = _prepared(_traced(_attend, *_qkv()))
+    name = replay.Kept(_traced(_attend, *_qkv()), "")._name
+    kept = warm.remembered(name)
+    assert kept is not None
+    content = kept["graphs"][0]
+    other = content.replace(b"reshape", b"squeeze")
+    assert other != content
+    for wrong in (other, content[:-9], b""):
+        warm.remember(name, kept | {"graphs": {0: wrong}})
+        assert _prepared(_traced(_attend, *_qkv())) == cold  # which keeps it anew
+    assert _prepared(_traced(_attend, *_qkv()))[0] == 0
+
+
+def test_a_recognition_that_failed_is_not_kept(cache: Path) -> None:
+    with mock.patch("spcompile.passes.recognize._recognize", side_effect=MemoryError):
+        assert "failed" in _prepared(_traced(_attend, *_qkv()))[1][0].reason
+    assert _prepared(_traced(_attend, *_qkv()))[1][0].rewritten
 
 
 # ---- compiled for real

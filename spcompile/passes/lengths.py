@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from spcompile.passes.canonical import own_copy
 from spcompile.passes.einsums import without_opt_einsum
-from spcompile.passes.recognize import Site, recognize
+from spcompile.passes.recognize import recognize
+from spcompile.passes.sites import Site
 from spcompile.sizes import InputSizes, is_symbolic
 
 __all__ = ["Lengths", "recognize_lengths"]

@@ -11,12 +11,12 @@ from torch import fx
 import spcompile.attention  # noqa: F401  (registers the ops that are emitted)
 from spcompile.errors import SpcompileError
 from spcompile.passes.recognize import linear, loops, softmax
-from spcompile.passes.recognize.common import Site, source_of
 from spcompile.passes.recognize.edit import Editor, Refused
 from spcompile.passes.recognize.masks import Prover
 from spcompile.passes.recognize.safety import Snapshot, failed
 from spcompile.passes.recognize.softmax_masks import Found
 from spcompile.passes.shadow import Shadow, Value, trace
+from spcompile.passes.sites import Site, source_of
 
 __all__ = ["Site", "recognize"]
 

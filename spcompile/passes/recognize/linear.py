@@ -15,14 +15,7 @@ import math
 from collections.abc import Iterator
 
 from spcompile.passes.recognize import chunks, masks
-from spcompile.passes.recognize.common import (
-    Site,
-    check_one_place,
-    check_private,
-    is_activation,
-    same_tokens,
-    source_of,
-)
+from spcompile.passes.recognize.common import check_one_place, check_private, is_activation, same_tokens
 from spcompile.passes.recognize.dims import Atom, Dims, atoms_of, resolve
 from spcompile.passes.recognize.edit import Editor, Refused
 from spcompile.passes.recognize.linear_emit import emit
@@ -32,6 +25,7 @@ from spcompile.passes.recognize.polynomials import affordable
 from spcompile.passes.recognize.products import Factor, Mask, Term, peel
 from spcompile.passes.recognize.unfold import terms_of
 from spcompile.passes.shadow import Shadow, Value
+from spcompile.passes.sites import Site, source_of
 
 
 class Reader:

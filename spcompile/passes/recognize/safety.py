@@ -6,7 +6,7 @@ import traceback
 
 from torch import fx
 
-from spcompile.passes.recognize.common import Site
+from spcompile.passes.sites import FAILED, Site
 
 __all__ = ["Snapshot", "failed"]
 
@@ -43,4 +43,4 @@ def failed(why: Exception) -> Site:
     where = f"{ours[-1].filename.replace(chr(92), '/').rsplit('/', 1)[-1]}:{ours[-1].lineno}"
     text = (str(why).strip().splitlines() or [""])[0][:200]
     reason = f"recognition failed and left the graph as it was: {type(why).__name__}: {text} ({where})"
-    return Site("any attention", "unknown", False, reason, "", "")
+    return Site(FAILED, "unknown", False, reason, "", "")

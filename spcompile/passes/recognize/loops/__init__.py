@@ -16,13 +16,13 @@ Whatever is not proved on the way is refused, before anything is edited.
 
 from __future__ import annotations
 
-from spcompile.passes.recognize.common import Site, source_of
 from spcompile.passes.recognize.edit import Editor, Refused
 from spcompile.passes.recognize.loops.families import Loop
 from spcompile.passes.recognize.loops.rewrite import rewrite
 from spcompile.passes.recognize.loops.runs import Run, runs
 from spcompile.passes.recognize.loops.surroundings import Surroundings
 from spcompile.passes.shadow import Shadow
+from spcompile.passes.sites import Site, source_of
 
 __all__ = ["recognize"]
 
@@ -58,5 +58,3 @@ def recognize(shadow: Shadow, editor: Editor) -> list[tuple[int, Site]]:
         for kind in kinds:
             sites.append((loop.body[0].time, Site(kind, "causal", True, "", source, node)))
     return sites
-
-
