@@ -19,7 +19,7 @@ from spcompile.config import Config
 from spcompile.errors import SpcompileError
 from spcompile.frontend import Frontend, prepare
 from spcompile.groups import sequence_group
-from spcompile.passes import chunks, shard_joint_graph
+from spcompile.passes import Sharded, chunks, shard_joint_graph
 from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
 from spcompile.passes.overlap import SCHEDULER, erase_dead_waits
 from spcompile.passes.ports import close_ports
@@ -27,12 +27,20 @@ from spcompile.report import RECORDS, Record, strategy_names
 from spcompile.serve import inputs_of, like, served
 from spcompile.warm import Told
 
-__all__ = ["ForcedGather", "spcompile"]
+__all__ = ["ForcedGather", "OneLengthEach", "spcompile"]
 
 
 # PyTorch imports this module when the backend is looked up, before it traces anything.
 library.watch()
 limits.watch()
+
+
+class OneLengthEach(UserWarning):
+    """Symbolic sizes failed in spcompile's passes: each length is compiled for itself."""
+
+
+class _SymbolicSizesFailed(Exception):
+    pass
 
 
 class ForcedGather(UserWarning):
@@ -63,9 +71,9 @@ def spcompile(
             "Remedy: spcompile.explain(model, ranks=...) shows it; to train, start as many processes."
         )
     group = sequence_group(config)
-    limits.compiling(gm, config)
+    config = limits.compiling(gm, config)
     record = Record(group, strategy_names(group, config))
-    pristine = gm
+    pristine, passed = gm, example_inputs
     with record.timed("canonical"):
         gm = own_copy(gm)
         places = canonicalise(gm)
@@ -81,18 +89,26 @@ def spcompile(
     patches: dict[str, Any] = {
         **(SCHEDULER if group.size > 1 else {}),
         **chosen,
-        "joint_custom_pre_pass": JointPass(group, config, frontend, told),
+        "joint_custom_pre_pass": JointPass(group, config, frontend, told, bool(boundary.sizes)),
         "post_grad_custom_post_pass": WaitPass(told),
     }
-    with limits.no_silent_fallback(gm, config), floats.no_restart(gm):
-        compiled = told.compile(
-            lambda more: _torch.compile_fx(gm, compiled_for, config_patches={**patches, **more})
-        )
+    again = functools.partial(spcompile, mode=mode, options=options)
+    try:
+        with limits.no_silent_fallback(gm, config), floats.no_restart(gm):
+            compiled = told.compile(
+                lambda more: _torch.compile_fx(gm, compiled_for, config_patches={**patches, **more})
+            )
+    except _SymbolicSizesFailed as why:  # on all ranks alike
+        RECORDS.remove(record)
+        text = f"symbolic sizes failed ({why}); each length is compiled for itself. Please report it."
+        warnings.warn(f"spcompile: {text}", OneLengthEach, stacklevel=2)
+        return spcompile(pristine, passed, mode=mode, options={**(options or {}), "lengths": "each"})
     boundary.settle(record.lent)
+    if boundary.sizes.pinned(group.size):
+        limits.one_length_each()
     watch.compiled(record)
     tell_gathers(record.gathers, config)
 
-    again = functools.partial(spcompile, mode=mode, options=options)
     own = served(boundary.around(compiled), frontend.lengths, pristine, places, again)
 
     def checked(*args: Any) -> Any:
@@ -112,22 +128,39 @@ def source_hash() -> str:
 
 
 class JointPass(_torch.CustomGraphPass):
-    """Inductor's hook on the joint graph."""
+    """Inductor's hook on the joint graph.
 
-    def __init__(self, group: Group, config: Config, frontend: Frontend, told: Told) -> None:
+    Args:
+        symbolic: whether a size of the graph's inputs is a symbol.
+    """
+
+    def __init__(
+        self, group: Group, config: Config, frontend: Frontend, told: Told, symbolic: bool
+    ) -> None:
         self.group, self.config, self.told = group, config, told
+        self.symbolic = symbolic and config.lengths == "symbolic"
         self.named = frontend.hints, frontend.parameters
 
     def __call__(self, graph: fx.Graph) -> None:
         watch.graph("before", graph)
         with self.told.record.timed("shard"):
-            sharded = shard_joint_graph(graph, self.group, self.config, *self.named)
+            sharded = self._shard(graph)
         watch.graph("after", graph)
         # A graph that a cache serves never comes here: whatever its caller needs to know of it (and not only
         # reports) must be kept with what was told, and be taken from there in `Told._retell`.
         self.told.saw_joint(graph, sharded)
         if self.config.on_gather == "error":  # before Inductor spends its time
             tell_gathers(sharded.gathers, self.config)
+
+    def _shard(self, graph: fx.Graph) -> Sharded:
+        try:
+            return shard_joint_graph(graph, self.group, self.config, *self.named)
+        except SpcompileError:
+            raise
+        except Exception as why:
+            if self.symbolic:
+                raise _SymbolicSizesFailed(f"{type(why).__name__}: {str(why)[:200]}") from why
+            raise
 
     def uuid(self) -> Any:
         return (source_hash(), self.config.key(), repr(self.group), repr(self.named), self.told.joint)

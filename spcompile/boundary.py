@@ -125,15 +125,15 @@ def open_boundary(
     output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     boundary = Boundary(group, len(output.args[0]), config.outputs == "sharded")
     inputs = list(inputs)
+    passed = _examples(gm)
     if group.size > 1:
-        passed = _examples(gm)
         _open_inputs(gm, inputs, boundary)
-        boundary.sizes = InputSizes([*passed, *_examples(gm)])
         if config.inputs == "sharded" and not (boundary.arriving or boundary.written):
             _require_parts(gm)
         if config.outputs != "whole" and not _ends_without_grad(gm):
             _open_outputs(gm, output, boundary, int if config.lengths == "each" else expression)
         gm.recompile()
+    boundary.sizes = InputSizes([*passed, *_examples(gm)])
     return boundary, inputs
 
 

@@ -17,7 +17,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from spcompile import _torch
 from spcompile.config import Config
 from spcompile.errors import SpcompileError
 
-__all__ = ["Unsharded", "compiling", "no_silent_fallback", "watch"]
+__all__ = ["Unsharded", "compiling", "no_silent_fallback", "one_length_each", "watch"]
 
 
 class Unsharded(UserWarning):
@@ -38,12 +38,13 @@ class Unsharded(UserWarning):
 @dataclass
 class _Frame:
     """What spcompile has compiled of one frame: Dynamo's numbers of the graphs (it may start one over) by
-    grad mode, and who was told of the end."""
+    grad mode, who was told of the end, and whether a graph of symbolic sizes serves one length only."""
 
     config: Config
     source: str
     compiled: dict[bool, set[int]] = field(default_factory=lambda: {True: set(), False: set()})
     told: set[bool] = field(default_factory=set)
+    pinned: bool = False
 
     def graphs(self, training: bool) -> int:
         """How many."""
@@ -53,15 +54,30 @@ class _Frame:
 _frames: dict[int, _Frame] = {}
 
 
-def compiling(gm: fx.GraphModule, config: Config) -> None:
-    """Note that Dynamo's graph ``gm`` of the current frame is about to be compiled."""
+def compiling(gm: fx.GraphModule, config: Config) -> Config:
+    """Note that Dynamo's graph ``gm`` of the current frame is about to be compiled.
+
+    Returns:
+        the config with which to compile it: each length for itself, if symbolic sizes were in vain before.
+    """
     watch()
     current = _torch.CompileContext.current_compile_id()
     if current is None or current.frame_id is None:
-        return  # not called by Dynamo
+        return config  # not called by Dynamo
     if current.frame_compile_id == 0 or current.frame_id not in _frames:
         _frames[current.frame_id] = _Frame(config, _source(gm))
-    _frames[current.frame_id].compiled[torch.is_grad_enabled()].add(current.frame_compile_id or 0)
+    frame = _frames[current.frame_id]
+    frame.compiled[torch.is_grad_enabled()].add(current.frame_compile_id or 0)
+    return replace(config, lengths="each") if frame.pinned else config
+
+
+def one_length_each() -> None:
+    """Note that a graph of the current frame serves one length, though it was compiled with symbolic sizes:
+    for a frame of this kind these cost several times as much and gain nothing."""
+    current = _torch.CompileContext.current_compile_id()
+    frame = None if current is None or current.frame_id is None else _frames.get(current.frame_id)
+    if frame is not None:
+        frame.pinned = True
 
 
 def watch() -> None:

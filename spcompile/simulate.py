@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from spcompile import _torch, collectives, floats, frontend, library, limits
 from spcompile.boundary import open_boundary
 from spcompile.config import Config
+from spcompile.errors import SpcompileError
 from spcompile.passes import shard_joint_graph
 from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
 from spcompile.passes.chunks import in_pieces
@@ -191,15 +192,18 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
     """
     library.watch()
     config = Config.of(options)
+    if config.gradients == "partial":
+        raise SpcompileError("simulated ranks must agree: gradients='partial' needs real ones.")
     group = collectives.Group(ranks, "simulated")
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
         pristine, gm = gm, own_copy(gm)
         places = canonicalise(gm)
-        limits.compiling(gm, config)
-        boundary, compiled_for = open_boundary(gm, [example_inputs[i] for i in places], group, config)
-        prepared = frontend.prepare(gm, config)
-        run = _AotRanks(group, config, prepared.hints)
+        own_config = limits.compiling(gm, config)
+        inputs = [example_inputs[i] for i in places]
+        boundary, compiled_for = open_boundary(gm, inputs, group, own_config)
+        prepared = frontend.prepare(gm, own_config)
+        run = _AotRanks(group, own_config, prepared.hints)
         compiler = _torch.aot_autograd(
             fw_compiler=run.forward,
             bw_compiler=run.backward,
@@ -210,6 +214,8 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
         )
         with limits.no_silent_fallback(gm, config), floats.no_restart(gm):
             compiled = compiler(gm, compiled_for)
+        if boundary.sizes.pinned(ranks):
+            limits.one_length_each()
         own = served(boundary.around(compiled), prepared.lengths, pristine, places, backend)
         return in_their_order(own, places)
 

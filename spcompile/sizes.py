@@ -97,6 +97,20 @@ def bounds_of(start: Any, stop: Any, step: int, size: Any) -> tuple[Any, Any, in
     return within(start, 0), within(stop, size), step if step is not None else 1
 
 
+# By how much more a length is tried: one, as many as ranks, as many as chunks or experts may ask for.
+_STEPS = (1, 2, 64, 128, 1024)
+
+
+def _serves_others(symbol: sympy.Symbol, size: SymInt, ranks: int) -> bool:
+    """Whether some other value of ``symbol``, which is ``size``, fulfils all guards that are on it alone."""
+    if not size.node.expr.is_Symbol:
+        return False  # a number by now
+    guards = [g.expr for g in size.node.shape_env.guards if g.expr.free_symbols == {symbol}]
+    now = hint(size)
+    others = [2 * now, 3 * now, *(now + step * by for step in _STEPS for by in (1, ranks))]
+    return any(all(g.xreplace({symbol: sympy.Integer(n)}) == sympy.true for g in guards) for n in others)
+
+
 def expression(size: Any) -> Any:
     """A symbolic size as an expression, which can be kept; numbers are themselves."""
     return size.node.expr if isinstance(size, SymInt) and not size.node.expr.is_Integer else int(size)
@@ -116,13 +130,24 @@ class InputSizes:
 
     def __init__(self, inputs: Iterable[Any]) -> None:
         self._found: dict[sympy.Symbol, tuple[int, int | None]] = {}
+        self._sizes: list[SymInt] = []
         for index, x in enumerate(inputs):
             for dim, size in enumerate(x.shape) if isinstance(x, Tensor) else [(None, x)]:
-                if is_symbolic(size) and size.node.expr.is_Symbol:
-                    self._found.setdefault(size.node.expr, (index, dim))
+                if is_symbolic(size) and size.node.expr.is_Symbol and size.node.expr not in self._found:
+                    self._found[size.node.expr] = index, dim
+                    self._sizes.append(size)
 
     def __bool__(self) -> bool:
         return bool(self._found)
+
+    def pinned(self, ranks: int) -> bool:
+        """Whether what was guarded meanwhile leaves every symbol no other value, as far as a few trials show.
+
+        It only tells what compiling with symbols is worth, so it need not be exact.
+        """
+        return bool(self._found) and not any(
+            _serves_others(symbol, size, ranks) for symbol, size in zip(self._found, self._sizes, strict=True)
+        )
 
     def tell(self, symbols: Iterable[sympy.Symbol]) -> bool:
         """Whether all of these symbols are known in a call."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spcompile import _torch
+from spcompile import _torch, backend, limits
 from spcompile.simulate import simulated
 from tests.proof import eager
 
@@ -63,12 +63,12 @@ class Trained:
 
     def __init__(self, net: nn.Module, ranks: int, dynamic: bool | None = None, **options: Any) -> None:
         self.net, self.compilations = net, set[str]()
-        backend = simulated(ranks, nan_padding=ranks > 1, **options)
+        ranked = simulated(ranks, nan_padding=ranks > 1, **options)
 
         def counted(gm: Any, inputs: Any) -> Callable[..., Any]:
             # Dynamo may start a graph over, under the same number.
             self.compilations.add(str(_torch.CompileContext.current_compile_id()))
-            return backend(gm, inputs)
+            return ranked(gm, inputs)
 
         self.compiled = torch.compile(net, backend=counted, dynamic=dynamic)
 
@@ -99,6 +99,30 @@ def test_twenty_lengths_are_three_graphs() -> None:
     for tokens in torch.randint(100, 4_001, (20,), generator=torch.Generator().manual_seed(0)).tolist():
         run.step(ids(tokens))
     assert run.graphs == 3
+
+
+class Unrolled(Model):
+    """Walks its tokens in chunks, so that the graph is of one length whatever Dynamo makes symbolic."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        chunks = [x.sin() for x in v.split(8, 2)]
+        return super().attend(q, k, torch.cat([x * (i + 1) for i, x in enumerate(chunks)], 2))
+
+
+def test_symbolic_sizes_that_were_in_vain_are_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[str] = []
+
+    def compiling(gm: Any, config: Any) -> Any:
+        config = compile_with(gm, config)
+        chosen.append(config.lengths)
+        return config
+
+    compile_with = limits.compiling
+    monkeypatch.setattr(limits, "compiling", compiling)
+    run = Trained(Unrolled("sdpa"), 2)
+    for tokens in (16, 32, 48, 64):
+        run.step(ids(tokens))
+    assert chosen == ["symbolic", "symbolic", "each", "each"]
 
 
 def test_each_length_for_itself() -> None:
@@ -142,6 +166,23 @@ def test_what_was_proved_at_one_length_is_not_taken_for_true_at_another() -> Non
         run.step(ids(tokens))
     assert run.graphs == 1
     run.step(ids(29))  # from here on the window hides keys: another compilation, of the unedited graph
+
+
+def test_a_failure_with_symbolic_sizes_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = backend.shard_joint_graph
+
+    def fails(graph: Any, group: Any, config: Any, *rest: Any) -> Any:
+        if config.lengths == "symbolic" and _torch.CompileContext.current_compile_id().frame_compile_id:
+            raise RuntimeError("a rule that takes numbers only")
+        return shard(graph, group, config, *rest)
+
+    monkeypatch.setattr(backend, "shard_joint_graph", fails)
+    net = Model("sdpa")
+    compiled = torch.compile(net, backend="spcompile")
+    compiled(ids(8)).backward()
+    with pytest.warns(backend.OneLengthEach, match="takes numbers only"):
+        loss = compiled(ids(9))
+    assert abs(float(loss.detach() - net(ids(9)).detach())) <= 1e-9
 
 
 def test_ranks_are_told_apart_by_sizes() -> None:

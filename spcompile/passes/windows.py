@@ -20,8 +20,9 @@ from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
+from spcompile.expressions import Expressions
 from spcompile.passes.numbers import unsized
 from spcompile.passes.propagate import call_of
 from spcompile.rules.pointwise import is_pointwise
@@ -61,12 +62,13 @@ class _Writer:
     """Adds nodes before one that is being replaced, and takes that away."""
 
     def __init__(self, graph: fx.Graph, fake_mode: Any) -> None:
-        self.graph, self.fake_mode = graph, fake_mode
+        self.graph, self.fake_mode, self.sizes = graph, fake_mode, Expressions(graph)
 
     def call(self, before: fx.Node, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A call placed at ``before`` that stems from ``like``: from its source line, under its tags."""
+        written = tree_map_only(torch.SymInt, self.sizes.node, (args, kwargs))
         with self.graph.inserting_before(before):
-            node = self.graph.call_function(target, args, kwargs)
+            node = self.graph.call_function(target, *written)
         node.meta = dict(like.meta)
         with self.fake_mode, torch.no_grad():
             node.meta["val"] = target(*tree_map(_value, args), **tree_map(_value, kwargs))
@@ -79,7 +81,8 @@ class _Writer:
         todo = [old]
         while todo:
             node = todo.pop()
-            if not node.users and node.op == "call_function" and not node._erased:
+            is_size = isinstance(node.meta.get("val"), torch.SymInt)  # it may be used again
+            if not (node.users or is_size or node._erased) and node.op == "call_function":
                 todo += node.all_input_nodes
                 self.graph.erase_node(node)
 
