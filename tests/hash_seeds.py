@@ -85,7 +85,9 @@ def main() -> int:
     if arguments.sweep:
         found = [graphs(arguments.names or list(known), seed) for seed in SEEDS]
         differ = [name for name in found[0] if len({f[name] for f in found}) > 1]
+        failed = {name: digest for name, digest in found[0].items() if digest.isidentifier()}
         print(f"{len(found[0])} models under {len(SEEDS)} seeds; other graphs: {differ or 'none'}")
+        print(f"not captured: {failed or 'none'}")
         return int(bool(differ))
     for name in arguments.names or known:
         try:
