@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from torch import fx
 
 import models
 from spcompile.attention.variants import VARIANTS as TABLE
@@ -61,3 +62,38 @@ def test_what_crosses_ranks(name: str) -> None:
     assert [c.phase for c in states] == ["forward", "backward"]
     for c in crossing:
         assert c in states or c.op == "all_reduce" or c.purpose.startswith("halo of"), c
+
+
+_PRODUCTS = {getattr(torch.ops.aten, name).default for name in ("mm", "bmm", "addmm", "baddbmm")}
+_KEEPS_ZERO = {
+    *("alias", "expand", "view", "_unsafe_view", "reshape", "permute", "unsqueeze", "slice", "select"),
+    *("clone", "mul", "neg", "_to_copy"),
+}
+
+
+def zeros(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that are zero whatever the inputs are."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        name = getattr(node.target, "_opname", "")
+        made = name in ("zeros", "zeros_like", "new_zeros") or (
+            name in ("full", "full_like", "new_full") and node.args[1 if name != "new_full" else 2] == 0
+        )
+        if made or (name in _KEEPS_ZERO and any(x in found for x in node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+@pytest.mark.parametrize("name", ["linear_llama3", *VARIANTS])
+def test_no_product_is_one_with_zeros(name: str) -> None:
+    """What several ranks compute is what one does, and for the delta rules the matrix that they send."""
+    torch.manual_seed(0)
+    model = models.get(f"{name}:tiny", **SHAPE, pattern="L", layers=1)()
+    joint = capture(model, model.example_inputs(seq=16, batch=2))
+    graphs = [joint.shard(ranks)[0].graph for ranks in (1, 4)]
+    products = [[n for n in graph.nodes if n.target in _PRODUCTS] for graph in graphs]
+    for graph, found in zip(graphs, products, strict=True):
+        nothing = zeros(graph)
+        assert not [n for n in found if any(x in nothing for x in n.all_input_nodes)]
+    alone, one_of_four = map(len, products)
+    assert one_of_four <= alone + (12 if TABLE[name].delta else 0)

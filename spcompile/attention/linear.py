@@ -137,6 +137,7 @@ def linear_attention_backward(
             return *grads, *(q.new_zeros(0) for _ in range(3))
         b = Backward(x, Options(causal, scale, exclusive, reverse))
         b.start(grad, initial_state)
+        b.local()
         return tuple(q.new_zeros(0) if g is None else g for g in b.finish(grad_final))
 
 

@@ -161,7 +161,7 @@ class LinearAllGather:
             known, start = _known_decay(given.log_decay, x, sequence), b.wide(grad_final)
             later = not options.reverse
             exchange = _Exchange(algebra_of(x), b.total(), group, start, known=known, later=later)
-            b.local()
+        b.local()
         grads = b.finish(grad_final if exchange is None else exchange.carry())
         dq, dk, dv, decay, beta, initial = grads
         if decay is not None:

@@ -13,7 +13,7 @@ what a chunk does are
 
     d intra = do      d queries_c = do_c S_{c-1}^T      dB_c = R_c      dA_c = R_c S_{c-1}^T
 
-and those of the tokens follow by differentiating ``chunk_map``, for every variant alike.
+and those of the tokens follow by differentiating the functions of ``intra.py``, for every variant alike.
 
 Shapes: N = B*H, n chunks, C tokens per chunk; memory and work are linear in T, and the graph has the same
 size for any T: the only loop, over chunks, is inside ``spcompile::affine_scan``.
@@ -21,6 +21,8 @@ size for any T: the only loop, over chunks, is inside ``spcompile::affine_scan``
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -28,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spcompile._torch import statically_known_true
-from spcompile.kernels.linear.intra import Tokens, chunk_map, intra
+from spcompile.kernels.linear.intra import Tokens, outputs, transition, written
 from spcompile.kernels.scan import state_dtype
 
 __all__ = ["CHUNK", "Backward", "Forward", "Operands", "Options"]
@@ -153,7 +155,9 @@ class Forward(_Run):
 
     def start(self) -> None:
         """What each chunk does to the state."""
-        self.a, self.b, self._outputs = intra(self.tokens, self.options.exclusive)
+        _, k, v, g, beta = self.tokens
+        self._written = written(k, v, g, beta)
+        self.a, self.b = transition(k, g, *self._written)
 
     def total(self) -> tuple[Tensor, ...]:
         """What this run of tokens does to the state: the summary that ranks exchange."""
@@ -161,7 +165,8 @@ class Forward(_Run):
 
     def local(self) -> None:
         """The part that needs no other rank."""
-        self.intra, self.queries = self._outputs()
+        q, k, _, g, _ = self.tokens
+        self.intra, self.queries = outputs(q, k, g, *self._written, self.options.exclusive)
 
     def finish(self, carry: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs ``[B, H, T, V]`` in q's dtype and the state ``[B, H, K, V]`` after the last token, from the
@@ -172,26 +177,52 @@ class Forward(_Run):
         return out.to(self.x.q.dtype).contiguous(), self.heads(after)
 
 
+Gradients = list[Tensor | None]
+
+
+def _vjp(
+    function: Callable[..., tuple[Tensor | None, ...]], *given: Tensor | None
+) -> tuple[tuple[Tensor | None, ...], Callable[..., Gradients]]:
+    """The results of ``function``, and what maps their gradients to those of ``given``; None stays None."""
+    there: list[bool] = []
+
+    def of_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
+        fresh = iter(tensors)
+        results = function(*(None if x is None else next(fresh) for x in given))
+        there[:] = [x is not None for x in results]
+        return tuple(x for x in results if x is not None)
+
+    made, pull = torch.func.vjp(of_tensors, *(x for x in given if x is not None))
+    results = iter(made)
+
+    def back(*grads: Tensor | None) -> Gradients:
+        fresh = iter(pull(tuple(x for x in grads if x is not None)))
+        return [None if x is None else next(fresh) for x in given]
+
+    return tuple(next(results) if is_there else None for is_there in there), back
+
+
+def _sum(*terms: Tensor | None) -> Tensor | None:
+    given = [x for x in terms if x is not None]
+    return reduce(torch.add, given) if given else None
+
+
 class Backward(_Run):
-    """The backward between its steps; ``local`` is left out where there is no exchange to hide."""
+    """The backward between its steps. The gradient of what a chunk gives out is known at once, that of what
+    it does to the state needs the later ranks': the two halves are differentiated each by itself."""
 
     def start(self, grad: Tensor, carry: Tensor | None) -> None:
         """What each chunk does to the gradient of the state, from ``grad`` of the outputs and the forward's
         ``carry``."""
-
-        def function(*tokens: Tensor) -> tuple[Tensor, ...]:
-            fresh = iter(tokens)
-            return chunk_map(Tokens(*(x if x is None else next(fresh) for x in self.tokens)), exclusive)
-
-        exclusive = self.options.exclusive
-        made, self._vjp = torch.func.vjp(function, *(x for x in self.tokens if x is not None))
-        *a, b, _, self.queries = made
-        self.a = a[0] if a else None
+        (q, k, v, g, beta), exclusive = self.tokens, self.options.exclusive
+        (u, w), self._of_written = _vjp(written, k, v, g, beta)
+        (self.a, b), self._of_transition = _vjp(transition, k, g, u, w)
+        given, self._of_outputs = _vjp(partial(outputs, exclusive=exclusive), q, k, g, u, w)
+        assert b is not None and given[1] is not None
         self.grad = self.cut(grad)
         self.before, _ = self.scan(self.a, b, self.flat(carry))
         self.back = self.a if self.a is None or not self.matrix else self.a.mT
-        self.states = self.queries.mT @ self.grad
-        self._done: tuple[Tensor, ...] | None = None
+        self.states = given[1].mT @ self.grad
 
     def total(self) -> tuple[Tensor, ...]:
         """What this run of tokens does to the gradient of the state, from its last token to its first."""
@@ -199,38 +230,35 @@ class Backward(_Run):
 
     def local(self) -> None:
         """The gradients that need no later rank."""
-        zero = [] if self.a is None else [torch.zeros_like(self.a)]
-        self._done = self._vjp((*zero, torch.zeros_like(self.before), *self._of_outputs()))
-
-    def _of_outputs(self) -> tuple[Tensor, Tensor]:
-        return self.grad, self.grad @ self.before.mT
+        self._local = self._of_outputs(self.grad, self.grad @ self.before.mT)
 
     def finish(self, carry: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of the operands, None for those that are None, from the gradient ``carry`` of the state
         after the last token (None: zero)."""
         after, initial = self.scan(self.back, self.states, self.flat(carry), reverse=True)
-        of_a = []
+        of_a = None
         if self.a is not None and self.matrix:
-            of_a = [after @ self.before.mT]
+            of_a = after @ self.before.mT
         elif self.a is not None:
-            of_a = [(after * self.before).sum_to_size(self.a.shape)]
-        if self._done is None:
-            tokens = self._vjp((*of_a, after, *self._of_outputs()))
-        else:
-            zeros = torch.zeros_like(self.grad), torch.zeros_like(self.queries)
-            rest = self._vjp((*of_a, after, *zeros))
-            tokens = tuple(x + y for x, y in zip(self._done, rest, strict=True))
-        return self._gradients(list(tokens), initial)
+            of_a = (after * self.before).sum_to_size(self.a.shape)
+        q, *one = self._local
+        other = self._of_transition(of_a, after)
+        k, g, u, w = map(_sum, one, other)
+        if self.tokens.beta is None:
+            return self._gradients([q, k, u, g, None], initial)
+        of_k, v, of_g, beta = self._of_written(u, w)
+        return self._gradients([q, _sum(k, of_k), v, _sum(g, of_g), beta], initial)
 
-    def _gradients(self, tokens: list[Tensor], initial: Tensor) -> tuple[Tensor | None, ...]:
+    def _gradients(self, tokens: Gradients, initial: Tensor) -> tuple[Tensor | None, ...]:
         x, reverse = self.x, self.options.reverse
+        assert tokens[0] is not None
         tokens[0] = tokens[0] * self.options.scale
-        grads: list[Tensor | None] = []
-        for operand in x[:-1]:
-            if operand is None:
+        grads: Gradients = []
+        for operand, grad in zip(x[:-1], tokens, strict=True):
+            if operand is None or grad is None:
                 grads.append(None)
                 continue
-            grad = _uncut(tokens.pop(0), x.k, reverse).sum_to_size(operand.shape)
+            grad = _uncut(grad, x.k, reverse).sum_to_size(operand.shape)
             grads.append(grad.to(operand.dtype).contiguous())
         state = x.initial_state
         return *grads, None if state is None else self.heads(initial).to(state.dtype).contiguous()

@@ -19,7 +19,6 @@ Sources: GLA (arXiv 2312.06635, section 4), DeltaNet (2406.06484, section 3), Ga
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from spcompile.kernels.linear.decay import decayed_scores, from_start, to_end
 
-__all__ = ["Tokens", "chunk_map", "intra"]
+__all__ = ["Tokens", "outputs", "transition", "written"]
 
 
 class Tokens(NamedTuple):
@@ -40,50 +39,45 @@ class Tokens(NamedTuple):
     beta: Tensor | None  # [..., C, 1]
 
 
-Outputs = Callable[[], tuple[Tensor, Tensor]]
+# Three functions, each of just what it reads: a rank sends its state before it computes its outputs, and the
+# backward differentiates what it knows already while the rest is on its way.
 
 
-def intra(x: Tokens, exclusive: bool) -> tuple[Tensor | None, Tensor, Outputs]:
-    """What a chunk does to the state, and a function that computes its outputs: a rank sends its state first.
+def written(
+    k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """u, what each token writes if the chunk starts empty, and w: starting from S it writes u - w S.
 
-    Returns:
-        A (None is 1; ``[..., 1 or K, 1]``; a matrix ``[..., K, K]``), B ``[..., K, V]``, and a function
-        without arguments that returns (intra ``[..., C, V]``, queries ``[..., C, K]``).
+    Without a delta rule these are v and None (zero).
     """
-    kept = x.k if x.g is None else x.k * to_end(x.g)
-    decay = None if x.g is None else x.g.sum(-2, keepdim=True).mT.exp()
-
-    def queries() -> Tensor:
-        return x.q if x.g is None else x.q * from_start(x.g, exclusive)
-
-    if x.beta is None:
-        return decay, kept.mT @ x.v, lambda: (decayed_scores(x.q, x.k, x.g, exclusive) @ x.v, queries())
-
-    u, w = _delta(x)
-    removed = kept.mT @ w
-    diagonal = torch.eye(x.k.shape[-1], dtype=w.dtype, device=w.device)
-    a = (diagonal if decay is None else diagonal * decay) - removed
-
-    def outputs() -> tuple[Tensor, Tensor]:
-        scores = decayed_scores(x.q, x.k, x.g, exclusive)
-        return scores @ u, queries() - scores @ w
-
-    return a, kept.mT @ u, outputs
-
-
-def _delta(x: Tokens) -> tuple[Tensor, Tensor]:
-    """u, what each token writes if the chunk starts empty, and w: starting from S it writes u - w S."""
-    assert x.beta is not None
-    k_beta = x.k * x.beta
-    system = decayed_scores(k_beta, x.k, x.g).tril(-1)
-    seen = k_beta if x.g is None else k_beta * from_start(x.g)
-    right = torch.cat([x.v * x.beta, seen], -1)
+    if beta is None:
+        return v, None
+    k_beta = k * beta
+    system = decayed_scores(k_beta, k, g).tril(-1)
+    seen = k_beta if g is None else k_beta * from_start(g)
+    right = torch.cat([v * beta, seen], -1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-    u, w = solved.split([x.v.shape[-1], x.k.shape[-1]], -1)
+    u, w = solved.split([v.shape[-1], k.shape[-1]], -1)
     return u, w
 
 
-def chunk_map(x: Tokens, exclusive: bool) -> tuple[Tensor, ...]:
-    """All four at once, (A if it is not 1,) B, intra, queries: what the backward differentiates."""
-    a, b, outputs = intra(x, exclusive)
-    return (b, *outputs()) if a is None else (a, b, *outputs())
+def transition(
+    k: Tensor, g: Tensor | None, u: Tensor, w: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """What a chunk does to the state: A (None is 1; ``[..., 1 or K, 1]``; a matrix ``[..., K, K]``) and B,
+    ``[..., K, V]``."""
+    kept = k if g is None else k * to_end(g)
+    decay = None if g is None else g.sum(-2, keepdim=True).mT.exp()
+    if w is None:
+        return decay, kept.mT @ u
+    diagonal = torch.eye(k.shape[-1], dtype=w.dtype, device=w.device)
+    return (diagonal if decay is None else diagonal * decay) - kept.mT @ w, kept.mT @ u
+
+
+def outputs(
+    q: Tensor, k: Tensor, g: Tensor | None, u: Tensor, w: Tensor | None, exclusive: bool
+) -> tuple[Tensor, Tensor]:
+    """intra ``[..., C, V]`` and queries ``[..., C, K]``."""
+    scores = decayed_scores(q, k, g, exclusive)
+    queries = q if g is None else q * from_start(g, exclusive)
+    return scores @ u, queries if w is None else queries - scores @ w
