@@ -104,8 +104,8 @@ def spcompile(
         warnings.warn(f"spcompile: {text}", OneLengthEach, stacklevel=2)
         return spcompile(pristine, passed, mode=mode, options={**(options or {}), "lengths": "each"})
     boundary.settle(record.lent)
-    if boundary.sizes.pinned(group.size):
-        limits.one_length_each()
+    if boundary.sizes and config.lengths == "symbolic":
+        limits.symbolic(boundary.sizes.serve_others(group.size))
     watch.compiled(record)
     tell_gathers(record.gathers, config)
 

@@ -27,7 +27,7 @@ from spcompile import _torch
 from spcompile.config import Config
 from spcompile.errors import SpcompileError
 
-__all__ = ["Unsharded", "compiling", "no_silent_fallback", "one_length_each", "watch"]
+__all__ = ["Unsharded", "compiling", "no_silent_fallback", "symbolic", "watch"]
 
 
 class Unsharded(UserWarning):
@@ -38,13 +38,13 @@ class Unsharded(UserWarning):
 @dataclass
 class _Frame:
     """What spcompile has compiled of one frame: Dynamo's numbers of the graphs (it may start one over) by
-    grad mode, who was told of the end, and whether a graph of symbolic sizes serves one length only."""
+    grad mode, who was told of the end, and how many of the last graphs of symbolic sizes serve one length."""
 
     config: Config
     source: str
     compiled: dict[bool, set[int]] = field(default_factory=lambda: {True: set(), False: set()})
     told: set[bool] = field(default_factory=set)
-    pinned: bool = False
+    in_vain: int = 0
 
     def graphs(self, training: bool) -> int:
         """How many."""
@@ -52,6 +52,9 @@ class _Frame:
 
 
 _frames: dict[int, _Frame] = {}
+
+# So many graphs of symbolic sizes in a row that serve one length each, and a frame's are compiled for theirs.
+_IN_VAIN = 2
 
 
 def compiling(gm: fx.GraphModule, config: Config) -> Config:
@@ -68,16 +71,19 @@ def compiling(gm: fx.GraphModule, config: Config) -> Config:
         _frames[current.frame_id] = _Frame(config, _source(gm))
     frame = _frames[current.frame_id]
     frame.compiled[torch.is_grad_enabled()].add(current.frame_compile_id or 0)
-    return replace(config, lengths="each") if frame.pinned else config
+    return replace(config, lengths="each") if frame.in_vain >= _IN_VAIN else config
 
 
-def one_length_each() -> None:
-    """Note that a graph of the current frame serves one length, though it was compiled with symbolic sizes:
-    for a frame of this kind these cost several times as much and gain nothing."""
+def symbolic(serves_others: bool) -> None:
+    """Note whether a graph of the current frame, compiled with symbolic sizes, serves more than one length.
+
+    Where it does not (chunks that Python walks), these cost several times as much and gain nothing. Once may
+    be by chance: an argument that is passed for the first time has sizes that are numbers.
+    """
     current = _torch.CompileContext.current_compile_id()
     frame = None if current is None or current.frame_id is None else _frames.get(current.frame_id)
     if frame is not None:
-        frame.pinned = True
+        frame.in_vain = 0 if serves_others else frame.in_vain + 1
 
 
 def watch() -> None:

@@ -214,8 +214,8 @@ def simulated(ranks: int, **options: Any) -> Callable[..., Any]:
         )
         with limits.no_silent_fallback(gm, config), floats.no_restart(gm):
             compiled = compiler(gm, compiled_for)
-        if boundary.sizes.pinned(ranks):
-            limits.one_length_each()
+        if boundary.sizes and own_config.lengths == "symbolic":
+            limits.symbolic(boundary.sizes.serve_others(ranks))
         own = served(boundary.around(compiled), prepared.lengths, pristine, places, backend)
         return in_their_order(own, places)
 

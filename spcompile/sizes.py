@@ -140,12 +140,12 @@ class InputSizes:
     def __bool__(self) -> bool:
         return bool(self._found)
 
-    def pinned(self, ranks: int) -> bool:
-        """Whether what was guarded meanwhile leaves every symbol no other value, as far as a few trials show.
+    def serve_others(self, ranks: int) -> bool:
+        """Whether what was guarded meanwhile leaves a symbol another value, as far as a few trials show.
 
         It only tells what compiling with symbols is worth, so it need not be exact.
         """
-        return bool(self._found) and not any(
+        return any(
             _serves_others(symbol, size, ranks) for symbol, size in zip(self._found, self._sizes, strict=True)
         )
 

@@ -220,18 +220,26 @@ def _generalised(
     now: Mapping[sympy.Symbol, int],
     change: Callable[[int], int],
 ) -> list[Any]:
-    """``base``, the edit at the sizes ``now``, with the numbers that follow sizes as expressions of them."""
-    changed: list[tuple[list[Any], list[Any], int]] = []
-    for symbol, size in now.items():
-        by = change(size)
-        once, twice = (_text(_recognized(pristine, {**now, symbol: size + n * by})[0]) for n in (1, 2))
-        if not len(once) == len(twice) == len(base):
-            raise _Different
-        changed.append((once, twice, by))
+    """``base``, the edit at the sizes ``now``, with the numbers that follow sizes as expressions of them.
+
+    Symbols that are equal now are changed together, and the first of them stands for all: those of ids and of
+    labels are, and a graph in which they differ is none. Where they are not the same later, `hold` sees it.
+    """
+    changed: dict[int, tuple[list[Any], list[Any], int]] = {}  # by size
+    for size in now.values():
+        if size not in changed:
+            by = change(size)
+            sizes_then = ({s: n + i * by if n == size else n for s, n in now.items()} for i in (1, 2))
+            once, twice = (_text(_recognized(pristine, then)[0]) for then in sizes_then)
+            if not len(once) == len(twice) == len(base):
+                raise _Different
+            changed[size] = once, twice, by
     sizes = tuple(now.values())
+    firsts = [size not in sizes[:i] for i, size in enumerate(sizes)]
     edit: list[Any] = []
     for place, x in enumerate(base):
-        slopes = [_slope(x, once[place], twice[place], by) for once, twice, by in changed]
+        slope = {size: _slope(x, o[place], t[place], by) for size, (o, t, by) in changed.items()}
+        slopes = [slope[size] if first else 0 for size, first in zip(sizes, firsts, strict=True)]
         if any(slopes):
             constant = x - sum(c * s for c, s in zip(slopes, sizes, strict=True))
             edit.append(_Affine(constant, tuple(slopes)))
