@@ -34,7 +34,12 @@ def batch(length: int) -> dict[str, torch.Tensor]:
     return {"ids": ids, "labels": ids.clone()}
 
 
-def train() -> dict[str, Any]:
+def train_each() -> dict[str, Any]:
+    """The same, each length compiled for itself."""
+    return train("each")
+
+
+def train(lengths: str = "symbolic") -> dict[str, Any]:
     """Two steps, the second of another length, and inference, through Inductor; are the ranks' graphs one?"""
     texts: list[str] = []
     shard = spcompile.backend.shard_joint_graph
@@ -46,7 +51,7 @@ def train() -> dict[str, Any]:
 
     spcompile.backend.shard_joint_graph = keep
     net = model("LN").double()
-    compiled = torch.compile(net, backend="spcompile")
+    compiled = torch.compile(net, backend="spcompile", options={"lengths": lengths})
     errors = []
     for length in (65, 3):
         inputs = batch(length)
@@ -203,7 +208,7 @@ def gdn2() -> dict[str, Any]:
 
 
 _CASES = (
-    *(train, delta, left, waits, other_shape_at_once, other_shape_later, other_model),
+    *(train, train_each, delta, left, waits, other_shape_at_once, other_shape_later, other_model),
     *(mesh_of_two_axes, agreement, warm, gemma4, gdn2),
 )
 CASES = {f.__name__: f for f in _CASES}

@@ -98,6 +98,8 @@ SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "lend": lambda: [(normal(2, 9, 3), 0)],
     "open_port": lambda: [(normal(2, 9, 3),)],
     "late": lambda: [(torch.zeros(()), [2, 9], [1], "", torch.float64, torch.device("cpu"))],
+    "rows": lambda: [(normal(7, 3), 2, 5, []), (normal(4, 2), 0, 4, [])],
+    "add_product": lambda: [(normal(4, 3), normal(4, 5), normal(5, 3))],
     "add_late": lambda: [(normal(2, 9, 3), torch.zeros(()), [1], "")],
 }
 """Arguments of each operator that takes tensors."""
@@ -131,8 +133,8 @@ def check(
 
 def test_every_operator_has_samples() -> None:
     source = "".join(p.read_text() for p in Path(spcompile.__file__).parent.rglob("*.py"))
-    # "rank" takes no tensor; "add_late_" only writes; the others are replaced by their rules and never run.
-    others = {"rank", "add_late_", "arrive", "depart"}
+    # "rank" takes no tensor; those with "_" at the end only write; the others are replaced by their rules and never run.
+    others = {"rank", "add_late_", "add_product_", "arrive", "depart"}
     assert {*SAMPLES, *others} == set(re.findall(r'custom_op\("spcompile::(\w+)"', source))
 
 

@@ -47,10 +47,11 @@ def run_ranks(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_training_and_inference_are_eager(ranks: int) -> None:
-    for result in run_ranks("train", ranks):
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("ranks", "case"), [(2, "train"), (3, "train_each")])
+def test_training_and_inference_are_eager(ranks: int, case: str) -> None:
+    """Two ranks with symbolic lengths from the second on, three with graphs of one length."""
+    for result in run_ranks(case, ranks, timeout=580):
         assert max(result["errors"]) <= 1e-9
         assert result["graphs"] == 3 and result["same_text"]
 
