@@ -32,7 +32,7 @@ def measure(work: dict[str, Any]) -> dict[str, float]:
 
     spent: list[float] = []
     Agreement.before_calling = clocked(Agreement.before_calling, spent)  # type: ignore[method-assign]
-    case = cases.model(work["length"])
+    case = cases.model(work["T"])
     function = torch.compile(case.module, backend=work["backend"], options={"check": work["check"]})
     steps, digests = [], []
     for _ in range(2 + STEPS):
