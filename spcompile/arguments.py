@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 
 from spcompile._torch import source_name
 
-__all__ = ["Argument", "arguments_of"]
+__all__ = ["Argument", "arguments_of", "examples_of"]
 
 _STEP = r"_modules\['([^']+)'\]"
 _STATE = re.compile(rf"\.({_STEP}|_parameters\[|_buffers\[|grad\b)|^L\['self'\]|^G\[")
@@ -37,6 +38,11 @@ class Argument:
 def arguments_of(gm: fx.GraphModule) -> list[Argument]:
     """The graph's placeholders, in their order."""
     return [_argument(n) for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+def examples_of(gm: fx.GraphModule) -> list[Any]:
+    """What Dynamo traced the graph with: fake tensors, and symbols of sizes."""
+    return [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
 
 
 def _argument(node: fx.Node) -> Argument:

@@ -8,7 +8,7 @@ What the compiled graph takes and gives is translated at run time.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from spcompile import ports
-from spcompile.arguments import arguments_of
+from spcompile.arguments import arguments_of, examples_of
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.errors import SpcompileError
@@ -26,17 +26,15 @@ from spcompile.placement import Shard
 from spcompile.ports import Layout
 from spcompile.serve import inputs_of, like
 from spcompile.sharded import ShardedTensor, hand_out, own_strides, plain, take_in
-from spcompile.sizes import InputSizes, at, expression
+from spcompile.sizes import InputSizes
 
 __all__ = ["Boundary", "open_boundary"]
 
 
 @dataclass
 class _Output:
-    """An output that has a port: its number among the outputs, and that of its token, if it has one.
-
-    Sizes are numbers, or expressions of the inputs' sizes where one graph serves many lengths.
-    """
+    """An output that has a port: its number among the outputs, and that of its token, if it has one; its
+    sizes as in a :class:`~spcompile.ports.Layout`."""
 
     number: int
     token: int | None
@@ -57,7 +55,7 @@ class Boundary:
         written: which of the user's are such parts, but are written to, and so are gathered before.
         local: whether these are returned as plain tensors of this rank's tokens.
         sizes: what the symbols of sizes are in a call, by what the user passes and what the graph is given.
-        lent: the outputs that do stay, by their number: how they lie.
+        layouts: the outputs that do stay, by their number: how they lie, for any sizes.
     """
 
     group: Group
@@ -67,18 +65,22 @@ class Boundary:
     arriving: list[int] = field(default_factory=list)
     written: list[int] = field(default_factory=list)
     sizes: InputSizes = field(default_factory=lambda: InputSizes(()))
-    lent: dict[int, Shard] = field(default_factory=dict)
+    layouts: dict[int, Layout] = field(default_factory=dict)
+    _last: tuple[Mapping[Any, int], dict[int, Layout]] | None = None
 
     def settle(self, lent: Mapping[int, Shard]) -> None:
         """Take what the joint pass has decided: how the outputs lie that stay this rank's part."""
-        self.lent = dict(lent)
+        for out in self.outputs:
+            if out.number in lent:
+                self.layouts[out.number] = Layout(lent[out.number], out.shape, out.stride, self.group)
 
-    def layout(self, out: _Output, values: Mapping[Any, int]) -> Layout | None:
-        """How an output lies on the ranks where sizes have these values; None if it is whole."""
-        if out.number not in self.lent:
-            return None
-        shape, stride = (tuple(at(size, values) for size in x) for x in (out.shape, out.stride))
-        return Layout(self.lent[out.number].at_sizes(values), shape, own_strides(shape, stride), self.group)
+    def layouts_at(self, values: Mapping[Any, int]) -> dict[int, Layout]:
+        """The layouts where sizes have these values; those of the last call are kept."""
+        if self._last is None or self._last[0] != values:
+            here = {number: layout.at_sizes(values) for number, layout in self.layouts.items()}
+            own = {n: replace(x, stride=own_strides(x.shape, x.stride)) for n, x in here.items()}
+            self._last = values, own
+        return self._last[1]
 
     def around(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """``compiled`` for the user's arguments; it takes them as ``compiled`` does."""
@@ -107,10 +109,10 @@ class Boundary:
 
     def give(self, results: Sequence[Any], values: Mapping[Any, int]) -> Any:
         """What the user gets for the compiled graph's results, in a call with these sizes."""
-        given = list(results[: self.count])
+        given, layouts = list(results[: self.count]), self.layouts_at(values)
         for out in self.outputs:
             token = None if out.token is None else results[out.token]
-            layout = self.layout(out, values)
+            layout = layouts.get(out.number)
             if layout is not None or token is not None:
                 given[out.number] = hand_out(given[out.number], token, layout, out.aliased)
                 if self.local:
@@ -125,20 +127,17 @@ def open_boundary(
     output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     boundary = Boundary(group, len(output.args[0]), config.outputs == "sharded")
     inputs = list(inputs)
-    passed = _examples(gm)
+    passed = examples_of(gm)
     if group.size > 1:
         _open_inputs(gm, inputs, boundary)
+    boundary.sizes = InputSizes([*passed, *examples_of(gm)])
+    if group.size > 1:
         if config.inputs == "sharded" and not (boundary.arriving or boundary.written):
             _require_parts(gm)
         if config.outputs != "whole" and not _ends_without_grad(gm):
-            _open_outputs(gm, output, boundary, int if config.lengths == "each" else expression)
+            _open_outputs(gm, output, boundary)
         gm.recompile()
-    boundary.sizes = InputSizes([*passed, *_examples(gm)])
     return boundary, inputs
-
-
-def _examples(gm: fx.GraphModule) -> list[Any]:
-    return [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
 
 
 def _require_parts(gm: fx.GraphModule) -> None:
@@ -161,9 +160,7 @@ def _ends_without_grad(gm: fx.GraphModule) -> bool:
     return bool(modes) and not modes[-1] and torch.is_grad_enabled()
 
 
-def _open_outputs(
-    gm: fx.GraphModule, output: fx.Node, boundary: Boundary, size: Callable[[Any], Any]
-) -> None:
+def _open_outputs(gm: fx.GraphModule, output: fx.Node, boundary: Boundary) -> None:
     returned = list(output.args[0])
     values = [x.meta.get("example_value") if isinstance(x, fx.Node) else None for x in returned]
     inputs = [n for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")]
@@ -182,7 +179,7 @@ def _open_outputs(
                 node = _described(gm.graph.call_method("detach", (node,)), node, value)
             made = gm.graph.call_function(ports.ops.lend.default, (node, number))
             returned[number] = _described(made, node, value)
-            shape, stride = tuple(map(size, value.shape)), tuple(map(size, value.stride()))
+            shape, stride = (tuple(map(boundary.sizes.expression, x)) for x in (value.shape, value.stride()))
             aliased = mine.count(mine[number]) > 1
             boundary.outputs.append(_Output(number, token, shape, stride, aliased))
     output.args = ((*returned, *tokens),)

@@ -15,6 +15,7 @@ takes it out of the mailbox.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from spcompile import collectives
 from spcompile.collectives import Group
 from spcompile.placement import Shard
+from spcompile.sizes import at
 
 __all__ = [
     "Layout",
@@ -47,12 +49,20 @@ ops = torch.ops.spcompile
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor of ``shape`` and ``stride`` lies on the ranks of ``group``."""
+    """How a tensor of ``shape`` and ``stride`` lies on the ranks of ``group``.
+
+    Sizes are numbers, or expressions of the inputs' sizes where one graph serves many lengths.
+    """
 
     shard: Shard
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     group: Group
+
+    def at_sizes(self, values: Mapping[Any, int]) -> Layout:
+        """One of expressions, where their symbols have these values."""
+        shape, stride = (tuple(at(size, values) for size in x) for x in (self.shape, self.stride))
+        return Layout(self.shard.at_sizes(values), shape, stride, self.group)
 
     def numbers(self) -> tuple[list[int], list[int], list[int], str]:
         """The same as arguments of an operator."""

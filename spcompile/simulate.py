@@ -37,10 +37,9 @@ from spcompile.passes.chunks import in_pieces
 from spcompile.passes.communicate import joined, split_dim
 from spcompile.passes.copies import written
 from spcompile.passes.ports import lent_as
-from spcompile.placement import Shard
 from spcompile.ports import Layout
 from spcompile.serve import served
-from spcompile.sizes import InputSizes, at, expression
+from spcompile.sizes import InputSizes, expression
 
 __all__ = ["RanksDisagree", "run_on_ranks", "simulated"]
 
@@ -231,7 +230,7 @@ class _AotRanks:
         self.inputs: dict[str, Any] = {}  # those that the backward writes to
         self.late: set[str] = set()
         self.sizes = InputSizes(())
-        self.parts: dict[int, tuple[Shard, Any]] = {}  # what each rank returns its part of, by its place
+        self.parts: dict[int, Layout] = {}  # what each rank returns its part of, by its place
 
     def shard(self, gm: fx.GraphModule) -> None:
         returned = tree_leaves(next(n for n in reversed(gm.graph.nodes) if n.op == "output").args)
@@ -239,23 +238,16 @@ class _AotRanks:
         lent = shard_joint_graph(gm.graph, self.group, self.config, self.hints).lent
         for i, (number, value) in numbers.items():
             if number in lent:
-                geometry = [tuple(map(expression, x)) for x in (value.shape, value.stride())]
-                self.parts[i] = lent[number].expressions(), geometry
+                shape, stride = (tuple(map(expression, x)) for x in (value.shape, value.stride()))
+                self.parts[i] = Layout(lent[number].expressions(), shape, stride, self.group)
         self.sizes = InputSizes(n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder")
         gm.recompile()
 
     def returned(self, results: Sequence[Any], args: Sequence[Any]) -> list[Any]:
         """What every rank returns: what is returned in parts as if it were read at once."""
         values = self.sizes.values(args)
-
-        def one(i: int, x: Any) -> Any:
-            if i not in self.parts:
-                return _agreed(x)
-            shard, geometry = self.parts[i]
-            shape, stride = (tuple(at(size, values) for size in y) for y in geometry)
-            return _joined(x, Layout(shard.at_sizes(values), shape, stride, self.group))
-
-        return [one(i, x) for i, x in enumerate(results)]
+        layouts = {i: layout.at_sizes(values) for i, layout in self.parts.items()}
+        return [_joined(x, layouts[i]) if i in layouts else _agreed(x) for i, x in enumerate(results)]
 
     def partition(self, joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
         self.shard(joint)

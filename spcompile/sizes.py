@@ -153,6 +153,12 @@ class InputSizes:
         """Whether all of these symbols are known in a call."""
         return all(symbol in self._found for symbol in symbols)
 
+    def expression(self, size: Any) -> Any:
+        """``size`` as an expression of what is known in a call; its number, with a guard, if it follows
+        anything else (an input's strides)."""
+        known = not isinstance(size, SymInt) or self.tell(size.node.expr.free_symbols)
+        return expression(size) if known else int(size)
+
     def values(self, args: Sequence[Any]) -> dict[sympy.Symbol, int]:
         """What the symbols are in a call with ``args``."""
         return {

@@ -24,6 +24,7 @@ import torch
 from torch import SymInt, Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
+from spcompile.arguments import examples_of
 from spcompile.passes.canonical import own_copy
 from spcompile.passes.einsums import without_opt_einsum
 from spcompile.passes.recognize import recognize
@@ -84,7 +85,7 @@ def recognize_lengths(gm: fx.GraphModule) -> tuple[list[Site], Lengths | None]:
     symbols = _symbols(gm)
     if not symbols:
         return _recognize(gm), None
-    pristine, inputs = own_copy(gm), InputSizes(_given(gm))
+    pristine, inputs = own_copy(gm), InputSizes(examples_of(gm))
     base, sites = _recognized(pristine, symbols)
     if not any(site.rewritten for site in sites):
         return sites, None
@@ -103,14 +104,10 @@ def recognize_lengths(gm: fx.GraphModule) -> tuple[list[Site], Lengths | None]:
 # --------------------------------------------------------------------------------- copies at a length
 
 
-def _given(gm: fx.GraphModule) -> list[Any]:
-    return [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
-
-
 def _symbols(gm: fx.GraphModule) -> dict[sympy.Symbol, int]:
     """The symbols of the inputs' sizes, in the inputs' order, with their values at hand."""
     found: dict[sympy.Symbol, int] = {}
-    for x in tree_leaves(_given(gm)):
+    for x in tree_leaves(examples_of(gm)):
         for size in (*x.shape, *x.stride()) if isinstance(x, Tensor) else (x,):
             if isinstance(size, SymInt):
                 env = size.node.shape_env
@@ -121,7 +118,7 @@ def _symbols(gm: fx.GraphModule) -> dict[sympy.Symbol, int]:
 
 def _may_share(gm: fx.GraphModule) -> bool:
     """Whether two inputs may be one memory."""
-    tensors = [x for x in _given(gm) if isinstance(x, Tensor)]
+    tensors = [x for x in examples_of(gm) if isinstance(x, Tensor)]
     return len({x.untyped_storage()._cdata for x in tensors}) < len(tensors)
 
 
