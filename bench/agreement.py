@@ -13,7 +13,8 @@ from bench.options import Options, Row, Table
 class AgreementCost:
     """A benchmark: a training step on two ranks, and the parts of it that are the exchange and the digest.
 
-    Ranks start each step together; the exchange still holds what one of them waits for the other.
+    Ranks start each step together; the exchange still holds what one of them waits for the other, which is no
+    cost of it: the first collective of the step would wait as long. "Its own work" is processor time.
     """
 
     title: str
@@ -31,7 +32,7 @@ class AgreementCost:
         except WorkerError as error:
             options.log(str(error))
             return row | {"note": "failed: " + reason(error)[:80]}
-        return row | {key: max(rank[key] for rank in got) for key in ("step", "exchange", "digest")}
+        return row | {key: max(rank[key] for rank in got) for key in ("step", "exchange", "own", "digest")}
 
     def tables(self, rows: list[Row]) -> list[Table]:
         body: list[list[Any]] = []
@@ -39,10 +40,11 @@ class AgreementCost:
             if "step" not in row:
                 body.append([row["check"], row["T"], row["note"]])
                 continue
-            parts = [row["exchange"], row["digest"]]
+            parts = [row["exchange"], row["own"], row["digest"]]
             shares = [f"{part / row['step']:.2%}" for part in parts]
             body.append([row["check"], row["T"], row["step"] * 1e3, *(p * 1e3 for p in parts), *shares])
-        heads = ["check", "T", "step ms", "exchange ms", "digest ms", "exchange", "digest"]
+        names = ["exchange", "its own work", "digest"]
+        heads = ["check", "T", "step ms", *(f"{name} ms" for name in names), *names]
         return [(self.title, heads, body)]
 
     def plots(self, rows: list[Row]) -> list[Any]:
