@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spcompile.errors import SpcompileError
+from spcompile.strategies import LINEAR, SOFTMAX
 
 __all__ = ["Config"]
 
 _CHOICES = {
     "inputs": ("global", "sharded"),
     "outputs": ("auto", "whole", "sharded"),
-    "linear": ("auto", "allgather"),
-    "softmax": ("auto", "allgather"),
+    "linear": ("auto", *LINEAR),
+    "softmax": ("auto", *SOFTMAX),
     "on_gather": ("warn", "error", "ignore"),
     "check": ("values", "shapes"),
     "gradients": ("whole", "partial"),

@@ -20,6 +20,7 @@ from spcompile.config import Config
 from spcompile.memory import Large, Memory, timeline
 from spcompile.placement import Shard
 from spcompile.sizes import hint
+from spcompile.strategies import strategy_of
 from spcompile.traffic import Collective, Transfer, rows, transfers
 
 __all__ = ["RECORDS", "Record", "Report", "last", "pass_seconds", "strategy_names"]
@@ -320,10 +321,9 @@ def strategy_names(group: Group, config: Config) -> dict[str, str]:
     """By which strategy each kind of attention crosses ranks."""
     if group.size == 1:
         return {"linear": "one rank", "softmax": "one rank"}
-    known = {"linear": "LASP-2", "softmax": "LASP-2H"}
     chosen = {"linear": config.linear, "softmax": config.softmax}
-    names = {kind: "allgather" if name == "auto" else name for kind, name in chosen.items()}
-    return {kind: f"{name} ({known[kind]})" if name == "allgather" else name for kind, name in names.items()}
+    rows = {kind: strategy_of(kind, name) for kind, name in chosen.items()}
+    return {kind: f"{row.name} ({row.title})" for kind, row in rows.items()}
 
 
 def pass_seconds() -> dict[str, float]:

@@ -18,6 +18,7 @@ from torch import fx
 
 from spcompile.placement import Partial, Placement, Shard
 from spcompile.sizes import hint
+from spcompile.strategies import LINEAR, SOFTMAX
 
 __all__ = ["Collective", "Purpose", "Transfer", "rows", "short_source", "transfers"]
 
@@ -164,17 +165,13 @@ def _row(t: Transfer) -> Collective:
 
 # --------------------------------------------------------------------------------------------------- formulas
 
-# (attention operator, collective) -> (what is sent, its formula); w bytes an element, G key heads.
+# (attention operator, collective) -> (what is sent, its formula): those of strategies, and of no strategy.
 _ATTENTION = {
-    ("linear_attention", "all_gather"): ("memory states", "(P-1) B H (K V+A) w"),
     ("linear_attention", "all_reduce"): ("memory state", "2 (P-1)/P B H K V w"),
-    ("linear_attention_backward", "all_gather"): ("gradients of memory states", "(P-1) B H (K V+A) w"),
     ("linear_attention_backward", "all_reduce"): ("gradient of memory state", "2 (P-1)/P B H K V w"),
-    ("affine_scan", "all_gather"): ("states of a scan", "(P-1) N w"),
-    ("softmax_attention", "all_gather"): ("keys and values", "(P-1) b B G (K+V) w"),
-    ("softmax_attention_backward", "all_gather"): ("keys and values again", "(P-1) b B G (K+V) w"),
-    ("softmax_attention_backward", "reduce_scatter"): ("gradients of keys and values", "(P-1) b B G (K+V) w"),
 }
+for _strategy in (*LINEAR.values(), *SOFTMAX.values()):
+    _ATTENTION |= _strategy.sends
 
 # What rules send themselves: a number of tokens (or totals) that does not depend on the sequence's length.
 _EDGES = {

@@ -75,7 +75,7 @@ for _n, (_kind, _variant) in enumerate(KINDS.items()):
     _given += ["initial_state"] * (_n % 2 == 0)
     for _op, _names in (
         (ops.linear_attention.default, _given),
-        (ops.linear_attention_backward.default, ["grad", "grad_final", *_given]),
+        (ops.linear_attention_backward.default, ["grad", "grad_final", *_given, "final"]),
     ):
         for _dims, _reason in zip(_of_variant(_variant, _n % 2 == 0), (HEAD_SIZE, BROADCAST), strict=True):
             _pairs = [(i, d) for i, name in enumerate(_names) for d in _dims.get(name, [])]

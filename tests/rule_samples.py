@@ -314,7 +314,11 @@ def _linear_family() -> list[S]:
             label, options = f"{name}, reverse" if reverse else name, options_of(variant, reverse)
             found += [
                 S(ops.linear_attention.default, (*of, *options), name=label),
-                S(ops.linear_attention_backward.default, (grad, final, *of, *options), name=label),
+                S(
+                    ops.linear_attention_backward.default,
+                    (grad, final, *of, ops.linear_attention(*of, *options)[1], *options),
+                    name=label,
+                ),
             ]
     for name, (shape, of_b, matrix) in SCANS.items():
         a = None if shape is None else x(*shape) / 2
@@ -341,11 +345,15 @@ def _attention() -> list[S]:
     found = []
     for causal in (True, False):
         q, k, v, grad = (x(2, 3, 7, size, seed=i) for i, size in enumerate((4, 4, 5, 5)))
-        qkv, name = (q, k, v), "causal" if causal else "all"
+        of, name = (q, k, v, None, None, None), "causal" if causal else "all"
         out, lse = ops.softmax_attention(q, k, v, None, causal, 0.7)
         found += [
-            S(ops.linear_attention.default, (*qkv, *[None] * 3, causal, 0.7), name=name),
-            S(ops.linear_attention_backward.default, (grad, None, *qkv, *[None] * 3, causal, 0.7), name=name),
+            S(ops.linear_attention.default, (*of, causal, 0.7), name=name),
+            S(
+                ops.linear_attention_backward.default,
+                (grad, None, *of, ops.linear_attention(*of, causal, 0.7)[1], causal, 0.7),
+                name=name,
+            ),
             S(ops.softmax_attention.default, (q, k, v, None, causal, 0.7), name=name),
             S(
                 ops.softmax_attention_backward.default,

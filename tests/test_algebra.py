@@ -14,7 +14,8 @@ import models
 from spcompile.attention import ALGEBRAS, StateAlgebra, reference
 from spcompile.attention.algebra import Summary, algebra_of, fold, identity, pack, summary_shapes, unpack
 from spcompile.attention.variants import VARIANTS, table
-from spcompile.kernels.linear.chunked import Forward, Operands
+from spcompile.kernels.linear.chunked import Forward
+from spcompile.kernels.linear.operands import Operands
 from tests.variants import KINDS, draw, options_of
 
 F64 = torch.float64
@@ -92,9 +93,7 @@ def test_pack_and_unpack(algebra: StateAlgebra) -> None:
 
 def summary_of(x: Operands, kind: str) -> Summary:
     """What the kernels say of a run of tokens; each cuts it into chunks of its own."""
-    f = Forward(x, options_of(KINDS[kind]))
-    f.start()
-    return f.total()
+    return Forward(x, options_of(KINDS[kind])).total()
 
 
 @every_kind

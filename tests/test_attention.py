@@ -13,6 +13,7 @@ from torch import Tensor
 from spcompile.attention import reference
 from spcompile.errors import SpcompileError
 from spcompile.kernels.softmax import blockwise
+from spcompile.kernels.softmax.operands import Operands, Options
 
 spc = torch.ops.spcompile
 F64 = torch.float64
@@ -113,8 +114,9 @@ def test_blockwise_is_the_fused_kernel(
     mask = {"none": None, "bool": mask > -0.5, "float": mask}[kind]
     grad[:, :, :first_row] = 0
     rows = None if mask is None else mask[:, :, first_row:]
-    out, lse = blockwise.forward(q[:, :, first_row:], k, v, rows, causal, 0.3, first_row)
-    got = blockwise.backward(grad[:, :, first_row:], q[:, :, first_row:], k, v, rows, causal, 0.3, first_row)
+    x, options = Operands(q[:, :, first_row:], k, v, rows), Options(causal, 0.3, first_row)
+    out, lse = blockwise.forward(x, options)
+    got = blockwise.backward(grad[:, :, first_row:], x, options)
     want = gradients(lambda *x: reference.softmax_attention(*x, mask, causal, 0.3)[0], grad, q, k, v)
     close(out, want[0][:, :, first_row:])
     close(lse, reference.softmax_attention(q, k, v, mask, causal, 0.3)[1][:, :, first_row:])

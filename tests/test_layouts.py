@@ -22,7 +22,7 @@ import spcompile
 import spcompile.chunked  # registers operators
 import spcompile.rules.scans  # registers an operator
 from spcompile.attention import softmax
-from spcompile.kernels.linear.chunked import Operands, Options
+from spcompile.kernels.linear.operands import Operands, Options
 from tests.threads import close
 from tests.variants import KINDS, cotangents, draw, options_of
 
@@ -79,7 +79,7 @@ def linear() -> list[tuple[Operands, Options]]:
 
 def linear_backward(x: Operands, o: Options) -> tuple[Any, ...]:
     grad, grad_final = cotangents(x)
-    return grad, grad_final if o.causal else None, *x, *o
+    return grad, grad_final if o.causal else None, *x, spc.linear_attention(*x, *o)[1], *o
 
 
 def scans() -> list[tuple[Any, ...]]:

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spcompile.attention import reference
 from spcompile.attention.variants import VARIANTS
-from spcompile.kernels.linear.chunked import Operands, Options
+from spcompile.kernels.linear.operands import Operands, Options
 from tests.threads import close
 from tests.variants import KINDS, cotangents, draw, gradients, options_of, references
 
@@ -161,7 +161,8 @@ def test_linear_opcheck(dtype: torch.dtype, kind: str) -> None:
     x = Operands(*(None if y is None else strided(y) for y in x))
     leaves = [None if y is None else y.detach().requires_grad_() for y in x]
     torch.library.opcheck(spc.linear_attention, (*leaves, *options))
-    torch.library.opcheck(spc.linear_attention_backward, (*cotangents(x), *x, *options))
+    _, final = spc.linear_attention(*x, *options)
+    torch.library.opcheck(spc.linear_attention_backward, (*cotangents(x), *x, final, *options))
 
 
 def test_the_backward_runs_under_a_dispatch_mode() -> None:

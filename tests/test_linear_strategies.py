@@ -9,8 +9,8 @@ from torch import Tensor
 from spcompile.attention import algebra, reference
 from spcompile.attention.algebra import Summary
 from spcompile.attention.variants import VARIANTS
-from spcompile.kernels.linear.chunked import Operands, Options
-from spcompile.strategies import LINEAR, allgather
+from spcompile.kernels.linear.operands import Operands, Options
+from spcompile.strategies import LINEAR, linear, linear_allgather
 from tests.test_linear_attention import SCANS, scan_operands
 from tests.threads import Ranks, close, shards, whole
 from tests.variants import KINDS, cotangents, draw, options_of, references
@@ -23,15 +23,15 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 def sharded(ranks: Ranks, x: Operands, options: Options, grads: tuple[Tensor, Tensor]) -> list[Tensor]:
     """Out, final state and gradients, put together from all ranks; NaN fills the padding."""
-    strategy, sequence = LINEAR["allgather"], ranks.sequence(x.k.shape[2])
+    start, sequence = LINEAR["allgather"].load(), ranks.sequence(x.k.shape[2])
     tokens = [y is not None and y.dim() == 4 and y.shape[2] == x.k.shape[2] for y in x[:5]]
     parts = [shards(y, sequence) if cut else [y] * ranks.size for y, cut in zip(x, tokens, strict=False)]
     outs = shards(grads[0], sequence)
 
     def work(rank: int) -> list[Tensor | None]:
         own = Operands(*(p[rank] for p in parts), x.initial_state)
-        out, final, carry = strategy.linear_forward(own, options, sequence)
-        return [out, final, *strategy.linear_backward(outs[rank], grads[1], own, options, carry, sequence)]
+        out, final, carry = linear.forward(own, options, sequence, start)
+        return [out, final, *linear.backward(outs[rank], grads[1], own, options, carry, sequence, start)]
 
     results = []
     cut_like = (True, False, *tokens, False)
@@ -102,7 +102,7 @@ def plain_sum(monkeypatch: pytest.MonkeyPatch) -> None:
             *algebra.fold(algebra.BASIC, basic, keep, reverse),
         )
 
-    monkeypatch.setattr(allgather, "fold", fold)
+    monkeypatch.setattr(linear_allgather, "fold", fold)
 
 
 @every_kind
@@ -169,7 +169,7 @@ def test_scan_is_exact(monkeypatch: pytest.MonkeyPatch, name: str, size: int, re
 
     def work(rank: int) -> tuple[Tensor, Tensor]:
         options = dict(matrix=matrix, reverse=reverse, sequence=sequence)
-        return LINEAR["allgather"].scan(of_a[rank], of_b[rank], initial, **options)
+        return linear.scan(of_a[rank], of_b[rank], initial, start=LINEAR["allgather"].load(), **options)
 
     before, final = zip(*ranks.run(work), strict=True)
     want = reference.affine_scan(a, b, initial, matrix, reverse)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spcompile.attention import reference
+from spcompile.kernels.softmax.operands import Operands, Options
 from spcompile.strategies import SOFTMAX
 from tests.threads import Ranks, close, operands, reference_gradients, shards, whole
 
@@ -26,20 +27,19 @@ def sharded_softmax(
     keep: bool = True,
     kv_whole: bool = False,
 ) -> tuple[Tensor, ...]:
-    strategy = SOFTMAX["allgather"]
+    strategy = SOFTMAX["allgather"].load()
     rows, columns = ranks.sequence(q.shape[2]), ranks.sequence(k.shape[2])
     grads, queries = shards(grad, rows), shards(q, rows)
     keys, values = ([x] * ranks.size if kv_whole else shards(x, columns) for x in (k, v))
     masks = [mask] * ranks.size if mask is None or mask.shape[-2] == 1 else shards(mask, rows, mask.dim() - 2)
-    options: dict[str, Any] = dict(
-        causal=causal, scale=0.3, q_sequence=rows, kv_sequence=None if kv_whole else columns
-    )
+    of_keys = None if kv_whole else columns
+    how = Options(causal, 0.3), rows, of_keys
 
     def work(rank: int) -> tuple[Tensor, ...]:
-        q, k, v, mask = queries[rank], keys[rank], values[rank], masks[rank]
-        out, lse, kv = strategy.softmax_forward(q, k, v, mask, **options)
-        kv = kv if keep else None
-        return out, lse, *strategy.softmax_backward(grads[rank], q, k, v, mask, out, lse, kv, **options)
+        x = Operands(queries[rank], keys[rank], values[rank], masks[rank])
+        out, lse, kv = strategy.forward(x, *how)
+        kv = kv if keep else strategy.gather(x, of_keys)
+        return out, lse, *strategy.backward(grads[rank], x, out, lse, kv, *how)
 
     out, lse, dq, dk, dv = (list(x) for x in zip(*ranks.run(work), strict=True))
     if kv_whole:
@@ -133,12 +133,12 @@ def test_whole_queries_sharded_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks(3, monkeypatch)
     columns = ranks.sequence(13)
     keys, values = shards(k, columns), shards(v, columns)
-    options: dict[str, Any] = dict(causal=False, scale=0.3, q_sequence=None, kv_sequence=columns)
+    strategy, how = SOFTMAX["allgather"].load(), (Options(False, 0.3), None, columns)
 
     def work(rank: int) -> tuple[Tensor, ...]:
-        args = (q, keys[rank], values[rank], None)
-        out, lse, kv = SOFTMAX["allgather"].softmax_forward(*args, **options)
-        return out, lse, *SOFTMAX["allgather"].softmax_backward(grad, *args, out, lse, kv, **options)
+        x = Operands(q, keys[rank], values[rank])
+        out, lse, kv = strategy.forward(x, *how)
+        return out, lse, *strategy.backward(grad, x, out, lse, kv, *how)
 
     out, lse, dq, dk, dv = zip(*ranks.run(work), strict=True)
     got = (out[1], lse[1], dq[1], whole(list(dk), columns), whole(list(dv), columns))
@@ -165,9 +165,9 @@ def test_ranks_work_for_their_rows_only(monkeypatch: pytest.MonkeyPatch) -> None
     seen: dict[int, set[tuple[int, int, bool]]] = {}
     real = fused_cpu._parts
 
-    def spy(keys: int, rows: int, causal: bool, first_row: int) -> list[tuple[int, int, bool]]:
-        parts = real(keys, rows, causal, first_row)
-        seen.setdefault(first_row, set()).update(parts)
+    def spy(x: Operands, options: Options) -> list[tuple[int, int, bool]]:
+        parts = real(x, options)
+        seen.setdefault(options.first_row, set()).update(parts)
         return parts
 
     monkeypatch.setattr(fused_cpu, "_parts", spy)

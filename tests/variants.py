@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spcompile.attention import reference
 from spcompile.attention.variants import VARIANTS, Variant
-from spcompile.kernels.linear.chunked import Operands, Options
+from spcompile.kernels.linear.operands import Operands, Options
 
 __all__ = ["KINDS", "Run", "cotangents", "draw", "gradients", "kinds", "options_of", "references"]
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spcompile.kernels.linear.chunked import Operands
+from spcompile.kernels.linear.operands import Operands
 
 __all__ = [
     "AFFINE",

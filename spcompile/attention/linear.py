@@ -13,8 +13,8 @@ from torch import Tensor
 
 from spcompile._torch import differentiable
 from spcompile.attention.softmax import check_shapes
-from spcompile.kernels.linear import whole
-from spcompile.kernels.linear.chunked import Backward, Forward, Operands, Options
+from spcompile.kernels.linear.kernel import kernel_of
+from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.scan import own_dtypes, state_dtype
 
 __all__ = ["linear_attention", "linear_attention_backward"]
@@ -82,13 +82,9 @@ def linear_attention(
     options = Options(causal, scale, exclusive, reverse)
     _check(x, options)
     with own_dtypes(q):
-        if not causal:
-            memory = whole.state(k, v)
-            return whole.apply(q, memory, scale), memory
-        f = Forward(x, options)
-        f.start()
-        f.local()
-        out, final = f.finish(initial_state)
+        run = kernel_of(x, options).forward(x, options)
+        run.local()
+        out, final = run.finish(initial_state if causal else run.total()[-1])
         return out, final.clone(memory_format=torch.contiguous_format)
 
 
@@ -120,25 +116,27 @@ def linear_attention_backward(
     log_decay: Tensor | None,
     beta: Tensor | None,
     initial_state: Tensor | None,
+    final: Tensor,
     causal: bool,
     scale: float,
     exclusive: bool = False,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients (dq, dk, dv, dlog_decay, dbeta, dinitial_state) of ``linear_attention`` from its inputs,
-    ``grad`` ``[B, H, T, V]`` of out and ``grad_final`` of the final state; ``[0]`` for operands that are
-    None."""
-    x = Operands(q, k, v, log_decay, beta, initial_state)
+    """Gradients (dq, dk, dv, dlog_decay, dbeta, dinitial_state) of ``linear_attention`` from its inputs, its
+    ``final`` state, ``grad`` ``[B, H, T, V]`` of out and ``grad_final`` of the final state; ``[0]`` for
+    operands that are None.
+
+    ``final`` is what a call that is not causal starts from. In a graph it says which forward this belongs to.
+    """
+    x, options = Operands(q, k, v, log_decay, beta, initial_state), Options(causal, scale, exclusive, reverse)
     with differentiable(), own_dtypes(q):
+        run = kernel_of(x, options).backward(x, options, grad, initial_state if causal else final)
+        run.local()
+        carry = grad_final
         if not causal:
-            grad_memory = whole.state(q, grad) * scale
-            grad_memory = grad_memory if grad_final is None else grad_memory + grad_final
-            grads = whole.apply_backward(grad, q, k, v, whole.state(k, v), grad_memory, scale)
-            return *grads, *(q.new_zeros(0) for _ in range(3))
-        b = Backward(x, Options(causal, scale, exclusive, reverse))
-        b.start(grad, initial_state)
-        b.local()
-        return tuple(q.new_zeros(0) if g is None else g for g in b.finish(grad_final))
+            (carry,) = run.total()
+            carry = carry if grad_final is None else carry + grad_final
+        return tuple(q.new_zeros(0) if g is None else g for g in run.finish(carry))
 
 
 @linear_attention_backward.register_fake
@@ -151,6 +149,7 @@ def _(
     log_decay: Tensor | None,
     beta: Tensor | None,
     initial_state: Tensor | None,
+    final: Tensor,
     causal: bool,
     scale: float,
     exclusive: bool = False,
@@ -163,16 +162,16 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.options = inputs[6:]
-    ctx.save_for_backward(*inputs[:6], output[0])
+    ctx.save_for_backward(*inputs[:6], *output)
 
 
 def _gradients(ctx: Any, grad: Tensor | None, grad_final: Tensor | None) -> tuple[Tensor | None, ...]:
-    *operands, out = ctx.saved_tensors
+    *operands, out, final = ctx.saved_tensors
     nothing = (None,) * len(ctx.options)
     if grad is None and grad_final is None:
         return (None,) * 6 + nothing
     grad = torch.zeros_like(out) if grad is None else grad
-    grads = torch.ops.spcompile.linear_attention_backward(grad, grad_final, *operands, *ctx.options)
+    grads = torch.ops.spcompile.linear_attention_backward(grad, grad_final, *operands, final, *ctx.options)
     return *(None if x is None else g for x, g in zip(operands, grads, strict=True)), *nothing
 
 

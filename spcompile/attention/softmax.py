@@ -18,6 +18,7 @@ from spcompile.collectives import current_rank
 from spcompile.errors import SpcompileError
 from spcompile.kernels.scan import state_dtype
 from spcompile.kernels.softmax import rows
+from spcompile.kernels.softmax.operands import Operands, Options
 
 __all__ = [
     "check_shapes",
@@ -67,7 +68,7 @@ def softmax_attention(
         SpcompileError: the mask requires a gradient.
     """
     check_shapes("softmax_attention", q, k, v)
-    return rows.forward(q, k, v, mask, causal, scale, 0)
+    return rows.forward(Operands(q, k, v, mask), Options(causal, scale))
 
 
 def _fake_softmax(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +101,7 @@ def softmax_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) of ``softmax_attention`` from its inputs, its results and ``grad`` of out."""
-    return rows.backward(grad, q, k, v, mask, out, lse, causal, scale, 0)
+    return rows.backward(grad, Operands(q, k, v, mask), out, lse, Options(causal, scale))
 
 
 @softmax_attention_backward.register_fake
@@ -159,7 +160,8 @@ def local_softmax_attention(
     Returns:
         out and lse of these rows, as in ``softmax_attention``.
     """
-    return rows.forward(q, k, v, mask, True, scale, current_rank(group) * block)
+    options = Options(True, scale, current_rank(group) * block)
+    return rows.forward(Operands(q, k, v, mask), options)
 
 
 @local_softmax_attention.register_fake
@@ -183,7 +185,8 @@ def local_softmax_attention_backward(
     block: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``local_softmax_attention``: dq of these rows; dk, dv of all keys from just these rows."""
-    return rows.backward(grad, q, k, v, mask, out, lse, True, scale, current_rank(group) * block)
+    options = Options(True, scale, current_rank(group) * block)
+    return rows.backward(grad, Operands(q, k, v, mask), out, lse, options)
 
 
 @local_softmax_attention_backward.register_fake

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from spcompile._torch import OpOverload
 from spcompile.passes.numbers import SYMBOLIC, is_size, size_symbols, unsized
 from spcompile.placement import Partial, Placement, Replicate, Shard
-from spcompile.rules import PULLED, Call, Rule, Split, commits, rule_for
+from spcompile.rules import PULLED, Call, Rule, Split, attention, commits, rule_for
 from spcompile.rules.pointwise import is_pointwise
 from spcompile.sizes import hint
 
@@ -133,7 +133,7 @@ def call_of(node: fx.Node) -> Call:
         return x.meta["val"] if isinstance(x, fx.Node) else x
 
     args, kwargs = tree_map(value, (node.args, node.kwargs))
-    return Call(node.target, args, kwargs, node.meta["val"])
+    return Call(node.target, args, kwargs, node.meta["val"], attention.forward_of(node))
 
 
 def _returns_tensors(node: fx.Node) -> bool:

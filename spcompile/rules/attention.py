@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +11,14 @@ from torch import Tensor, fx
 
 import spcompile.attention  # noqa: F401  (registers the operators)
 from spcompile.collectives import Sequence
-from spcompile.kernels.linear.chunked import Operands, Options
+from spcompile.errors import SpcompileError
+from spcompile.kernels.linear.operands import Operands, Options
+from spcompile.kernels.softmax import operands as softmax
 from spcompile.placement import Partial, Placement, Replicate, Shard
 from spcompile.rules.base import Call, Context, Emit, Factors, Side, Split
+from spcompile.strategies import linear
 
-__all__ = ["FORWARD", "RULES", "is_operand"]
+__all__ = ["FORWARD", "RULES", "forward_of", "is_operand"]
 
 ops = torch.ops.spcompile
 
@@ -26,6 +30,40 @@ FORWARD = {
     (ops.affine_scan.default, 1): -3,
 }
 """(operator, argument) -> which dim of it is a sequence: tokens of queries and keys, steps of a scan."""
+
+
+_MADE_BY_FORWARD = {
+    ops.linear_attention_backward.default: (ops.linear_attention.default, 8),
+    ops.softmax_attention_backward.default: (ops.softmax_attention.default, 6),
+}
+# backward operator -> its forward, and the argument of the backward that the forward returned
+
+
+def forward_of(node: fx.Node) -> fx.Node | None:
+    """The forward that an attention operator's node belongs to; itself, if it is one.
+
+    None where there is none in the graph: a backward whose forward lies in another one, or another operator.
+
+    Raises:
+        SpcompileError: a backward that is given what no forward returned.
+    """
+    if node.target not in _MADE_BY_FORWARD:
+        return node if node.target in RULES else None
+    forward, index = _MADE_BY_FORWARD[node.target]
+    made = node.args[index]
+    while isinstance(made, fx.Node) and made.target in _SAME:
+        made = made.args[0]
+    if isinstance(made, fx.Node) and made.op == "placeholder":
+        return None
+    if not isinstance(made, fx.Node) or made.target is not forward:
+        raise SpcompileError(
+            f"{node.name} is the backward of an attention, but it is given {made}, which none returned."
+            f"\n{(node.meta.get('stack_trace') or '').strip()}"
+        )
+    return made
+
+
+_SAME = (operator.getitem, torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 def is_operand(argument: Any) -> bool:
@@ -80,14 +118,13 @@ class LinearAttention:
 
     def _arguments(self) -> dict[str, Any]:
         """The tensor arguments by name, None where there is none."""
-        first = 2 if self.backward else 0
-        names = ("grad", "grad_final")[:first] + _OPERANDS
+        names = ("grad", "grad_final", *_OPERANDS, "final") if self.backward else _OPERANDS
         return dict(zip(names, self.call.args, strict=False))
 
     def _role(self, name: str, x: Any) -> str:
         if x is None or x.dim() != 4:
             return ""
-        if name in ("initial_state", "grad_final"):
+        if name in ("initial_state", "grad_final", "final"):
             return "state"
         return "constant" if name == "log_decay" and x.shape[2] == 1 != self._tokens() else "tokens"
 
@@ -112,19 +149,27 @@ class LinearAttention:
             sequence = None if shard is None else Sequence(context.group, shard.block, shard.length)
             given = dict(zip(names, operands, strict=True))
             x = Operands(*(given.get(name) for name in _OPERANDS))
-            key = ("carry", *map(id, x[1:]), options, sequence)
-            if not self.backward or key not in context.stash:
-                out, final, carry = context.linear.linear_forward(x, options, sequence)
+            if not self.backward:
+                out, final, carry = linear.forward(x, options, sequence, context.linear)
                 ours = carry is not None and carry is not x.initial_state
-                context.stash[key] = context.keep(carry) if ours else carry
-                if not self.backward:
-                    return out, final
+                context.leave(self.call.site, sequence, context.keep(carry) if ours else carry)
+                return out, final
+            key = self.call.site, sequence
+            carry = context.left(*key, lambda: _carry(x, given, options, sequence, context))
             gradients = (given["grad"], given.get("grad_final"))
-            carry = context.stash[key]
-            grads = context.linear.linear_backward(*gradients, x, options, carry, sequence)
+            grads = linear.backward(*gradients, x, options, carry, sequence, context.linear)
             return tuple(x.q.new_zeros(0) if g is None else g for g in grads)
 
         return emit
+
+
+def _carry(
+    x: Operands, given: dict[str, Tensor], options: Options, sequence: Sequence | None, context: Context
+) -> Tensor | None:
+    """The state from which a backward starts whose forward is not in this graph."""
+    if not options.causal:
+        return given["final"]
+    return linear.forward(x, options, sequence, context.linear)[2]
 
 
 @dataclass
@@ -183,25 +228,23 @@ class SoftmaxAttention:
         return Split((shard,) * len(roles), outputs, (None,) * len(roles), self._emit(None, False))
 
     def _emit(self, shard: Shard | None, alike: bool) -> Emit:
-        causal, scale = self.call.args[-2:]
+        options = softmax.Options(*self.call.args[-2:])
         roles = self._roles()
 
         def emit(context: Context, operands: list[Tensor]) -> Any:
             queries = None if shard is None else Sequence(context.group, shard.block, shard.length)
-            options: dict[str, Any] = {"causal": causal, "scale": scale, "q_sequence": queries}
-            options["kv_sequence"] = queries if alike else None
+            keys = queries if alike else None
             mask = operands[roles.index("mask")] if "mask" in roles else None
-            plain = [x for x, r in zip(operands, roles, strict=True) if r != "mask"]
-            keys = plain[2:4] if self.backward else plain[1:3]
-            key = ("kv", *map(id, keys), options["kv_sequence"])
+            given = [x for x, r in zip(operands, roles, strict=True) if r != "mask"]
             if not self.backward:
-                q, k, v = plain
-                out, lse, gathered = context.softmax.softmax_forward(q, k, v, mask, **options)
-                context.stash[key] = context.gathered(gathered)
+                x = softmax.Operands(given[0], given[1], given[2], mask)
+                out, lse, kv = context.softmax.forward(x, options, queries, keys)
+                context.leave(self.call.site, keys, context.gathered(kv))
                 return out, lse
-            grad, q, k, v, out, lse = plain
-            kv = context.stash.get(key)
-            return context.softmax.softmax_backward(grad, q, k, v, mask, out, lse, kv=kv, **options)
+            grad, q, k, v, out, lse = given
+            x = softmax.Operands(q, k, v, mask)
+            kv = context.left(self.call.site, keys, lambda: context.softmax.gather(x, keys))
+            return context.softmax.backward(grad, x, out, lse, kv, options, queries, keys)
 
         return emit
 
@@ -251,7 +294,8 @@ class AffineScan:
             fresh = iter(operands)
             a, b, initial = (next(fresh) if there else None for there in given)
             assert b is not None
-            return context.linear.scan(a, b, initial, matrix=matrix, reverse=reverse, sequence=sequence)
+            options = {"matrix": matrix, "reverse": reverse, "sequence": sequence}
+            return linear.scan(a, b, initial, start=context.linear, **options)
 
         return emit
 

@@ -16,9 +16,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from spcompile import collectives
+from spcompile.errors import SpcompileError
 from spcompile.placement import Partial, Placement, Replicate, Shard
 from spcompile.sizes import key
-from spcompile.strategies import LINEAR, SOFTMAX
+from spcompile.strategies import strategy_of
+from spcompile.strategies.exchange import StartExchange
+from spcompile.strategies.softmax import SoftmaxStrategy
 
 __all__ = ["Call", "Context", "Emit", "Factors", "Rule", "Side", "Split", "along", "parse"]
 
@@ -26,10 +29,15 @@ Side = Literal["in", "out"]
 
 
 class Call:
-    """One call of an operator: its arguments with (fake or real) tensors as leaves, and its results."""
+    """One call of an operator: its arguments with (fake or real) tensors as leaves, and its results.
 
-    def __init__(self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
-        self.op = op
+    ``site`` is the same of an attention and of its backward; None of a backward whose forward is not there.
+    """
+
+    def __init__(
+        self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any, site: Any = None
+    ) -> None:
+        self.op, self.site = op, site
         self.args = tuple(args)
         self.kwargs = dict(kwargs)
         self._leaves, self._spec = tree_flatten((self.args, self.kwargs))
@@ -55,16 +63,39 @@ class Call:
 class Context:
     """What an emission may ask about the ranks; tensors it returns are computed once per graph.
 
-    ``linear`` and ``softmax`` are the strategies by which attention crosses ranks. ``stash`` is where a
-    forward leaves for its backward what it has gathered.
+    ``linear`` and ``softmax`` are the strategies by which attention crosses ranks: what starts an exchange of
+    states, and a ``SoftmaxStrategy``.
     """
 
     def __init__(self, group: collectives.Group, linear: str = "auto", softmax: str = "auto") -> None:
         self.group = group
-        self.linear = LINEAR["allgather" if linear == "auto" else linear]
-        self.softmax = SOFTMAX["allgather" if softmax == "auto" else softmax]
-        self.stash: dict[Any, Tensor | None] = {}
+        self.linear: StartExchange = strategy_of("linear", linear).load()
+        self.softmax: SoftmaxStrategy = strategy_of("softmax", softmax).load()
+        self._left: dict[Any, dict[Any, Tensor | None]] = {}
         self._cache: dict[Any, Tensor] = {}
+
+    def leave(self, site: Any, sequence: Any, left: Tensor | None) -> None:
+        """What the forward of ``site`` has gathered of ``sequence``, for its backward."""
+        if site is not None:
+            self._left.setdefault(site, {})[sequence] = left
+
+    def left(self, site: Any, sequence: Any, gather: Callable[[], Tensor | None]) -> Tensor | None:
+        """What the forward of ``site`` left; made now where it is not in this graph, or where all is whole.
+
+        Raises:
+            SpcompileError: the forward is there, but has left nothing of this sequence: gathering it again
+                would be a second collective.
+        """
+        known = self._left.get(site, {})
+        there = sequence in known
+        if not there and (site is None or sequence is None):
+            return gather()
+        if not there:
+            raise SpcompileError(
+                f"the backward of {site} runs on {sequence}, its forward on {list(known)}. "
+                "This is a fault of spcompile; please report it with the model."
+            )
+        return known[sequence]
 
     def keep(self, state: Tensor) -> Tensor:
         """A small result of a collective: to be saved for the backward, also where the rest is recomputed."""

@@ -1,18 +1,12 @@
 """How memory states, keys and values cross ranks: one file and one row per strategy.
 
 A strategy is written as ordinary functions of this rank's tensors; the communication pass traces them into
-the graph.
+the graph. What is sharded is the operator: rank r holds tokens [r*block, (r+1)*block) of a
+:class:`~spcompile.collectives.Sequence`; tokens at or after ``length`` are padding with any content (NaN in a
+debug mode), and no valid result may depend on them. ``sequence`` None is a sequence that this rank holds
+whole: the same code without collectives.
 """
 
-from spcompile.strategies.allgather import LinearAllGather, SoftmaxAllGather
-from spcompile.strategies.protocol import LinearStrategy, SoftmaxStrategy
+from spcompile.strategies.table import LINEAR, SOFTMAX, Strategy, strategy_of
 
-__all__ = ["LINEAR", "SOFTMAX", "LinearStrategy", "SoftmaxStrategy"]
-
-# name (the value of the options ``linear`` and ``softmax``) -> strategy
-LINEAR: dict[str, LinearStrategy] = {
-    "allgather": LinearAllGather(),  # LASP-2
-}
-SOFTMAX: dict[str, SoftmaxStrategy] = {
-    "allgather": SoftmaxAllGather(),  # LASP-2H
-}
+__all__ = ["LINEAR", "SOFTMAX", "Strategy", "strategy_of"]

@@ -1,10 +1,10 @@
 """Causal linear attention of every variant in chunks, as batched ATen matmuls that Inductor fuses around.
 
 ``intra.py`` says what a chunk does: S_after = A S_before + B and out = intra + queries S_before. Here the
-chunks are chained, forward and backward, cut where a rank needs other ranks:
+chunks are chained, forward and backward, cut where a rank needs other ranks (``kernel.py``):
 
-    start    what each chunk does to the state, and what all of them together do: the summary that ranks
-             exchange
+    made     what each chunk does to the state
+    total    what all of them together do: the summary that ranks exchange
     local    the intra-chunk work, which needs no communication and is what the exchange hides behind
     finish   the states before each chunk, from the state ``carry`` before the first one
 
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, reduce
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +30,10 @@ from torch import Tensor
 
 from spcompile._torch import statically_known_true
 from spcompile.kernels.linear.intra import Tokens, outputs, transition, written
+from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.scan import state_dtype
 
-__all__ = ["CHUNK", "Backward", "Forward", "Operands", "Options"]
+__all__ = ["CHUNK", "Backward", "Forward"]
 
 # Tokens per chunk. Scores take T*C elements and states T*K*V/C. CPU milliseconds of forward and backward by
 # Inductor on one core, T = 4096 and H*K = 512, for C = 32, 64, 128, 256:
@@ -42,26 +42,6 @@ CHUNK = 64
 
 # From this head size on, a chunk of 128 is as fast and halves the memory of the states.
 _WIDE = 256
-
-
-class Operands(NamedTuple):
-    """The tensors of ``spcompile::linear_attention``."""
-
-    q: Tensor  # [B, H, T, K]
-    k: Tensor  # [B, H, T, K]
-    v: Tensor  # [B, H, T, V]
-    log_decay: Tensor | None = None  # broadcastable to [B, H, T, K]
-    beta: Tensor | None = None  # [B, H, T, 1]
-    initial_state: Tensor | None = None  # [B, H, K, V]
-
-
-class Options(NamedTuple):
-    """The other arguments of ``spcompile::linear_attention``."""
-
-    causal: bool
-    scale: float
-    exclusive: bool = False
-    reverse: bool = False
 
 
 def _chunk_length(x: Operands) -> int:
@@ -115,10 +95,6 @@ class _Run:
         """A state ``[N, ...]`` as ``[B, H, ...]``."""
         return state.reshape(*self.x.q.shape[:2], *state.shape[1:])
 
-    def wide(self, state: Tensor | None) -> Tensor | None:
-        """A state in the state dtype."""
-        return None if state is None else state.to(self.tokens.k.dtype)
-
     def flat(self, state: Tensor | None) -> Tensor | None:
         """A state ``[B, H, ...]`` as ``[N, ...]`` in the state dtype."""
         return None if state is None else state.flatten(0, 1).to(self.tokens.k.dtype)
@@ -151,10 +127,10 @@ class _Run:
 
 
 class Forward(_Run):
-    """The forward between its steps."""
+    """See :class:`spcompile.kernels.linear.kernel.Forward`."""
 
-    def start(self) -> None:
-        """What each chunk does to the state."""
+    def __init__(self, x: Operands, options: Options) -> None:
+        super().__init__(x, options)
         _, k, v, g, beta = self.tokens
         self._written = written(k, v, g, beta)
         self.a, self.b = transition(k, g, *self._written)
@@ -208,12 +184,14 @@ def _sum(*terms: Tensor | None) -> Tensor | None:
 
 
 class Backward(_Run):
-    """The backward between its steps. The gradient of what a chunk gives out is known at once, that of what
-    it does to the state needs the later ranks': the two halves are differentiated each by itself."""
+    """See :class:`spcompile.kernels.linear.kernel.Backward`.
 
-    def start(self, grad: Tensor, carry: Tensor | None) -> None:
-        """What each chunk does to the gradient of the state, from ``grad`` of the outputs and the forward's
-        ``carry``."""
+    The gradient of what a chunk gives out is known at once, that of what it does to the state needs the later
+    ranks': the two halves are differentiated each by itself.
+    """
+
+    def __init__(self, x: Operands, options: Options, grad: Tensor, carry: Tensor | None) -> None:
+        super().__init__(x, options)
         (q, k, v, g, beta), exclusive = self.tokens, self.options.exclusive
         (u, w), self._of_written = _vjp(written, k, v, g, beta)
         (self.a, b), self._of_transition = _vjp(transition, k, g, u, w)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spcompile.kernels.scan import state_dtype
+from spcompile.kernels.softmax.operands import Operands, Options
 
 __all__ = ["backward", "forward"]
 
@@ -21,13 +22,13 @@ __all__ = ["backward", "forward"]
 _BUDGET = 1 << 24
 
 
-def _blocks(q: Tensor, keys: int, causal: bool, first_row: int) -> Iterator[tuple[int, int, int]]:
+def _blocks(x: Operands, options: Options) -> Iterator[tuple[int, int, int]]:
     """Row ranges [start, stop) with the number of keys that some row of the range may see."""
-    b, h, t, _ = q.shape
+    (b, h, t, _), keys = x.q.shape, x.k.shape[2]
     step = max(1, _BUDGET // max(1, b * h * keys))
-    for start in range(0, t, step):
+    for start in range(0, t if keys else 0, step):
         stop = min(t, start + step)
-        yield start, stop, min(keys, first_row + stop) if causal else keys
+        yield start, stop, min(keys, options.first_row + stop) if options.causal else keys
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:
@@ -36,14 +37,14 @@ def _grouped(x: Tensor, kv_heads: int) -> Tensor:
 
 
 def _probabilities(
-    q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float, row: int
+    q: Tensor, k: Tensor, mask: Tensor | None, options: Options, start: int
 ) -> tuple[Tensor, Tensor]:
-    """(probabilities [B, Hkv, G, t, S], lse [B, Hkv, G, t]); ``row`` is the first row's position."""
-    scores = (q @ k.unsqueeze(2).mT) * scale
+    """(probabilities [B, Hkv, G, t, S], lse [B, Hkv, G, t]); ``start`` is q's first row among those given."""
+    scores = (q @ k.unsqueeze(2).mT) * options.scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    if causal:
-        rows = torch.arange(row, row + q.shape[3], device=q.device)
+    if options.causal:
+        rows = torch.arange(q.shape[3], device=q.device) + (options.first_row + start)
         columns = torch.arange(k.shape[2], device=q.device)
         scores = scores.masked_fill(columns > rows[:, None], -torch.inf)
     top = scores.amax(-1, keepdim=True)
@@ -64,55 +65,40 @@ def _mask_block(mask: Tensor | None, kv_heads: int, start: int, stop: int, seen:
     return mask.unsqueeze(2) if mask.shape[1] == 1 else _grouped(mask, kv_heads)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, first_row: int
-) -> tuple[Tensor, Tensor]:
-    """Attention of query rows ``first_row ...`` against all keys given.
+def forward(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
+    """Attention of the query rows given against all keys given.
 
-    Args:
-        q: ``[B, H, T, K]``; k: ``[B, Hkv, S, K]``; v: ``[B, Hkv, S, V]``; Hkv divides H.
-        mask: None, bool (True = may see) or additive, broadcastable to ``[B, H, T, S]``.
-        causal: row i of q sees key j only if ``j <= first_row + i``.
     Returns:
         out ``[B, H, T, V]`` in q's dtype and lse ``[B, H, T]`` in the state dtype, both contiguous. A row
         that sees no key is 0 with lse -inf, as in ``scaled_dot_product_attention``.
     """
+    q, k, v, mask = x
     wide, heads = state_dtype(q.dtype), k.shape[1]
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
-    for start, stop, seen in _blocks(q, k.shape[2], causal, first_row) if k.shape[2] else ():
+    for start, stop, seen in _blocks(x, options):
         rows = _grouped(q[:, :, start:stop], heads).to(wide)
         part = _mask_block(mask, heads, start, stop, seen)
-        p, row_lse = _probabilities(rows, k[:, :, :seen].to(wide), part, causal, scale, first_row + start)
+        p, row_lse = _probabilities(rows, k[:, :, :seen].to(wide), part, options, start)
         out[:, :, start:stop] = (p @ v[:, :, None, :seen].to(wide)).flatten(1, 2)
         lse[:, :, start:stop] = row_lse.flatten(1, 2)
     return out, lse
 
 
-def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    first_row: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, x: Operands, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`forward`'s ``out``: dq, dk, dv contiguous, each in its input's dtype."""
+    q, k, v, mask = x
     wide, heads = state_dtype(q.dtype), k.shape[1]
-    dq = torch.zeros(q.shape, dtype=wide, device=q.device)
-    dk = torch.zeros(k.shape, dtype=wide, device=k.device)
-    dv = torch.zeros(v.shape, dtype=wide, device=v.device)
-    for start, stop, seen in _blocks(q, k.shape[2], causal, first_row) if k.shape[2] else ():
+    dq, dk, dv = (torch.zeros(y.shape, dtype=wide, device=y.device) for y in (q, k, v))
+    for start, stop, seen in _blocks(x, options):
         rows = _grouped(q[:, :, start:stop], heads).to(wide)
         grads = _grouped(grad[:, :, start:stop], heads).to(wide)
         keys, values = k[:, :, :seen].to(wide), v[:, :, :seen].to(wide)
         part = _mask_block(mask, heads, start, stop, seen)
-        p, _ = _probabilities(rows, keys, part, causal, scale, first_row + start)
+        p, _ = _probabilities(rows, keys, part, options, start)
         dv[:, :, :seen] += (p.mT @ grads).sum(2)
         dp = grads @ values.unsqueeze(2).mT
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * options.scale
         dq[:, :, start:stop] = (ds @ keys.unsqueeze(2)).flatten(1, 2)
         dk[:, :, :seen] += (ds.mT @ rows).sum(2)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spcompile._torch import flash_attention_cpu, flash_attention_cpu_backward
 from spcompile.kernels.scan import state_dtype
+from spcompile.kernels.softmax.operands import Operands, Options
 
 __all__ = ["backward", "forward", "imprecise", "supports"]
 
@@ -42,12 +43,13 @@ def imprecise(mask: Tensor | None, lse: Tensor) -> bool:
     return mask is not None and mask.dtype != torch.bool and bool((lse < -1e3).any())
 
 
-def _parts(keys: int, rows: int, causal: bool, first_row: int) -> list[tuple[int, int, bool]]:
+def _parts(x: Operands, options: Options) -> list[tuple[int, int, bool]]:
     """Key ranges [start, stop) and whether the kernel's causal flag is on."""
-    if not causal:
+    keys, rows = x.k.shape[2], x.q.shape[2]
+    if not options.causal:
         return [(0, keys, False)]
-    past = min(first_row, keys)
-    parts = [(0, past, False), (past, min(keys, first_row + rows), True)]
+    past = min(options.first_row, keys)
+    parts = [(0, past, False), (past, min(keys, options.first_row + rows), True)]
     return [part for part in parts if part[0] < part[1]]
 
 
@@ -74,15 +76,14 @@ def _mask_part(mask: Tensor | None, start: int, stop: int, dtype: torch.dtype) -
     return mask.to(wide).clamp(min=_MASKED)
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, first_row: int
-) -> tuple[Tensor, Tensor]:
+def forward(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
     """As :func:`.blockwise.forward`; ask :func:`imprecise` about the lse that it returns."""
+    q, k, v, mask = x
     wide, size = state_dtype(q.dtype), max(k.shape[3], v.shape[3])
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
     merged = False
-    for start, stop, diagonal in _parts(k.shape[2], q.shape[2], causal, first_row):
+    for start, stop, diagonal in _parts(x, options):
         part_out, part_lse = flash_attention_cpu(
             _widened(q, size),
             _widened(k[:, :, start:stop], size),
@@ -90,14 +91,14 @@ def forward(
             0.0,
             diagonal,
             attn_mask=_mask_part(mask, start, stop, q.dtype),
-            scale=scale,
+            scale=options.scale,
         )
         part_out = part_out[..., : v.shape[3]]
         if not merged:
             out, lse, merged = part_out, part_lse, True
             continue
         both = torch.logaddexp(lse, part_lse)
-        ours, theirs = (torch.exp(x - both).unsqueeze(-1) for x in (lse, part_lse))
+        ours, theirs = (torch.exp(y - both).unsqueeze(-1) for y in (lse, part_lse))
         out, lse = (out * ours + part_out * theirs).to(q.dtype), both
     if mask is not None:
         hidden = lse < _NONE_VISIBLE
@@ -107,24 +108,16 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-    first_row: int,
+    grad: Tensor, x: Operands, out: Tensor, lse: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients from the merged ``out`` and ``lse``: dq, dk, dv contiguous, each in its input's dtype."""
+    q, k, v, mask = x
     size = max(k.shape[3], v.shape[3])
     # A row without a visible key: exp(_MASKED - 0) is 0, so it gets and gives no gradient.
     lse = torch.where(lse == -torch.inf, 0.0, lse)
-    dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+    dq, dk, dv = (y.new_zeros(y.shape) for y in (q, k, v))
     grad, out, wide_q = _widened(grad, size), _widened(out, size), _widened(q, size)
-    for start, stop, diagonal in _parts(k.shape[2], q.shape[2], causal, first_row):
+    for start, stop, diagonal in _parts(x, options):
         dq_part, dk_part, dv_part = flash_attention_cpu_backward(
             grad,
             wide_q,
@@ -135,7 +128,7 @@ def backward(
             0.0,
             diagonal,
             attn_mask=_mask_part(mask, start, stop, q.dtype),
-            scale=scale,
+            scale=options.scale,
         )
         dq += dq_part[..., : q.shape[3]]
         dk[:, :, start:stop] = dk_part[..., : k.shape[3]]

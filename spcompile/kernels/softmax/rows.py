@@ -5,34 +5,24 @@ from __future__ import annotations
 from torch import Tensor
 
 from spcompile.kernels.softmax import blockwise, fused_cpu
+from spcompile.kernels.softmax.operands import Operands, Options
 
 __all__ = ["backward", "forward"]
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, first_row: int
-) -> tuple[Tensor, Tensor]:
-    """Attention of rows ``first_row ...`` of the sequence; arguments, result as in ``blockwise.forward``."""
-    if fused_cpu.supports(q):
-        out, lse = fused_cpu.forward(q, k, v, mask, causal, scale, first_row)
-        if not fused_cpu.imprecise(mask, lse):
+def forward(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
+    """Attention of the query rows given against all keys given; the result is as in ``blockwise.forward``."""
+    if fused_cpu.supports(x.q):
+        out, lse = fused_cpu.forward(x, options)
+        if not fused_cpu.imprecise(x.mask, lse):
             return out, lse
-    return blockwise.forward(q, k, v, mask, causal, scale, first_row)
+    return blockwise.forward(x, options)
 
 
 def backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-    first_row: int,
+    grad: Tensor, x: Operands, out: Tensor, lse: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`forward`'s ``out``; dk and dv are these rows' part of the sum over all rows."""
-    if fused_cpu.supports(q) and not fused_cpu.imprecise(mask, lse):
-        return fused_cpu.backward(grad, q, k, v, mask, out, lse, causal, scale, first_row)
-    return blockwise.backward(grad, q, k, v, mask, causal, scale, first_row)
+    if fused_cpu.supports(x.q) and not fused_cpu.imprecise(x.mask, lse):
+        return fused_cpu.backward(grad, x, out, lse, options)
+    return blockwise.backward(grad, x, options)

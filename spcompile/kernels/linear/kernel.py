@@ -1,0 +1,91 @@
+"""What a kernel of linear attention is, and which one takes a call.
+
+A kernel works on one run of tokens: all of a sequence, or those of one rank. It says what the run does to the
+state, and gives the outputs (or the gradients) from the state before it. Between the two stands whatever
+brings that state from other ranks; kernels know nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from spcompile.kernels.linear import chunked, whole
+from spcompile.kernels.linear.operands import Operands, Options
+
+__all__ = ["Backward", "Forward", "Kernel", "kernel_of"]
+
+
+class Forward(Protocol):
+    """The forward of one run of tokens: when made, what it does to the state is known."""
+
+    def total(self) -> tuple[Tensor, ...]:
+        """What the run does to the state, ``[B, H, ...]``: a ``Summary`` of ``attention/algebra.py``.
+
+        If not causal, its memory state ``(S,)``.
+        """
+        ...
+
+    def local(self) -> None:
+        """Compute what needs no state: what the exchange of the totals hides behind."""
+        ...
+
+    def finish(self, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Outputs ``[B, H, T, V]`` in q's dtype and the state ``[B, H, K, V]`` after the last token.
+
+        Args:
+            carry: the state before the first token (None: zero); if not causal, that of all tokens there are.
+        """
+        ...
+
+
+class Backward(Protocol):
+    """The backward of one run of tokens: when made, what it does to the gradient of the state is known."""
+
+    def total(self) -> tuple[Tensor, ...]:
+        """What the run does to the gradient of the state, from its last token to its first."""
+        ...
+
+    def local(self) -> None:
+        """Compute what needs no gradient of the state."""
+        ...
+
+    def finish(self, carry: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of the operands, None for those that are None.
+
+        Args:
+            carry: the gradient of the state after the last token (None: zero); if not causal, of the memory
+                state of all tokens there are.
+        """
+        ...
+
+
+class Kernel(NamedTuple):
+    """One implementation: what makes its forward, and what its backward.
+
+    The backward is made of the operands, the options, the gradient ``[B, H, T, V]`` of the outputs and the
+    ``carry`` that the forward was finished with.
+    """
+
+    name: str
+    forward: Callable[[Operands, Options], Forward]
+    backward: Callable[[Operands, Options, Tensor, Tensor | None], Backward]
+
+
+_WHOLE = Kernel("one memory state", whole.Forward, whole.Backward)
+_CHUNKED = Kernel("ATen chunks", chunked.Forward, chunked.Backward)
+
+
+def kernel_of(x: Operands, options: Options) -> Kernel:
+    """The kernel that takes this call, by device, dtype and sizes: the one place where that is decided."""
+    if not options.causal:
+        return _WHOLE
+    if x.k.device.type == "cuda" and torch.version.hip is None:
+        from spcompile.kernels.linear import fused  # Triton takes its time to load, and is not everywhere
+
+        if fused.supports(x):
+            return Kernel("Triton, segments", fused.Forward, fused.Backward)
+    return _CHUNKED

@@ -1,0 +1,78 @@
+"""The strategies: one row each, which options, reports and traffic read.
+
+Nothing here may import torch: options are checked before that takes its seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["LINEAR", "SOFTMAX", "Strategy", "strategy_of"]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way across the ranks.
+
+    Attributes:
+        name: the value of the option ``linear`` or ``softmax``.
+        title: what the field calls it.
+        where: the module and the name of its implementation, an ``Exchange`` for linear attention
+            (``exchange.py``), a ``SoftmaxStrategy`` for softmax (``softmax.py``).
+        sends: (operator, collective) -> what is sent, and the bytes that one rank receives as a formula in P
+            ranks, b tokens per rank, B, H, G key heads, K, V, w bytes an element; (K V+A) is a state and what
+            a run of tokens multiplies it by.
+    """
+
+    name: str
+    title: str
+    where: str
+    sends: Mapping[tuple[str, str], tuple[str, str]]
+
+    def load(self) -> Any:
+        """The implementation."""
+        module, _, name = self.where.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+_STATES = "(P-1) B H (K V+A) w"
+_KEYS = "(P-1) b B G (K+V) w"
+
+_LINEAR = (
+    Strategy(
+        "allgather",
+        "LASP-2",
+        "spcompile.strategies.linear_allgather:AllGather",
+        {
+            ("linear_attention", "all_gather"): ("memory states", _STATES),
+            ("linear_attention_backward", "all_gather"): ("gradients of memory states", _STATES),
+            ("affine_scan", "all_gather"): ("states of a scan", "(P-1) N w"),
+        },
+    ),
+)
+_SOFTMAX = (
+    Strategy(
+        "allgather",
+        "LASP-2H",
+        "spcompile.strategies.softmax_allgather:AllGather",
+        {
+            ("softmax_attention", "all_gather"): ("keys and values", _KEYS),
+            ("softmax_attention_backward", "all_gather"): ("keys and values again", _KEYS),
+            ("softmax_attention_backward", "reduce_scatter"): ("gradients of keys and values", _KEYS),
+        },
+    ),
+)
+LINEAR = {row.name: row for row in _LINEAR}
+SOFTMAX = {row.name: row for row in _SOFTMAX}
+
+
+def strategy_of(kind: str, name: str) -> Strategy:
+    """The row of an option's value; ``"auto"`` is the all-gather.
+
+    Args:
+        kind: ``"linear"`` or ``"softmax"``.
+    """
+    return {"linear": LINEAR, "softmax": SOFTMAX}[kind]["allgather" if name == "auto" else name]
