@@ -43,9 +43,7 @@ class Tokens(NamedTuple):
 # backward differentiates what it knows already while the rest is on its way.
 
 
-def written(
-    k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def written(k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """u, what each token writes if the chunk starts empty, and w: starting from S it writes u - w S.
 
     Without a delta rule these are v and None (zero).
@@ -61,9 +59,7 @@ def written(
     return u, w
 
 
-def transition(
-    k: Tensor, g: Tensor | None, u: Tensor, w: Tensor | None
-) -> tuple[Tensor | None, Tensor]:
+def transition(k: Tensor, g: Tensor | None, u: Tensor, w: Tensor | None) -> tuple[Tensor | None, Tensor]:
     """What a chunk does to the state: A (None is 1; ``[..., 1 or K, 1]``; a matrix ``[..., K, K]``) and B,
     ``[..., K, V]``."""
     kept = k if g is None else k * to_end(g)

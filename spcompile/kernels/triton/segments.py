@@ -1,0 +1,159 @@
+"""Linear attention with one decay per token and head, or none, in two kernels over segments of a walk.
+
+    summaries   what each segment does to the state: U_after = exp(sum of log decays) U_before + S
+    outputs     from the state before each segment: chunk by chunk, with the state in registers
+
+A segment is a run of chunks, as a rank is a run of segments. No chunk's state goes to memory (but where a
+decay has a gradient), and segments run side by side, so that a few heads fill a GPU. The same two kernels are
+the backward; with the roles of q, k and v
+
+    forward   out of (q, k, v)      dq of (do, v, k)      dk of (v, do, q) and dv of (k, q, do), walking back
+
+See ``tiles.py`` for walks and readings. Operands are bf16, fp16 or fp32, states fp32. Operands of a product
+are rounded once: the state to bf16 where q is, else products read fp32 as TF32 (fp16, whose states may be
+larger than fp16 holds) or as three TF32 (fp32).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from spcompile.kernels.triton.tiles import EXCLUSIVE, INCLUSIVE, chunks, gates, offset, pairwise, tile, to_end
+
+__all__ = ["READS", "WRITES", "outputs", "summaries"]
+
+READS, WRITES = tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def summaries(
+    k, v, g, states, logs, scale,
+    kb, kh, kt, vb, vh, vt, gb, gh, gt,
+    H, T, n_segments, segment,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    GATED: tl.constexpr, READ: tl.constexpr, REVERSE: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``states [N, segments, K, V]`` and ``logs [N, segments]``; one program for BK x BV of a segment."""
+    pid = tl.program_id(0)
+    of_v, pid = pid % tl.cdiv(V, BV), pid // tl.cdiv(V, BV)
+    of_k, pid = pid % tl.cdiv(K, BK), pid // tl.cdiv(K, BK)
+    which, n = pid % n_segments, pid // n_segments
+    dk, dv = of_k * BK + tl.arange(0, BK), of_v * BV + tl.arange(0, BV)
+    k += offset(n, H, kb, kh)
+    v += offset(n, H, vb, vh)
+    if GATED:
+        g += offset(n, H, gb, gh)
+    state = tl.zeros((BK, BV), tl.float32)
+    total = 0.0
+    N = n_segments * segment
+    begin, end = chunks(which, segment, T, N, C, REVERSE)
+    for first in range(begin, end, C):
+        step = first + tl.arange(0, C)
+        p, inside = tile(k, step, dk, kt, T, N, K, REVERSE)
+        keys = tl.load(p, mask=inside, other=0.0)
+        p, inside = tile(v, step, dv, vt, T, N, V, REVERSE)
+        values = tl.load(p, mask=inside, other=0.0)
+        if WIDE:
+            keys, values = keys.to(tl.float32), values.to(tl.float32)
+        if GATED:
+            own = gates(g, step, True, gt, T, N, REVERSE)
+            # On the values: the keys go from memory to the tensor core as they are.
+            values = (values * to_end(g, own, step, gt, T, N, C, READ, REVERSE)[:, None]).to(values.dtype)
+            here = tl.sum(own, 0)
+            state *= tl.exp(here)
+            total += here
+        state = tl.dot(tl.trans(keys), values, state, input_precision=PRECISION)
+    at = n.to(tl.int64) * n_segments + which
+    p = states + at * (K * V) + dk[:, None] * V + dv[None, :]
+    tl.store(p, state * scale, mask=(dk < K)[:, None] & (dv < V)[None, :])
+    if GATED:
+        if (of_k == 0) & (of_v == 0):
+            tl.store(logs + at, total)
+
+
+@triton.jit
+def outputs(
+    q, k, v, g, before, other, kept, out, inner, sums, scale,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, sn, ss, sk, sv, xb, xh, xt, ob, oh, ot,
+    H, T, n_segments, segment, heads,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    SCALED: tl.constexpr, OF_GATE: tl.constexpr, GATED: tl.constexpr, READ: tl.constexpr,
+    REVERSE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``out [B, H, T, V]`` from ``before [N, segments, K, V]``; one program for BV of a segment's values.
+
+    SCALED: the scale is in the states already, and what is written gets it; else what is read.
+    OF_GATE: what the gradient of a decay is made of (``gate.py``), of the values that this program has: READS,
+        when walking with the forward, or WRITES, when walking back with ``kept``, the states of the forward.
+    """
+    pid = tl.program_id(0)
+    of_v, pid = pid % tl.cdiv(V, BV), pid // tl.cdiv(V, BV)
+    which, n = pid % n_segments, pid // n_segments
+    dk, dv, i = tl.arange(0, BK), of_v * BV + tl.arange(0, BV), tl.arange(0, C)
+    q += offset(n, H, qb, qh)
+    k += offset(n, H, kb, kh)
+    v += offset(n, H, vb, vh)
+    out += offset(n, H, ob, oh)
+    if GATED:
+        g += offset(n, H, gb, gh)
+    if OF_GATE:
+        other += offset(n, H, xb, xh)
+        part = (of_v * heads + n).to(tl.int64)
+    before += n.to(tl.int64) * sn + which.to(tl.int64) * ss
+    p = before + dk.to(tl.int64)[:, None] * sk + dv.to(tl.int64)[None, :] * sv
+    state = tl.load(p, mask=(dk < K)[:, None] & (dv < V)[None, :], other=0.0)
+    N = n_segments * segment
+    begin, end = chunks(which, segment, T, N, C, REVERSE)
+    for first in range(begin, end, C):
+        step = first + i
+        p, inside = tile(q, step, dk, qt, T, N, K, REVERSE)
+        queries = tl.load(p, mask=inside, other=0.0)
+        p, inside = tile(k, step, dk, kt, T, N, K, REVERSE)
+        keys = tl.load(p, mask=inside, other=0.0)
+        p, inside = tile(v, step, dv, vt, T, N, V, REVERSE)
+        values = tl.load(p, mask=inside, other=0.0)
+        if WIDE:
+            queries, keys, values = queries.to(tl.float32), keys.to(tl.float32), values.to(tl.float32)
+        # The state first: fewer values are alive at once than behind the scores.
+        read = tl.dot(queries, state.to(queries.dtype), input_precision=PRECISION)
+        if not SCALED:
+            read *= scale
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+        if GATED:
+            own = gates(g, step, True, gt, T, N, REVERSE)
+            mine = own if READ == INCLUSIVE else gates(g, step - 1, i > 0, gt, T, N, REVERSE)
+            read *= tl.exp(tl.cumsum(mine, 0))[:, None]
+            scores *= pairwise(mine, C, READ)
+        elif READ == EXCLUSIVE:
+            scores = tl.where(i[:, None] > i[None, :], scores, 0.0)
+        else:
+            scores = tl.where(i[:, None] >= i[None, :], scores, 0.0)
+        if OF_GATE:
+            p, inside = tile(other, step, dv, xt, T, N, V, REVERSE)
+            mates = tl.load(p, mask=inside, other=0.0)
+            tl.store(inner + part * N + step, tl.sum(read * mates, 1))
+            chunk = first // C if OF_GATE == READS else (N - C - first) // C
+            p = kept + (n.to(tl.int64) * (N // C) + chunk) * (K * V) + dk[:, None] * V + dv[None, :]
+            inside = (dk < K)[:, None] & (dv < V)[None, :]
+        if OF_GATE == READS:
+            tl.store(p, state.to(kept.dtype.element_ty), mask=inside)
+            # [i, j]: what step i reads of step j; then [i, l]: all that it reads from before step l
+            each = scores * tl.dot(mates.to(values.dtype), tl.trans(values), input_precision=PRECISION)
+            before_l = tl.dot(each, (i[:, None] < i[None, :]).to(tl.float32), input_precision="tf32x3")
+            through = (i[:, None] > i[None, :]) if READ == EXCLUSIVE else (i[:, None] >= i[None, :])
+            tl.store(sums + part * N + step, tl.sum(tl.where(through, before_l, 0.0), 0))
+        if OF_GATE == WRITES:
+            across = tl.sum(tl.load(p, mask=inside, other=0.0).to(tl.float32) * state)
+            tl.store(sums + part * (N // C) + chunk, across * tl.exp(tl.sum(own, 0)))
+        read = tl.dot(scores.to(values.dtype), values, read, input_precision=PRECISION)
+        p, inside = tile(out, step, dv, ot, T, N, V, REVERSE)
+        tl.store(p, read.to(out.dtype.element_ty), mask=inside)
+        if GATED:
+            values = (values * to_end(g, own, step, gt, T, N, C, READ, REVERSE)[:, None]).to(values.dtype)
+            state *= tl.exp(tl.sum(own, 0))
+        if SCALED:
+            state += tl.dot(tl.trans(keys), values, input_precision=PRECISION) * scale
+        else:
+            state = tl.dot(tl.trans(keys), values, state, input_precision=PRECISION)
