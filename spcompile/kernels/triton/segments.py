@@ -85,8 +85,8 @@ def outputs(
     """``out [B, H, T, V]`` from ``before [N, segments, K, V]``; one program for BV of a segment's values.
 
     SCALED: the scale is in the states already, and what is written gets it; else what is read.
-    OF_GATE: what the gradient of a decay is made of (``gate.py``), of the values that this program has: READS,
-        when walking with the forward, or WRITES, when walking back with ``kept``, the states of the forward.
+    OF_GATE: what the gradient of a decay is made of (``gate.py``), of the values that this program has:
+        READS, when walking with the forward, or WRITES, walking back with ``kept``, states of the forward.
     """
     pid = tl.program_id(0)
     of_v, pid = pid % tl.cdiv(V, BV), pid // tl.cdiv(V, BV)
