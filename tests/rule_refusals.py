@@ -44,7 +44,9 @@ for _name in ("mixing channels", "in steps"):
 for _name in ("causal", "all"):
     CONSERVATIVE |= {
         **_refused(ops.linear_attention.default, _name, HEAD_SIZE, (0, 3), (1, 3), (2, 3)),
-        **_refused(ops.linear_attention_backward.default, _name, HEAD_SIZE, (0, 3), (1, 3), (2, 3), (3, 3)),
+        **_refused(
+            ops.linear_attention_backward.default, _name, HEAD_SIZE, *((i, 3) for i in range(5)), (4, 2)
+        ),
         **_refused(ops.softmax_attention.default, _name, HEAD_SIZE, (2, 3)),
         **_refused(ops.softmax_attention_backward.default, _name, HEAD_SIZE, (0, 3), (3, 3), (4, 3)),
     }
@@ -60,12 +62,12 @@ CONSERVATIVE |= {
 
 def _of_variant(variant: Variant, initial: bool) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
     """Operand -> dims of a head's size, and dims of the batch that a decay is broadcast over."""
-    sizes = {"grad": [3], "grad_final": [3], "v": [3], "initial_state": [3]}
+    sizes = {"grad": [3], "grad_final": [3], "v": [3], "initial_state": [3], "final": [3]}
     if not variant.delta:  # its keys meet each other
-        more = {"q": [3], "k": [3], "grad_final": [2], "initial_state": [2]}
+        more = {"q": [3], "k": [3], "grad_final": [2], "initial_state": [2], "final": [2]}
         more |= {"log_decay": [3]} if variant.decay == "diagonal" else {}
         sizes = {n: sizes.get(n, []) + more.get(n, []) for n in {**sizes, **more}}
-    names = ["grad", "grad_final", "q", "k", "v"] + (["initial_state"] if initial else [])
+    names = ["grad", "grad_final", "q", "k", "v", "final"] + (["initial_state"] if initial else [])
     batch = {n: [0] for n in names} if variant.decay == "constant" else {}
     return sizes, batch
 

@@ -64,7 +64,7 @@ def tokens() -> Tensor:
     return torch.randn(B, T, H * D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_two_attentions_with_the_same_keys(ranks: int) -> None:
     torch.manual_seed(0)
     model, inputs = SharedKeys(), {"x": tokens()}
@@ -72,6 +72,9 @@ def test_two_attentions_with_the_same_keys(ranks: int) -> None:
     assert want.error(*joint.run(ranks)) < 1e-9
     found = transfers(joint.shard(ranks)[0].graph, ranks)
     gathers = [(t.purpose.op, t.phase) for t in found if t.op == "all_gather" and t.purpose is not None]
+    if ranks == 1:
+        assert not gathers
+        return
     assert gathers.count(("spcompile.softmax_attention.default", "forward")) <= 2
     assert not [op for op, phase in gathers if phase == "backward" and op.startswith("spcompile.softmax")]
     assert len([op for op, phase in gathers if op.startswith("spcompile.linear_attention")]) == 4

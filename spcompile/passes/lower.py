@@ -22,8 +22,9 @@ def lower_attention(graph: fx.Graph, emitter: Emitter, context: GraphContext) ->
             values[node] = emitter.bind(emitter.fresh(node.meta["val"]), node)
         return values[node]
 
-    for node in [n for n in graph.nodes if n.op == "call_function" and n.target in attention.RULES]:
-        rule = attention.RULES[node.target](call_of(node))
+    found = [n for n in graph.nodes if n.op == "call_function" and n.target in attention.RULES]
+    # All of them first: a backward is known by its forward, which is gone when its turn comes.
+    for node, rule in [(n, attention.RULES[n.target](call_of(n))) for n in found]:
         operands = [value(x) for x in tree_leaves((node.args, node.kwargs)) if isinstance(x, fx.Node)]
         with graph.inserting_before(node), emitter.serving(node):
             outs = emitter.run(rule.whole_emit(), context, operands)

@@ -102,8 +102,8 @@ def outputs(
         other += offset(n, H, xb, xh)
         part = (of_v * heads + n).to(tl.int64)
     before += n.to(tl.int64) * sn + which.to(tl.int64) * ss
-    p = before + dk.to(tl.int64)[:, None] * sk + dv.to(tl.int64)[None, :] * sv
-    state = tl.load(p, mask=(dk < K)[:, None] & (dv < V)[None, :], other=0.0)
+    start = before + dk.to(tl.int64)[:, None] * sk + dv.to(tl.int64)[None, :] * sv
+    state = tl.load(start, mask=(dk < K)[:, None] & (dv < V)[None, :], other=0.0)
     N = n_segments * segment
     begin, end = chunks(which, segment, T, N, C, REVERSE)
     for first in range(begin, end, C):
