@@ -48,7 +48,9 @@ def run_ranks(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("ranks", "case"), [(2, "train"), (3, "train_each")])
+@pytest.mark.parametrize(
+    ("ranks", "case"), [(2, "train"), pytest.param(3, "train_each", marks=pytest.mark.sweep)]
+)
 def test_training_and_inference_are_eager(ranks: int, case: str) -> None:
     """Two ranks with symbolic lengths from the second on, three with graphs of one length."""
     for result in run_ranks(case, ranks, timeout=580):

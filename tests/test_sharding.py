@@ -30,8 +30,19 @@ def case(pattern: str, causal: bool, normaliser: bool, length: int, recognize: b
     return eager(model, inputs), capture(model, inputs, recognize)
 
 
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("recognize", [True, False], ids=["recognized", "propagation-alone"])
+@pytest.mark.parametrize(
+    ("recognize", "length"),
+    [
+        pytest.param(
+            recognize,
+            length,
+            id=f"{'recognized' if recognize else 'propagation-alone'}-{length}",
+            marks=() if recognize or length == 13 else pytest.mark.sweep,
+        )
+        for recognize in (True, False)
+        for length in LENGTHS
+    ],
+)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize(("pattern", "normaliser"), LAYERS, ids=str)
 def test_every_pattern_is_eager(

@@ -25,7 +25,7 @@ from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.triton import segments
 from spcompile.kernels.triton.tiles import EXCLUSIVE, INCLUSIVE, SOURCE
 
-__all__ = ["Backward", "Forward", "supports"]
+__all__ = ["Backward", "Forward", "supports", "tiles"]
 
 CHUNK = 64
 # Tokens of a segment, at least. 16K tokens per rank are 32 segments: with 4 heads, as many programs as an
@@ -59,17 +59,23 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _common(k: Tensor, v: Tensor, most: int) -> dict[str, object]:
-    """Options of both kernels: sizes of tiles, and the precision of products."""
-    wide = k.dtype != torch.bfloat16
+# kernel -> the largest blocks of K and of V: what fits into the registers of sm_90. Where all of K has to be
+# in one block and is more than 128, the blocks of V are halved.
+_BLOCKS = {"summaries": (128, 64), "outputs": (256, 64), "pairs": (64, 64)}
+
+
+def tiles(kernel: str, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """How a kernel of ``segments.py`` is compiled for keys and values: sizes, precision and warps."""
     block_k, block_v = (max(16, triton.next_power_of_2(x.shape[3])) for x in (k, v))
+    most_k, most_v = _BLOCKS[kernel]
+    halved = kernel == "outputs" and block_k > 128
     return {
         "K": k.shape[3],
         "V": v.shape[3],
-        "BK": block_k,
-        "BV": min(block_v, most),
+        "BK": min(block_k, most_k),
+        "BV": min(block_v, most_v // 2 if halved else most_v),
         "C": CHUNK,
-        "WIDE": wide,
+        "WIDE": k.dtype != torch.bfloat16,
         "PRECISION": "tf32x3" if k.dtype == torch.float32 else "tf32",
         "num_warps": 4 if block_k <= 64 else 8,
         "num_stages": 2,
@@ -96,8 +102,7 @@ def segment_summaries(
     count, size = _segment(t)
     states = k.new_empty(b * h, count, k.shape[3], v.shape[3], dtype=torch.float32)
     logs = k.new_zeros(b * h, count, dtype=torch.float32)
-    options = _common(k, v, 64)
-    options["BK"] = min(options["BK"], 128)  # type: ignore[call-overload]
+    options = tiles("summaries", k, v)
     gate = (0, 0, 0) if log_decay is None else _strides(log_decay)
     grid = (b * h * count * triton.cdiv(k.shape[3], options["BK"]) * triton.cdiv(v.shape[3], options["BV"]),)
     with torch.cuda.device_of(k):
@@ -141,16 +146,16 @@ def segment_outputs(
         scaled: the scale is a factor of what is written, and so of ``before`` already, not of what is read.
         q, k, v, log_decay, read, reverse: as of :func:`segment_summaries`.
     Returns:
-        ``[B, H, T, V]`` in q's dtype, contiguous. If there is ``other``, then of each step of the walk, whole
-        segments: its product with what is read from before the step's chunk ``[B*H, steps]``; without
-        ``kept`` that of the pairs in its chunk ``[B*H, steps]`` and the states before each chunk ``[B*H,
-        chunks, K, V]``, with ``kept`` the product of the states ``[B*H, chunks]``; ``[0]`` for what is not.
+        ``[B, H, T, V]`` in q's dtype, contiguous. If there is ``other``, then its product with what is read
+        from before the chunk, of each step of the walk (whole segments) ``[B*H, steps]``; and without
+        ``kept`` the states before each chunk ``[B*H, chunks, K, V]``, with ``kept`` the products of the
+        states ``[B*H, chunks]``. ``[0]`` for what there is not.
     """
     b, h, t, _ = k.shape
     q, k, v = _rows(q), _rows(k), _rows(v)
     other = None if other is None else _rows(other)
     count, size = _segment(t)
-    options = _common(k, v, 64 if k.shape[3] <= 128 else 32)
+    options = tiles("outputs", k, v)
     parts = triton.cdiv(v.shape[3], options["BV"])
     out = q.new_empty(b, h, t, v.shape[3])
     shapes = _of_gate(k, v, other is not None, kept is not None)
@@ -175,7 +180,41 @@ def _of_gate(k: Tensor, v: Tensor, asked: bool, kept: bool) -> list[tuple[int, .
         return [(0,)] * 3
     (b, h), (count, size) = k.shape[:2], _segment(k.shape[2])
     steps, chunks = (b * h, count * size), (b * h, count * size // CHUNK)
-    return [steps, chunks, (0,)] if kept else [steps, steps, (*chunks, k.shape[3], v.shape[3])]
+    return [steps, chunks, (0,)] if kept else [steps, (0,), (*chunks, k.shape[3], v.shape[3])]
+
+
+@torch.library.custom_op("spcompile::segment_pairs", mutates_args=())
+def segment_pairs(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, log_decay: Tensor, scale: float, read: int, reverse: bool
+) -> Tensor:
+    """What the gradient of a decay has from pairs of steps of one chunk (``gate.py``), of each step.
+
+    Args:
+        q, k, v, log_decay, read, reverse: of the forward, as in :func:`segment_outputs`.
+        grad: of the outputs, ``[B, H, T, V]``.
+    Returns:
+        ``[B*H, steps]`` float32, in the order of the walk, whole segments.
+    """
+    b, h, t, _ = k.shape
+    given = [_rows(x) for x in (q, k, v, grad)]
+    count, size = _segment(t)
+    sums = k.new_empty(b * h, count * size, dtype=torch.float32)
+    options = tiles("pairs", k, v)
+    strides = [s for x in (*given, log_decay) for s in _strides(x)]
+    with torch.cuda.device_of(k):
+        segments.pairs[(b * h * count * size // CHUNK,)](
+            *given, log_decay, sums, scale, *strides, h, t, count * size,
+            READ=read, REVERSE=reverse, **options,
+        )  # fmt: skip
+    return sums
+
+
+@segment_pairs.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, log_decay: Tensor, scale: float, read: int, reverse: bool
+) -> Tensor:
+    count, size = _segment(k.shape[2])
+    return k.new_empty(k.shape[0] * k.shape[1], count * size, dtype=torch.float32)
 
 
 @segment_outputs.register_fake
@@ -210,7 +249,7 @@ class _Walk:
     ) -> None:
         self.k, self.v, self.gate, self.read, self.reverse = k, v, gate, read, reverse
         self.states, logs = ops.segment_summaries(k, v, gate, scale, read, reverse)
-        self.logs = None if gate is None else logs[..., None, None]
+        self.logs = None if gate is None else logs.unflatten(-1, (-1, 1, 1))
 
     def of(self, k: Tensor, v: Tensor) -> _Walk:
         """The same way with something else written; the states must be given to it."""
@@ -226,7 +265,12 @@ class _Walk:
         """What all segments together do to the state."""
         if self.logs is None:
             return (self.heads(self.states.sum(1)),)
-        later = F.pad(self.logs[:, 1:], (0, 0, 0, 0, 0, 1)).flip(1).cumsum(1).flip(1)
+        later = (
+            F.pad(self.logs.narrow(1, 1, self.logs.shape[1] - 1), (0, 0, 0, 0, 0, 1))
+            .flip(1)
+            .cumsum(1)
+            .flip(1)
+        )
         return self.heads(self.logs.sum(1)), self.heads((later.exp() * self.states).sum(1))
 
     def before(self, carry: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -284,7 +328,11 @@ class Backward:
         before, _ = forward.before(self.carry)
         of_gate = _NO if x.log_decay is None else (x.q, None)
         back = forward.of(x.v, x.k).outputs(self.grad, before.mT, self.options.scale, of_gate=of_gate)
-        self.dq, self.reads, self.pairs, self.kept = back
+        self.dq, self.reads, _, self.kept = back
+        if x.log_decay is not None:
+            w = forward
+            how = w.gate, self.options.scale, w.read, w.reverse
+            self.pairs = ops.segment_pairs(x.q, x.k, x.v, self.grad, *how)
 
     def finish(self, carry: Tensor | None) -> tuple[Tensor | None, ...]:
         """The other gradients, which read the gradient of the state."""
@@ -298,7 +346,8 @@ class Backward:
         if x.log_decay is not None:
             decay = gradient(self.pairs, self.reads, writes.flip(1), across, self.options.exclusive)
             decay = decay.flip(1) if self.options.reverse else decay
-            decay = w.heads(decay)[:, :, : x.k.shape[2], None].sum_to_size(x.log_decay.shape)
+            decay = w.heads(decay).narrow(2, 0, x.k.shape[2]).unsqueeze(-1)
+            decay = decay.sum_to_size(x.log_decay.shape)
             decay = decay.to(x.log_decay.dtype).contiguous()
         state = x.initial_state
         of_state = None if state is None else w.heads(initial).to(state.dtype).contiguous()

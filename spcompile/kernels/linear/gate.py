@@ -14,7 +14,7 @@ what a strong decay leaves is less than the rounding of either: off by 14 % in b
 
 from __future__ import annotations
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["gradient"]
@@ -30,10 +30,10 @@ def gradient(pairs: Tensor, reads: Tensor, writes: Tensor, across: Tensor, exclu
     reads, writes = (x.unflatten(1, (across.shape[1], -1)) for x in (reads, writes))
     later, earlier = _later(reads), _later(writes.flip(2)).flip(2)
     later = later if exclusive else later + reads
-    return pairs + (later + earlier + across[..., None]).flatten(1)
+    return pairs + (later + earlier + across.unsqueeze(-1)).flatten(1)
 
 
 def _later(x: Tensor) -> Tensor:
     """The sum of all later entries of the last dim, without the entry itself."""
-    shifted = torch.cat([x[..., 1:], torch.zeros_like(x[..., :1])], -1)
+    shifted = F.pad(x.narrow(-1, 1, x.shape[-1] - 1), (0, 1))
     return shifted.flip(-1).cumsum(-1).flip(-1)

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from spcompile.kernels.triton.tiles import EXCLUSIVE, INCLUSIVE, chunks, gates, offset, pairwise, tile, to_end
 
-__all__ = ["READS", "WRITES", "outputs", "summaries"]
+__all__ = ["READS", "WRITES", "outputs", "pairs", "summaries"]
 
 READS, WRITES = tl.constexpr(1), tl.constexpr(2)
 
@@ -108,6 +108,17 @@ def outputs(
     begin, end = chunks(which, segment, T, N, C, REVERSE)
     for first in range(begin, end, C):
         step = first + i
+        if GATED:
+            own = gates(g, step, True, gt, T, N, REVERSE)
+        if OF_GATE:  # before all else, while little is alive
+            chunk = first // C if OF_GATE == READS else (N - C - first) // C
+            at = kept + (n.to(tl.int64) * (N // C) + chunk) * (K * V) + dk[:, None] * V + dv[None, :]
+            whole = (dk < K)[:, None] & (dv < V)[None, :]
+            if OF_GATE == READS:
+                tl.store(at, state.to(kept.dtype.element_ty), mask=whole)
+            else:
+                across = tl.sum(tl.load(at, mask=whole, other=0.0).to(tl.float32) * state)
+                tl.store(sums + (part * (N // C) + chunk), across * tl.exp(tl.sum(own, 0)))
         p, inside = tile(q, step, dk, qt, T, N, K, REVERSE)
         queries = tl.load(p, mask=inside, other=0.0)
         p, inside = tile(k, step, dk, kt, T, N, K, REVERSE)
@@ -122,7 +133,6 @@ def outputs(
             read *= scale
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
         if GATED:
-            own = gates(g, step, True, gt, T, N, REVERSE)
             mine = own if READ == INCLUSIVE else gates(g, step - 1, i > 0, gt, T, N, REVERSE)
             read *= tl.exp(tl.cumsum(mine, 0))[:, None]
             scores *= pairwise(mine, C, READ)
@@ -134,19 +144,6 @@ def outputs(
             p, inside = tile(other, step, dv, xt, T, N, V, REVERSE)
             mates = tl.load(p, mask=inside, other=0.0)
             tl.store(inner + part * N + step, tl.sum(read * mates, 1))
-            chunk = first // C if OF_GATE == READS else (N - C - first) // C
-            p = kept + (n.to(tl.int64) * (N // C) + chunk) * (K * V) + dk[:, None] * V + dv[None, :]
-            inside = (dk < K)[:, None] & (dv < V)[None, :]
-        if OF_GATE == READS:
-            tl.store(p, state.to(kept.dtype.element_ty), mask=inside)
-            # [i, j]: what step i reads of step j; then [i, l]: all that it reads from before step l
-            each = scores * tl.dot(mates.to(values.dtype), tl.trans(values), input_precision=PRECISION)
-            before_l = tl.dot(each, (i[:, None] < i[None, :]).to(tl.float32), input_precision="tf32x3")
-            through = (i[:, None] > i[None, :]) if READ == EXCLUSIVE else (i[:, None] >= i[None, :])
-            tl.store(sums + part * N + step, tl.sum(tl.where(through, before_l, 0.0), 0))
-        if OF_GATE == WRITES:
-            across = tl.sum(tl.load(p, mask=inside, other=0.0).to(tl.float32) * state)
-            tl.store(sums + part * (N // C) + chunk, across * tl.exp(tl.sum(own, 0)))
         read = tl.dot(scores.to(values.dtype), values, read, input_precision=PRECISION)
         p, inside = tile(out, step, dv, ot, T, N, V, REVERSE)
         tl.store(p, read.to(out.dtype.element_ty), mask=inside)
@@ -157,3 +154,61 @@ def outputs(
             state += tl.dot(tl.trans(keys), values, input_precision=PRECISION) * scale
         else:
             state = tl.dot(tl.trans(keys), values, state, input_precision=PRECISION)
+
+
+@triton.jit
+def pairs(
+    q, k, v, do, g, sums, scale,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, db, dh, dt, gb, gh, gt,
+    H, T, N,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    READ: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``sums [B*H, N]``: of each step, the sum over the pairs of its chunk whose decay goes through it.
+
+    A pair (i, j) gives ``scale * decay * (q_i . k_j) (do_i . v_j)``. One program for a chunk.
+    """
+    pid = tl.program_id(0)
+    first, n = pid % (N // C) * C, pid // (N // C)
+    i = tl.arange(0, C)
+    step = first + i
+    ours = product(q + offset(n, H, qb, qh), k + offset(n, H, kb, kh), step, qt, kt, T, N,
+                   K, BK, C, REVERSE, WIDE, PRECISION)  # fmt: skip
+    theirs = product(do + offset(n, H, db, dh), v + offset(n, H, vb, vh), step, dt, vt, T, N,
+                     V, BV, C, REVERSE, WIDE, PRECISION)  # fmt: skip
+    g += offset(n, H, gb, gh)
+    mine = (
+        gates(g, step, True, gt, T, N, REVERSE)
+        if READ == INCLUSIVE
+        else gates(g, step - 1, i > 0, gt, T, N, REVERSE)
+    )
+    each = ours * theirs * pairwise(mine, C, READ) * scale
+    # [i, l]: what step i reads from before step l; three bf16 numbers hold an fp32 one
+    before = (i[:, None] < i[None, :]).to(tl.bfloat16)
+    before_l = tl.zeros((C, C), tl.float32)
+    for _ in tl.static_range(3 if WIDE else 2):
+        part = each.to(tl.bfloat16)
+        before_l = tl.dot(part, before, before_l)
+        each -= part.to(tl.float32)
+    through = (i[:, None] > i[None, :]) if READ == EXCLUSIVE else (i[:, None] >= i[None, :])
+    tl.store(sums + n.to(tl.int64) * N + step.to(tl.int64), tl.sum(tl.where(through, before_l, 0.0), 0))
+
+
+@triton.jit
+def product(
+    x, y, step, xt, yt, T, N,
+    D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
+    REVERSE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``[C, C]``: the product of each step's row of x with each step's row of y."""
+    total = tl.zeros((C, C), tl.float32)
+    for begin in range(0, D, BD):
+        d = begin + tl.arange(0, BD)
+        p, inside = tile(x, step, d, xt, T, N, D, REVERSE)
+        a = tl.load(p, mask=inside, other=0.0)
+        p, inside = tile(y, step, d, yt, T, N, D, REVERSE)
+        b = tl.load(p, mask=inside, other=0.0)
+        if WIDE:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
+    return total

@@ -1,0 +1,87 @@
+"""The fused kernels of linear attention, run on a CPU by Triton's interpreter (``triton_interpreter.py``)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import spcompile.attention  # noqa: F401  (registers the operators)
+from spcompile.kernels.linear.kernel import kernel_of
+from spcompile.kernels.linear.operands import Operands, Options
+
+# What one rounding of each operand leaves; fp32 has three TF32 products, and would show a plain one (1e-3).
+TOLERANCE = {"fp32": 1e-6, "bf16": 4e-3, "fp16": 6e-4}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[str, float]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fused_worker"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("FOUND "))
+    return json.loads(line.removeprefix("FOUND "))
+
+
+@pytest.mark.timeout(560)
+@pytest.mark.parametrize("gate", ["none", "constant", "mild", "strong"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_results_and_gradients(found: dict[str, dict[str, float]], dtype: str, gate: str) -> None:
+    """Of every order and length; operands lie between NaNs and with tokens before heads."""
+    cases = {case: errors for case, errors in found.items() if case.startswith(f"{dtype}, {gate}, ")}
+    assert len(cases) == {"fp32": 12, "bf16": 6, "fp16": 3}[dtype]
+    for case, errors in cases.items():
+        assert ("dlog_decay" in errors) == (gate != "none")
+        for name, error in errors.items():
+            assert error < TOLERANCE[dtype], (case, name, error)
+
+
+def fake(dtype: torch.dtype, k: int, gate: int | None = None, beta: bool = False) -> Operands:
+    """Operands on a GPU that is not there, and an initial state."""
+    tokens = 600
+
+    def new(*sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, dtype=dtype, device="cuda")
+
+    more = None if gate is None else new(2, 3, tokens, gate), new(2, 3, tokens, 1) if beta else None
+    qkv = (new(2, 3, tokens, size) for size in (k, k, 40))
+    return Operands(*qkv, *more, torch.empty(2, 3, k, 40, device="cuda"))
+
+
+def test_which_kernel_takes_a_call() -> None:
+    """One gate per token, or none, and heads of up to 256, in up to 32 bits; ATen's chunks take the rest."""
+    causal, bf16 = Options(True, 0.3), torch.bfloat16
+    with FakeTensorMode():
+        fused = [fake(bf16, 64), fake(torch.float16, 256, 1), fake(torch.float32, 24, 1)]
+        left = [fake(torch.float64, 64), fake(bf16, 273), fake(bf16, 64, 64), fake(bf16, 64, 1, beta=True)]
+        assert {kernel_of(x, causal).name for x in fused} == {"Triton, segments"}
+        assert {kernel_of(x, causal).name for x in left} == {"ATen chunks"}
+        assert kernel_of(fake(bf16, 64), Options(False, 0.3)).name == "one memory state"
+
+
+def test_shapes_on_a_gpu() -> None:
+    """Forward and backward of fake tensors, as a graph for a GPU is traced."""
+    with FakeTensorMode():
+        x = fake(torch.bfloat16, 64, 1)
+        kernel, options = kernel_of(x, Options(True, 0.3)), Options(True, 0.3)
+        forward = kernel.forward(x, options)
+        out, final = forward.finish(x.initial_state)
+        assert out.shape == x.v.shape and out.dtype == torch.bfloat16
+        assert final.shape == (2, 3, 64, 40) and final.dtype == torch.float32
+        assert [y.shape for y in forward.total()] == [(2, 3, 1, 1), (2, 3, 64, 40)]
+        backward = kernel.backward(x, options, out, x.initial_state)
+        backward.local()
+        for of, given in zip(backward.finish(final), x, strict=True):
+            assert (of is None) == (given is None)
+            assert given is None or (of.shape, of.dtype) == (given.shape, given.dtype)
