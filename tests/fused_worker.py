@@ -16,7 +16,10 @@ from torch import Tensor
 from spcompile.attention import reference
 from spcompile.kernels.linear import chunked, fused
 from spcompile.kernels.linear.operands import Operands, Options
+from spcompile.kernels.scan import scan as loop
+from spcompile.kernels.triton import scan
 from tests import triton_interpreter
+from tests.test_linear_attention import SCANS, scan_operands
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GATES = ("none", "constant", "mild", "strong")
@@ -112,6 +115,21 @@ def totals(case: str) -> float:
     return max(float((a - b).norm() / b.norm().clamp_min(1e-3)) for a, b in pairs)
 
 
+def scans() -> dict[str, float]:
+    """How far the scan is from the loop over steps, of every kind of operands."""
+    found = {}
+    for name, reverse, dtype in itertools.product(SCANS, (False, True), (torch.float32, torch.float64)):
+        a, b, initial, matrix = scan_operands(name, dtype)
+        if not scan.supports(a, b, matrix):
+            assert matrix and dtype == torch.float64
+            continue
+        for start in (None, initial):
+            ours, theirs = scan.scan(a, b, start, matrix, reverse), loop(a, b, start, matrix, reverse)
+            case = f"scan, {name}, {dtype}, reverse={reverse}, initial={start is not None}"
+            found[case] = max(float((x - y).norm() / y.norm()) for x, y in zip(ours, theirs, strict=True))
+    return found
+
+
 def main() -> int:
     triton_interpreter.install()
     found: dict[str, dict[str, float]] = {case: errors(case) for case in cases()}
@@ -126,6 +144,7 @@ def main() -> int:
     kept = torch.zeros(2, 8, 16, 16)
     torch.library.opcheck(ops.segment_outputs, (*x[:3], g, before, x[3], kept, 0.3, True, 2, True))
     torch.library.opcheck(ops.segment_pairs, (*x, g, 0.3, 0, False))
+    found["scan"] = scans()
     print("FOUND", json.dumps(found), flush=True)
     return 0
 

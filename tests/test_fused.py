@@ -85,3 +85,11 @@ def test_shapes_on_a_gpu() -> None:
         for of, given in zip(backward.finish(final), x, strict=True):
             assert (of is None) == (given is None)
             assert given is None or (of.shape, of.dtype) == (given.shape, given.dtype)
+
+
+@pytest.mark.timeout(560)
+def test_scans(found: dict[str, dict[str, float]]) -> None:
+    """Sums, factors of every shape, matrices; both ways."""
+    assert len(found["scan"]) == 36
+    for case, error in found["scan"].items():
+        assert error < (1e-14 if "float64" in case else 1e-6), case

@@ -105,3 +105,22 @@ def test_a_kernel_compiles(
     if size == 128 and dtype == torch.bfloat16 and arch == 90:
         assert stack(made, tmp_path) <= allowed
     assert wide_offsets(made)
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize(("how", "rows"), [(1, 32), (2, 128)], ids=["factors", "matrices"])
+def test_the_scan_compiles(how: int, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from spcompile.kernels.triton.scan import _scan, launch
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    constants = {"K": 128, "V": 128, "BK": rows, "BV": 32, "HOW": how, "INITIAL": True, "REVERSE": True}
+    constants |= {"WIDE": tl.float32}
+    kinds = dict.fromkeys(("a", "b", "initial", "before", "final"), "*fp32")
+    signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in _scan.arg_names}
+    source = ASTSource(fn=_scan, signature=signature, constexprs=constants)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch(how == 2, rows))
+    assert stack(made, tmp_path) <= (32 if how == 2 else 0) and wide_offsets(made)

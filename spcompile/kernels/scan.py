@@ -1,5 +1,7 @@
 """The affine recurrence S_t = a_t S_{t-1} + b_t, one step at a time, each step over all leading dims at once.
 
+On NVIDIA GPUs that is one kernel (``kernels/triton/scan.py``).
+
 It walks over chunks (a few per thousand tokens) inside linear attention and over tokens where a user's own
 recurrence is scanned. The loop is inside an operator, so a graph has the same size for any number of steps.
 """
@@ -38,6 +40,12 @@ def scan(
         before ``[*L, T, K, V]`` and final ``[*L, K, V]`` in b's dtype; the state itself is kept in float32 if
         b's dtype is narrower.
     """
+    if b.device.type == "cuda" and torch.version.hip is None:
+        # Triton takes its time to load, and is not everywhere.
+        from spcompile.kernels.triton import scan as fused
+
+        if fused.supports(a, b, matrix):
+            return fused.scan(a, b, initial, matrix, reverse)
     wide = b.dtype if b.dtype.is_complex else state_dtype(b.dtype)
     steps = b.shape[-3]
     shape = (*b.shape[:-3], *b.shape[-2:])
