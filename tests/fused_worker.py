@@ -9,33 +9,42 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import threading
 
+import pytest
 import torch
 from torch import Tensor
 
 from spcompile.attention import reference
 from spcompile.kernels.linear import chunked, fused
+from spcompile.kernels.linear.kernel import Kernel
 from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.scan import scan as loop
 from spcompile.kernels.triton import scan
+from spcompile.strategies import linear
 from tests import triton_interpreter
 from tests.test_linear_attention import SCANS, scan_operands
+from tests.test_linear_strategies import sharded
+from tests.threads import Ranks
+from tests.variants import KINDS, cotangents, draw, options_of, references
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GATES = ("none", "constant", "mild", "strong")
 SIZES = {"one token": (1, 16, 16), "two chunks": (65, 24, 16), "two segments": (530, 16, 40)}
 ORDERS = {"": (False, False), "exclusive": (True, False), "reverse": (False, True), "both": (True, True)}
+FUSED = ("linear_llama3", "retention", "simple_gla")
 NAMES = ("out", "final", "dq", "dk", "dv", "dlog_decay", "dinitial_state")
 
 
 def cases() -> list[str]:
     """The names of all cases."""
-    # Dtypes differ in how products are read alone, so not all need every order.
-    orders = {"fp32": ORDERS, "bf16": ("", "both"), "fp16": ("",)}
+    # Dtypes differ in how products are read alone, and segments not at all: not all need every order.
+    orders = {"fp32": ORDERS, "bf16": ("",), "fp16": ("",)}
     return [
         ", ".join((dtype, *case))
         for dtype, some in orders.items()
         for case in itertools.product(GATES, SIZES, some)
+        if case[1] != "two segments" or case[2] in ("", "both")
     ]
 
 
@@ -130,6 +139,44 @@ def scans() -> dict[str, float]:
     return found
 
 
+def on_ranks() -> dict[str, float]:
+    """The sharded operator over the fused kernel on simulated ranks, with NaN in the padding."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        kernel = Kernel("fused", fused.Forward, fused.Backward)
+        patch.setattr(linear, "kernel_of", lambda x, options: kernel)
+        # One launch at a time: the interpreter changes Triton's language while it runs a kernel.
+        one = threading.Lock()
+        patch.setattr(torch.cuda, "device_of", lambda x: one)
+        for kind, (ranks, reverse) in itertools.product(FUSED, ((2, True), (3, False))):
+            x, options = draw(KINDS[kind], 1, 2, 130, 16, 24), options_of(KINDS[kind], reverse)
+            grads = cotangents(x)
+            narrow = Operands(*(None if y is None else y.float() for y in x))
+            got = sharded(Ranks(ranks, patch), narrow, options, (grads[0].float(), grads[1].float()))
+            want = references(x, options, grads)
+            error = max(float((a - b).norm() / b.norm()) for a, b in zip(got, want, strict=True))
+            found[f"{kind}, {ranks} ranks, reverse={reverse}"] = error
+    return found
+
+
+def traffic() -> dict[str, float]:
+    """Bytes that the kernels move, per token and head, of bf16 operands."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spcompile.kernels.scan.scan", scan.scan)
+        for size, gated in itertools.product((64, 128), (False, True)):
+            x = Operands(*(torch.randn(1, 1, 1024, size).bfloat16() for _ in range(3)))
+            x = x._replace(log_decay=-torch.rand(1, 1, 1024, 1)) if gated else x
+            for name, steps in (("forward", fused.Forward), ("backward", fused.Backward)):
+                triton_interpreter.moved[0] = 0
+                run = steps(x, Options(True, 0.3), *((x.v, None) if name == "backward" else ()))
+                run.local()
+                run.finish(None)
+                case = f"{name}, {size}, {'decay' if gated else 'no decay'}"
+                found[case] = triton_interpreter.moved[0] / 1024
+    return found
+
+
 def main() -> int:
     triton_interpreter.install()
     found: dict[str, dict[str, float]] = {case: errors(case) for case in cases()}
@@ -145,6 +192,8 @@ def main() -> int:
     torch.library.opcheck(ops.segment_outputs, (*x[:3], g, before, x[3], kept, 0.3, True, 2, True))
     torch.library.opcheck(ops.segment_pairs, (*x, g, 0.3, 0, False))
     found["scan"] = scans()
+    found["ranks"] = on_ranks()
+    found["bytes"] = traffic()
     print("FOUND", json.dumps(found), flush=True)
     return 0
 

@@ -21,7 +21,10 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-__all__ = ["install"]
+__all__ = ["install", "moved"]
+
+moved = [0]
+"""Bytes loaded and stored by all kernels so far, without lanes that are masked off."""
 
 
 def from_bf16(x: np.ndarray) -> np.ndarray:
@@ -71,5 +74,15 @@ def install() -> None:
             return dot(self, a, b, d, precision, imprecise)
         return handle(np.matmul(x, y, dtype=d.data.dtype) + d.data, d.dtype.scalar)
 
+    def counting(access: Any, at: int) -> Any:
+        def call(self: Any, pointers: Any, *args: Any, **kwargs: Any) -> Any:
+            entries = int(np.count_nonzero(args[at].data))
+            moved[0] += entries * pointers.get_element_ty().primitive_bitwidth // 8
+            return access(self, pointers, *args, **kwargs)
+
+        return call
+
+    builder.create_masked_load = counting(builder.create_masked_load, 0)
+    builder.create_masked_store = counting(builder.create_masked_store, 1)
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast_impl, create_fp_to_fp, create_dot
     builder.get_bf16 = lambda self, value: handle(to_bf16(np.array([value], np.float32)), tl.bfloat16)
