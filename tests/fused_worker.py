@@ -10,13 +10,15 @@ import itertools
 import json
 import sys
 import threading
+from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spcompile.attention import reference
-from spcompile.kernels.linear import chunked, fused
+from spcompile.kernels.linear import chunked, fused, fused_delta
 from spcompile.kernels.linear.kernel import Kernel
 from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.scan import scan as loop
@@ -30,22 +32,53 @@ from tests.variants import KINDS, cotangents, draw, options_of, references
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GATES = ("none", "constant", "mild", "strong")
+DELTA = ("delta rule", "mild, delta rule", "strong, delta rule")
 SIZES = {"one token": (1, 16, 16), "two chunks": (65, 24, 16), "two segments": (530, 16, 40)}
 ORDERS = {"": (False, False), "exclusive": (True, False), "reverse": (False, True), "both": (True, True)}
-FUSED = ("linear_llama3", "retention", "simple_gla")
-NAMES = ("out", "final", "dq", "dk", "dv", "dlog_decay", "dinitial_state")
+FUSED = ("linear_llama3", "retention", "simple_gla", "deltanet", "gated_deltanet")
+NAMES = ("out", "final", "dq", "dk", "dv", "dlog_decay", "dbeta", "dinitial_state")
 
 
 def cases() -> list[str]:
     """The names of all cases."""
     # Dtypes differ in how products are read alone, and segments not at all: not all need every order.
     orders = {"fp32": ORDERS, "bf16": ("",), "fp16": ("",)}
-    return [
+    found = [
         ", ".join((dtype, *case))
         for dtype, some in orders.items()
         for case in itertools.product(GATES, SIZES, some)
         if case[1] != "two segments" or case[2] in ("", "both")
     ]
+    for kind, size in itertools.product(DELTA, SIZES):
+        found.append(f"fp32, {kind}, {size}, ")
+        found += [f"fp32, {kind}, {size}, reverse"] if size != "two segments" else []
+    return found + [f"{dtype}, {kind}, two segments, " for dtype in ("bf16", "fp16") for kind in DELTA]
+
+
+def parsed(case: str) -> tuple[torch.dtype, str, bool, tuple[int, int, int], Options]:
+    """Dtype, gate, whether there is a delta rule, sizes and options of a case."""
+    dtype, *kinds, size, order = case.split(", ")
+    delta, (t, k, v) = "delta rule" in kinds, SIZES[size]
+    # What a delta rule writes depends on all that it has written: with few keys, roundings add up.
+    k = 64 if delta and t > 64 else k
+    kind = kinds[0] if kinds[0] in GATES else "none"
+    return DTYPES[dtype], kind, delta, (t, k, v), Options(True, 0.3, *ORDERS[order])
+
+
+def draw_case(case: str) -> Operands:
+    """The operands of a case."""
+    dtype, kind, delta, (t, k, v), _ = parsed(case)
+    torch.manual_seed(0)
+    q, keys, values = (torch.randn(1, 2, t, d) for d in (k, k, v))
+    keys = F.normalize(keys, dim=-1) if delta else keys
+    strength = torch.rand(1, 2, t, 1).to(dtype) if delta else None
+    state = torch.randn(1, 2, k, v)
+    return Operands(*(x.to(dtype) for x in (q, keys, values)), gate(kind, t), strength, state)
+
+
+def kernel_for(x: Operands) -> ModuleType:
+    """The fused kernel that takes such operands."""
+    return fused if x.beta is None else fused_delta
 
 
 def surrounded(x: Tensor) -> Tensor:
@@ -74,13 +107,9 @@ def errors(case: str) -> dict[str, float]:
 
     That of a constant decay is a sum of numbers of either sign: its error is relative to that of their sizes.
     """
-    dtype, kind, size, order = case.split(", ")
-    t, k, v = SIZES[size]
-    torch.manual_seed(0)
-    x = Operands(*(torch.randn(1, 2, t, d).to(DTYPES[dtype]) for d in (k, k, v)), gate(kind, t))
-    x = x._replace(initial_state=torch.randn(1, 2, k, v))
-    grad, grad_final = torch.randn(1, 2, t, v).to(DTYPES[dtype]), torch.randn(1, 2, k, v)
-    options = Options(True, 0.3, *ORDERS[order])
+    dtype, kind, _, (t, k, v), options = parsed(case)
+    x = draw_case(case)
+    grad, grad_final = torch.randn(1, 2, t, v).to(dtype), torch.randn(1, 2, k, v)
 
     leaves = [None if y is None else y.double() for y in x]
     if kind == "constant":
@@ -92,14 +121,15 @@ def errors(case: str) -> dict[str, float]:
     want = [out, final, *(None if y is None else next(pulled) for y in leaves)]
 
     apart = Operands(*(None if y is None else surrounded(y) for y in x[:5]), x.initial_state)
-    forward = fused.Forward(apart, options)
+    kernel = kernel_for(x)
+    forward = kernel.Forward(apart, options)
     forward.local()
     got = [*forward.finish(apart.initial_state)]
-    backward = fused.Backward(apart, options, surrounded(grad), apart.initial_state)
+    backward = kernel.Backward(apart, options, surrounded(grad), apart.initial_state)
     backward.local()
     got += backward.finish(grad_final)
     pairs = [(g, w) for g, w in zip(got, want, strict=True) if w is not None]
-    names = [n for n, w in zip([*NAMES[:6], "", NAMES[6]], want, strict=True) if w is not None]
+    names = [n for n, w in zip(NAMES, want, strict=True) if w is not None]
     found = {}
     for name, (g, w) in zip(names, pairs, strict=True):
         assert g is not None
@@ -113,12 +143,10 @@ def errors(case: str) -> dict[str, float]:
 
 def totals(case: str) -> float:
     """How far the summaries of a run, forward and backward, are from those of the chunked kernel."""
-    _, kind, size, order = case.split(", ")
-    t, k, v = SIZES[size]
-    torch.manual_seed(1)
-    x = Operands(*(torch.randn(1, 2, t, d) for d in (k, k, v)), gate(kind, t))
-    options, grad = Options(True, 0.3, *ORDERS[order]), torch.randn(1, 2, t, v)
-    ours = *fused.Forward(x, options).total(), *fused.Backward(x, options, grad, None).total()
+    *_, (t, _, v), options = parsed(case)
+    x = draw_case(case)
+    grad, kernel = torch.randn(1, 2, t, v), kernel_for(x)
+    ours = *kernel.Forward(x, options).total(), *kernel.Backward(x, options, grad, None).total()
     theirs = *chunked.Forward(x, options).total(), *chunked.Backward(x, options, grad, None).total()
     pairs = [(a, b) if a.shape[3] > 1 else (a.exp(), b.exp()) for a, b in zip(ours, theirs, strict=True)]
     return max(float((a - b).norm() / b.norm().clamp_min(1e-3)) for a, b in pairs)
@@ -143,8 +171,8 @@ def on_ranks() -> dict[str, float]:
     """The sharded operator over the fused kernel on simulated ranks, with NaN in the padding."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        kernel = Kernel("fused", fused.Forward, fused.Backward)
-        patch.setattr(linear, "kernel_of", lambda x, options: kernel)
+        kernels = {k: Kernel("fused", k.Forward, k.Backward) for k in (fused, fused_delta)}
+        patch.setattr(linear, "kernel_of", lambda x, options: kernels[kernel_for(x)])
         # One launch at a time: the interpreter changes Triton's language while it runs a kernel.
         one = threading.Lock()
         patch.setattr(torch.cuda, "device_of", lambda x: one)
@@ -164,15 +192,19 @@ def traffic() -> dict[str, float]:
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("spcompile.kernels.scan.scan", scan.scan)
-        for size, gated in itertools.product((64, 128), (False, True)):
+        for size, delta, gated in itertools.product((64, 128), (False, True), (False, True)):
+            if delta and not gated:
+                continue  # the same kernels: the gates are a few bytes
             x = Operands(*(torch.randn(1, 1, 1024, size).bfloat16() for _ in range(3)))
             x = x._replace(log_decay=-torch.rand(1, 1, 1024, 1)) if gated else x
-            for name, steps in (("forward", fused.Forward), ("backward", fused.Backward)):
+            x = x._replace(k=F.normalize(x.k, dim=-1), beta=torch.rand(1, 1, 1024, 1)) if delta else x
+            kernel = kernel_for(x)
+            for name, steps in (("forward", kernel.Forward), ("backward", kernel.Backward)):
                 triton_interpreter.moved[0] = 0
                 run = steps(x, Options(True, 0.3), *((x.v, None) if name == "backward" else ()))
                 run.local()
                 run.finish(None)
-                case = f"{name}, {size}, {'decay' if gated else 'no decay'}"
+                case = f"{name}, {size}, {'delta rule, ' if delta else ''}{'decay' if gated else 'no decay'}"
                 found[case] = triton_interpreter.moved[0] / 1024
     return found
 
@@ -187,9 +219,13 @@ def main() -> int:
     g, ops = -torch.rand(1, 2, 65, 1), torch.ops.spcompile
     before = torch.zeros(2, 1, 16, 16)
     torch.library.opcheck(ops.segment_summaries, (x[0], x[1], g, 0.3, 0, True))
-    torch.library.opcheck(ops.segment_outputs, (*x[:3], g, before, x[3], None, 0.3, False, 0, False))
+    torch.library.opcheck(
+        ops.segment_outputs, (*x[:3], g, before, x[3], None, 0.3, False, 0, False, False, ())
+    )
     kept = torch.zeros(2, 8, 16, 16)
-    torch.library.opcheck(ops.segment_outputs, (*x[:3], g, before, x[3], kept, 0.3, True, 2, True))
+    torch.library.opcheck(
+        ops.segment_outputs, (*x[:3], g, before, x[3], kept, 0.3, True, 2, True, False, x[1:])
+    )
     torch.library.opcheck(ops.segment_pairs, (*x, g, 0.3, 0, False))
     found["scan"] = scans()
     found["ranks"] = on_ranks()

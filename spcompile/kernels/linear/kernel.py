@@ -84,8 +84,11 @@ def kernel_of(x: Operands, options: Options) -> Kernel:
     if not options.causal:
         return _WHOLE
     if x.k.device.type == "cuda" and torch.version.hip is None:
-        from spcompile.kernels.linear import fused  # Triton takes its time to load, and is not everywhere
+        # Triton takes its time to load, and is not everywhere.
+        from spcompile.kernels.linear import fused, fused_delta
 
         if fused.supports(x):
             return Kernel("Triton, segments", fused.Forward, fused.Backward)
+        if fused_delta.supports(x, options):
+            return Kernel("Triton, delta rule", fused_delta.Forward, fused_delta.Backward)
     return _CHUNKED

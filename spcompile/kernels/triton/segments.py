@@ -75,18 +75,22 @@ def summaries(
 
 @triton.jit
 def outputs(
-    q, k, v, g, before, other, kept, out, inner, sums, scale,
+    q, k, v, g, before, other, kept, out, inner, sums, less_k, less_v, plus, scale,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, sn, ss, sk, sv, xb, xh, xt, ob, oh, ot,
+    lb, lh, lt, mb, mh, mt,
     H, T, n_segments, segment, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     SCALED: tl.constexpr, OF_GATE: tl.constexpr, GATED: tl.constexpr, READ: tl.constexpr,
-    REVERSE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    STRICT: tl.constexpr, LESS: tl.constexpr, REVERSE: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``out [B, H, T, V]`` from ``before [N, segments, K, V]``; one program for BV of a segment's values.
 
     SCALED: the scale is in the states already, and what is written gets it; else what is read.
     OF_GATE: what the gradient of a decay is made of (``gate.py``), of the values that this program has:
         READS, when walking with the forward, or WRITES, walking back with ``kept``, states of the forward.
+    STRICT: no step reads its own write. LESS: less_k^T less_v is taken from the state as well, and never read
+        by its own step; ``plus``, which lies as ``out`` does, is added.
     """
     pid = tl.program_id(0)
     of_v, pid = pid % tl.cdiv(V, BV), pid // tl.cdiv(V, BV)
@@ -98,6 +102,10 @@ def outputs(
     out += offset(n, H, ob, oh)
     if GATED:
         g += offset(n, H, gb, gh)
+    if LESS:
+        less_k += offset(n, H, lb, lh)
+        less_v += offset(n, H, mb, mh)
+        plus += offset(n, H, ob, oh)
     if OF_GATE:
         other += offset(n, H, xb, xh)
         part = (of_v * heads + n).to(tl.int64)
@@ -115,7 +123,8 @@ def outputs(
             at = kept + (n.to(tl.int64) * (N // C) + chunk) * (K * V) + dk[:, None] * V + dv[None, :]
             whole = (dk < K)[:, None] & (dv < V)[None, :]
             if OF_GATE == READS:
-                tl.store(at, state.to(kept.dtype.element_ty), mask=whole)
+                if not STRICT:
+                    tl.store(at, state.to(kept.dtype.element_ty), mask=whole)
             else:
                 across = tl.sum(tl.load(at, mask=whole, other=0.0).to(tl.float32) * state)
                 tl.store(sums + (part * (N // C) + chunk), across * tl.exp(tl.sum(own, 0)))
@@ -136,17 +145,15 @@ def outputs(
             mine = own if READ == INCLUSIVE else gates(g, step - 1, i > 0, gt, T, N, REVERSE)
             read *= tl.exp(tl.cumsum(mine, 0))[:, None]
             scores *= pairwise(mine, C, READ)
-        elif READ == EXCLUSIVE:
+        if STRICT or (READ == EXCLUSIVE and not GATED):
             scores = tl.where(i[:, None] > i[None, :], scores, 0.0)
-        else:
+        elif not GATED:
             scores = tl.where(i[:, None] >= i[None, :], scores, 0.0)
         if OF_GATE:
             p, inside = tile(other, step, dv, xt, T, N, V, REVERSE)
             mates = tl.load(p, mask=inside, other=0.0)
             tl.store(inner + part * N + step, tl.sum(read * mates, 1))
         read = tl.dot(scores.to(values.dtype), values, read, input_precision=PRECISION)
-        p, inside = tile(out, step, dv, ot, T, N, V, REVERSE)
-        tl.store(p, read.to(out.dtype.element_ty), mask=inside)
         if GATED:
             values = (values * to_end(g, own, step, gt, T, N, C, READ, REVERSE)[:, None]).to(values.dtype)
             state *= tl.exp(tl.sum(own, 0))
@@ -154,6 +161,26 @@ def outputs(
             state += tl.dot(tl.trans(keys), values, input_precision=PRECISION) * scale
         else:
             state = tl.dot(tl.trans(keys), values, state, input_precision=PRECISION)
+        if LESS:  # behind all else, as its own tiles would not fit beside the others
+            p, inside = tile(less_k, step, dk, lt, T, N, K, REVERSE)
+            gone = tl.load(p, mask=inside, other=0.0)
+            p, inside = tile(less_v, step, dv, mt, T, N, V, REVERSE)
+            taken = tl.load(p, mask=inside, other=0.0)
+            if WIDE:
+                gone, taken = gone.to(tl.float32), taken.to(tl.float32)
+            taken = (-taken.to(tl.float32)).to(taken.dtype)
+            scores = tl.dot(queries, tl.trans(gone), input_precision=PRECISION)
+            if GATED:
+                scores *= pairwise(mine, C, READ)
+            scores = tl.where(i[:, None] > i[None, :], scores, 0.0)
+            read = tl.dot(scores.to(taken.dtype), taken, read, input_precision=PRECISION)
+            p, inside = tile(plus, step, dv, ot, T, N, V, REVERSE)
+            read += tl.load(p, mask=inside, other=0.0)
+            if GATED:
+                taken = (taken * to_end(g, own, step, gt, T, N, C, READ, REVERSE)[:, None]).to(taken.dtype)
+            state = tl.dot(tl.trans(gone), taken, state, input_precision=PRECISION)
+        p, inside = tile(out, step, dv, ot, T, N, V, REVERSE)
+        tl.store(p, read.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
