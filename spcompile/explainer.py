@@ -8,6 +8,7 @@ Inputs and parameters may be on the meta device: then nothing is allocated, what
 from __future__ import annotations
 
 import inspect
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -219,14 +220,24 @@ def _stub(gm: fx.GraphModule, device: str | None, mutated: list[int]) -> Callabl
             return value
         shape, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
         size = 1 + sum((n - 1) * s for n, s in zip(shape, stride)) if 0 not in shape else 0
-        # Zeros, which cost no memory until they are written: code between graphs may look at them.
-        flat = torch.zeros(size, dtype=value.dtype, device=device or value.device)
-        return flat.as_strided(shape, stride)
+        return _zeros(size, value.dtype, torch.device(device or value.device)).as_strided(shape, stride)
 
     def run(*args: Any) -> list[Any]:
         return [*(args[i] for i in mutated), *(like(v) for v in values[len(mutated) :])]
 
     return make_boxed_func(run)
+
+
+_MAPPED = 2**28
+
+
+def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros, as code between graphs may look at them; a file without content where they take much memory."""
+    if device.type != "cpu" or size * dtype.itemsize < _MAPPED:
+        return torch.zeros(size, dtype=dtype, device=device)
+    with tempfile.NamedTemporaryFile() as file:
+        storage = torch.UntypedStorage.from_file(file.name, True, size * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, (size,), (1,))
 
 
 def _copied(gm: fx.GraphModule) -> fx.GraphModule:

@@ -57,7 +57,8 @@ def local(x: Tensor) -> Tensor:
     """This rank's own tokens of ``x``, a tensor that a compiled module returned; ``x`` itself if it is whole.
 
     Rank r has tokens [r b, (r + 1) b) of the whole, as far as there are so many. A loss of them is this
-    rank's part of a loss: gradients are those of the sum over ranks.
+    rank's part of a loss: gradients are those of the sum over ranks. It may share memory with ``x``, as
+    ``DTensor.to_local`` does.
     """
     return _Local.apply(x) if isinstance(x, ShardedTensor) else x
 
@@ -102,7 +103,8 @@ class _Local(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: ShardedTensor) -> Tensor:
         ctx.layout = x._part.layout
-        return _cut(x.local_part(), ctx.layout).clone()
+        # Not a copy where the part has no padding: logits may be most of the memory that there is.
+        return _cut(x.local_part(), ctx.layout).contiguous().detach()
 
     @staticmethod
     @once_differentiable

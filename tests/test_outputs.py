@@ -65,6 +65,33 @@ def test_explain_counts_no_gather_of_what_is_returned() -> None:
 # ----------------------------------------------------------------------------- a sharded tensor by itself
 
 
+@pytest.mark.timeout(200)
+def test_a_plan_of_a_million_tokens() -> None:
+    """What a vocabulary of 128,256 takes is divided by the ranks; the plan itself holds none of it."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=2**20,
+    )
+    model, ids = transformers.LlamaForCausalLM(config), torch.zeros(1, 2**20, dtype=torch.long)
+    report = spcompile.explain(model, ranks=64)(ids, labels=ids)
+    assert report.alone is not None and report.memory is not None
+    assert report.alone.backward > 60 * report.memory.backward
+    # Keys and values, the loss, and gradients of parameters: nothing of T times the vocabulary.
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    for row in report.collectives:
+        assert "keys and values" in row.purpose or row.bytes <= 2 * weights, row
+    with torch.no_grad():
+        report = spcompile.explain(model, ranks=8, outputs="sharded")(ids)
+    assert report.alone is not None and report.memory is not None
+    assert report.alone.forward > 7.9 * report.memory.forward
+    assert ["keys and values" in row.purpose for row in report.collectives] == [True]
+
+
 def one_rank(x: Tensor, aliased: bool = False) -> ShardedTensor:
     """A tensor of which one rank holds all, with a position of padding."""
     part = torch.cat([x, x[:, -1:]], 1)
