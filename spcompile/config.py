@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spcompile.errors import SpcompileError
+from spcompile.kernels.choice import SWITCH, switched_off
 from spcompile.strategies import LINEAR, SOFTMAX
 
 __all__ = ["Config"]
@@ -130,4 +131,5 @@ class Config:
     def key(self) -> str:
         """A text that is equal for configs that compile alike (the mesh is told by its group)."""
         inductor = dict(sorted(self.inductor.items()))
-        return repr(dataclasses.replace(self, mesh=None, inductor=inductor))
+        triton = f" {SWITCH}=0" if switched_off() else ""
+        return repr(dataclasses.replace(self, mesh=None, inductor=inductor)) + triton

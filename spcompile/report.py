@@ -35,6 +35,7 @@ class Record:
         strategies: by which strategy each kind of attention crosses ranks.
         sites: what recognition saw (``spcompile.passes.recognize.Site``).
         lent: how the outputs lie that stay this rank's part, by their number.
+        kernels: (kind of attention, kernel, why it is not a fused one) -> how many take it.
         gathers: gathers that a missing rule forced (``spcompile.passes.localize.GatherNote``).
         transfers: the collectives of the graph.
         sequence: (tokens, tokens per rank) of most of its sharded tensors; None if nothing is sharded.
@@ -51,6 +52,7 @@ class Record:
     strategies: dict[str, str] = field(default_factory=dict)
     sites: list[Any] = field(default_factory=list)
     lent: dict[int, Shard] = field(default_factory=dict)
+    kernels: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     gathers: list[Any] = field(default_factory=list)
     transfers: list[Transfer] = field(default_factory=list)
     sequence: tuple[int, int] | None = None
@@ -77,6 +79,7 @@ class Record:
         """Take what is to be known of a joint graph that was just sharded (``spcompile.passes.Sharded``)."""
         self.sharded = True
         self.gathers += sharded.gathers
+        self.kernels = sharded.kernels
         self.lent = {number: shard.expressions() for number, shard in sharded.lent.items()}
         steps = sharded.plan.steps.values() if sharded.plan is not None else ()
         placements = [p for step in steps for p in step.native if isinstance(p, Shard)]
@@ -149,6 +152,11 @@ class Report:
     def gathers(self) -> list[Any]:
         """The gathers that missing rules forced."""
         return [gather for record in self.records for gather in record.gathers]
+
+    @property
+    def kernels(self) -> Counter[tuple[str, str, str]]:
+        """(kind of attention, kernel, why it is not a fused one) -> how many take it."""
+        return sum((record.kernels for record in self.records), Counter())
 
     @property
     def collectives(self) -> list[Collective]:
@@ -239,6 +247,10 @@ class Report:
             "sites": [
                 {k: getattr(s, k) for k in ("kind", "mask", "rewritten", "reason", "source", "name")}
                 for s in self.sites
+            ],
+            "kernels": [
+                {"kind": kind, "kernel": kernel, "refused": why, "count": n}
+                for (kind, kernel, why), n in self.kernels.items()
             ],
             "collectives": [row.to_dict() for row in self.collectives],
             "gathers": [dict(g._asdict()) for g in self.gathers],

@@ -36,7 +36,8 @@ def render_html(report: Report) -> str:
 
 
 def _parts(report: Report) -> list[str]:
-    parts = [_header(report), _sites(report), _refused(report), *_collectives(report), _gathers(report)]
+    parts = [_header(report), _sites(report), _refused(report), _kernels(report)]
+    parts += [*_collectives(report), _gathers(report)]
     parts += [_memory(report), _fits(report), _largest(report), _choices(report), _passes(report)]
     return [part for part in parts if part]
 
@@ -121,6 +122,13 @@ def _refused(report: Report) -> str:
         return ""
     rows = [(n, kind, _cut(why, 50), _cut(source, 52)) for (kind, why, source), n in counts.items()]
     return _table("seen and not rewritten", ("count", "kind", "why", "source"), rows, "count")
+
+
+def _kernels(report: Report) -> str:
+    if not report.kernels:
+        return ""
+    rows = [(n, *what) for what, n in report.kernels.items()]
+    return _table("kernels", ("count", "kind", "kernel", "why no fused one"), rows, "count")
 
 
 def _collectives(report: Report) -> list[str]:

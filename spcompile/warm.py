@@ -134,7 +134,9 @@ class Told:
         self.record.saw_joint(graph, sharded)
         number = self.lines.number
         gathers = [(g._replace(source=""), number(g.source)) for g in self.record.gathers]
-        told = {"gathers": gathers, "sequence": self.record.sequence, "lent": self.record.lent}
+        record = self.record
+        told: dict[str, Any] = {"gathers": gathers, "sequence": record.sequence}
+        told |= {"lent": record.lent, "kernels": record.kernels}
         self.joint = self._keep(told | self._transfers(None))
 
     def saw_final(self, graph: fx.Graph) -> None:
@@ -164,7 +166,7 @@ class Told:
             return False
         self.joint = marks[0][0]
         self.record.sharded, self.record.sequence = True, joint["sequence"]
-        self.record.lent = joint["lent"]
+        self.record.lent, self.record.kernels = joint["lent"], joint["kernels"]
         self.record.gathers += [g._replace(source=self.lines.text(n)) for g, n in joint["gathers"]]
         self._take(joint["transfers"], None)
         for phase, final in finals.items():

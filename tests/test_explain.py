@@ -107,6 +107,8 @@ def test_tables_fit_and_say_what_grows(hybrid: Report) -> None:
     assert re.search(r"all_gather +2 +linear: memory states .*\(P-1\) B H K V 4 +same", text)
     assert re.search(r"all_gather +1 +softmax: keys and values .*\(P-1\) b B H? ?G? ?\(K\+V\) 4 +grows", text)
     assert "LASP-2H" in text and "P = 64 (ranks)" in text
+    assert re.search(r" 2 +linear +ATen chunks +Triton kernels are for NVIDIA GPUs", text)
+    assert re.search(r" 1 +softmax +PyTorch's flash attention", text)
 
 
 def test_memory_falls_with_the_ranks(hybrid: Report) -> None:
@@ -130,6 +132,7 @@ def test_graphs_before_and_after(hybrid: Report, tmp_path) -> None:
     assert sorted(f.name for f in files) == sorted(f.name for f in (tmp_path / "report").iterdir())
     data = json.loads((tmp_path / "report" / "report.json").read_text())
     assert data["ranks"] == RANKS and len(data["sites"]) == 3 and data["collectives"][0]["formula"]
+    assert [(k["kind"], k["count"]) for k in data["kernels"]] == [("linear", 2), ("softmax", 1)]
 
 
 def test_phases_of_the_joint_graph_are_those_of_its_halves(hybrid: Report) -> None:

@@ -13,6 +13,8 @@ from filelock import FileLock
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import spcompile.attention  # noqa: F401  (registers the operators)
+from spcompile.config import Config
+from spcompile.kernels.choice import without_triton
 from spcompile.kernels.linear.kernel import kernel_of
 from spcompile.kernels.linear.operands import Operands, Options
 from tests.fused_worker import DELTA, GATES
@@ -87,11 +89,28 @@ def test_which_kernel_takes_a_call() -> None:
     causal, bf16 = Options(True, 0.3), torch.bfloat16
     with FakeTensorMode():
         fused = [fake(bf16, 64), fake(torch.float16, 256, 1), fake(torch.float32, 24, 1)]
-        left = [fake(torch.float64, 64), fake(bf16, 273), fake(bf16, 64, 64), fake(bf16, 256, 1, beta=True)]
+        left = {
+            "float64, not bfloat16, float16 or float32": fake(torch.float64, 64),
+            "keys of 273 numbers, more than 256": fake(bf16, 273),
+            "a decay per key, not per token": fake(bf16, 64, 64),
+            "keys of 256 numbers, more than 128": fake(bf16, 256, 1, beta=True),
+        }
         assert {kernel_of(x, causal).name for x in fused} == {"Triton, segments"}
         assert kernel_of(fake(bf16, 64, 1, beta=True), causal).name == "Triton, delta rule"
-        assert {kernel_of(x, causal).name for x in left} == {"ATen chunks"}
+        for why, x in left.items():
+            assert kernel_of(x, causal)[::3] == ("ATen chunks", why)
         assert kernel_of(fake(bf16, 64), Options(False, 0.3)).name == "one memory state"
+
+
+def test_triton_is_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the environment; what was compiled with it is not served then."""
+    key = Config().key()
+    monkeypatch.setenv("SPCOMPILE_TRITON", "0")
+    assert Config().key() != key
+    with FakeTensorMode():
+        kernel = kernel_of(fake(torch.bfloat16, 64), Options(True, 0.3))
+        assert kernel[::3] == ("ATen chunks", "SPCOMPILE_TRITON=0")
+        assert without_triton(torch.device("cuda")) == "SPCOMPILE_TRITON=0"
 
 
 @pytest.mark.parametrize("delta", [False, True])

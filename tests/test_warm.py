@@ -312,7 +312,7 @@ def test_one_rank_is_served_from_the_cache(cache: Path, monkeypatch: pytest.Monk
     torch.manual_seed(0)
     net = _Attention()
     state, first = step(net)
-    assert state == "miss" and first["sites"][0]["rewritten"]
+    assert state == "miss" and first["sites"][0]["rewritten"] and first["kernels"]
     assert step(net) == ("hit", first)
     shutil.rmtree(cache / "spcompile")
     patches: list[Any] = []
@@ -331,7 +331,7 @@ def test_one_rank_is_served_from_the_cache(cache: Path, monkeypatch: pytest.Monk
 def test_an_entry_whose_told_is_lost_in_part_is_not_served(cache: Path) -> None:
     gm = fx.symbolic_trace(nn.Identity())
     told = warm.Told(Record(Group(1, "")), gm, "")
-    joint = told._keep({"gathers": [], "sequence": None, "lent": {}, "transfers": []})
+    joint = told._keep({"gathers": [], "sequence": None, "lent": {}, "kernels": {}, "transfers": []})
     mark = f"{warm.MARK} {joint} forward"
     assert not told._retell(warm.Counter({f"{mark} {'0' * 64}": 1}))
     assert not told._retell(warm.Counter())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,11 +33,13 @@ __all__ = ["Sharded", "shard_joint_graph"]
 @dataclass
 class Sharded:
     """What the passes did to a graph: its plan (None at one rank), the gathers that missing rules forced,
-    and how the outputs lie that are returned as this rank's part, by the number of their port."""
+    how the outputs lie that are returned as this rank's part, by the number of their port, and which kernels
+    take the attention (``passes/context.py``)."""
 
     plan: Plan | None
     gathers: list[GatherNote]
     lent: dict[int, Shard] = field(default_factory=dict)
+    kernels: Counter[tuple[str, str, str]] = field(default_factory=Counter)
 
 
 def shard_joint_graph(
@@ -72,6 +75,7 @@ def shard_joint_graph(
         _erase_dead(graph, emitter.emitted)
         verify(graph, localizer, done)
         sharded.gathers, sharded.lent = localizer.gathers, localizer.lent
+    sharded.kernels = context.kernels
     # A part that is returned has a placement, so verify has checked its shape.
     check_outputs([None if number in sharded.lent else x for x, number in before], graph)
     return sharded

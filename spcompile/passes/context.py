@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -24,6 +25,11 @@ class GraphContext(Context):
         super().__init__(group, config.linear, config.softmax)
         self.emitter, self.config = emitter, config
         self._draws = 0
+        self.kernels: Counter[tuple[str, str, str]] = Counter()
+        """(kind of attention, kernel, why it is not a fused one) -> how many take it."""
+
+    def took(self, kind: str, kernel: str, refused: str = "") -> None:
+        self.kernels[kind, kernel, refused] += 1
 
     def keep(self, state: Tensor) -> Tensor:
         node = self.emitter.node_of(state)

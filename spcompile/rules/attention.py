@@ -12,8 +12,10 @@ from torch import Tensor, fx
 import spcompile.attention  # noqa: F401  (registers the operators)
 from spcompile.collectives import Sequence
 from spcompile.errors import SpcompileError
+from spcompile.kernels.linear.kernel import kernel_of
 from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.softmax import operands as softmax
+from spcompile.kernels.softmax import rows
 from spcompile.placement import Partial, Placement, Replicate, Shard
 from spcompile.rules.base import Call, Context, Emit, Factors, Side, Split
 from spcompile.strategies import linear
@@ -150,6 +152,8 @@ class LinearAttention:
             given = dict(zip(names, operands, strict=True))
             x = Operands(*(given.get(name) for name in _OPERANDS))
             if not self.backward:
+                kernel = kernel_of(x, options)
+                context.took("linear", kernel.name, kernel.refused)
                 out, final, carry = linear.forward(x, options, sequence, context.linear)
                 ours = carry is not None and carry is not x.initial_state
                 context.leave(self.call.site, sequence, context.keep(carry) if ours else carry)
@@ -238,6 +242,7 @@ class SoftmaxAttention:
             given = [x for x, r in zip(operands, roles, strict=True) if r != "mask"]
             if not self.backward:
                 x = softmax.Operands(given[0], given[1], given[2], mask)
+                context.took("softmax", rows.name(x))
                 out, lse, kv = context.softmax.forward(x, options, queries, keys)
                 context.leave(self.call.site, keys, context.gathered(kv))
                 return out, lse

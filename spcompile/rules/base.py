@@ -74,6 +74,9 @@ class Context:
         self._left: dict[Any, dict[Any, Tensor | None]] = {}
         self._cache: dict[Any, Tensor] = {}
 
+    def took(self, kind: str, kernel: str, refused: str = "") -> None:
+        """A kernel takes an attention, and why that is not a fused one: for the report."""
+
     def leave(self, site: Any, sequence: Any, left: Tensor | None) -> None:
         """What the forward of ``site`` has gathered of ``sequence``, for its backward."""
         if site is not None:

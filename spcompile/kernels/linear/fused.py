@@ -24,14 +24,24 @@ from spcompile.kernels.linear.gate import gradient
 from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.triton.tiles import EXCLUSIVE, INCLUSIVE, SOURCE
 
-__all__ = ["Backward", "Forward", "gate_of", "gradient_of_gate", "supports"]
+__all__ = ["Backward", "Forward", "gate_of", "gradient_of_gate", "refused", "refuses"]
 
 
-def supports(x: Operands) -> bool:
-    """Whether the kernels take such operands."""
-    floats = (torch.bfloat16, torch.float16, torch.float32)
-    one_gate = x.log_decay is None or x.log_decay.shape[3] == 1
-    return x.k.dtype in floats and x.beta is None and one_gate and max(x.k.shape[3], x.v.shape[3]) <= 256
+def refuses(x: Operands) -> str:
+    """Why the kernels do not take such operands, for the report; empty if they do."""
+    return refused(x, 256)
+
+
+def refused(x: Operands, largest: int) -> str:
+    """What no kernel over segments takes: other dtypes, a decay per key, keys of more than ``largest``."""
+    if x.k.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"{str(x.k.dtype).removeprefix('torch.')}, not bfloat16, float16 or float32"
+    if x.log_decay is not None and x.log_decay.shape[3] != 1:
+        return "a decay per key, not per token"
+    for name, size, most in (("keys", x.k.shape[3], largest), ("values", x.v.shape[3], 256)):
+        if size > most:
+            return f"{name} of {size} numbers, more than {most}"
+    return ""
 
 
 ops = torch.ops.spcompile

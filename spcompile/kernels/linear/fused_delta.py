@@ -23,21 +23,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spcompile.kernels.linear import delta_ops, segment_ops  # noqa: F401  (registers the operators)
-from spcompile.kernels.linear.fused import gate_of, gradient_of_gate
+from spcompile.kernels.linear.fused import gate_of, gradient_of_gate, refused
 from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.triton.tiles import INCLUSIVE, SOURCE
 
-__all__ = ["Backward", "Forward", "supports"]
+__all__ = ["Backward", "Forward", "refuses"]
 
 ops = torch.ops.spcompile
 
 
-def supports(x: Operands, options: Options) -> bool:
-    """Whether the kernels take such operands."""
-    floats = (torch.bfloat16, torch.float16, torch.float32)
-    one_gate = x.log_decay is None or x.log_decay.shape[3] == 1
-    sizes = x.k.shape[3] <= 128 and x.v.shape[3] <= 256
-    return x.beta is not None and x.k.dtype in floats and one_gate and sizes and not options.exclusive
+def refuses(x: Operands, options: Options) -> str:
+    """Why the kernels do not take such operands, for the report; empty if they do."""
+    return "a query that sees the tokens before its own only" if options.exclusive else refused(x, 128)
 
 
 class _How(NamedTuple):

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
+from spcompile.kernels.choice import without_triton
 from spcompile.kernels.linear import chunked, whole
 from spcompile.kernels.linear.operands import Operands, Options
 
@@ -67,12 +67,13 @@ class Kernel(NamedTuple):
     """One implementation: what makes its forward, and what its backward.
 
     The backward is made of the operands, the options, the gradient ``[B, H, T, V]`` of the outputs and the
-    ``carry`` that the forward was finished with.
+    ``carry`` that the forward was finished with. ``refused`` says why it is not a fused one.
     """
 
     name: str
     forward: Callable[[Operands, Options], Forward]
     backward: Callable[[Operands, Options, Tensor, Tensor | None], Backward]
+    refused: str = ""
 
 
 _WHOLE = Kernel("one memory state", whole.Forward, whole.Backward)
@@ -83,12 +84,17 @@ def kernel_of(x: Operands, options: Options) -> Kernel:
     """The kernel that takes this call, by device, dtype and sizes: the one place where that is decided."""
     if not options.causal:
         return _WHOLE
-    if x.k.device.type == "cuda" and torch.version.hip is None:
+    refused = without_triton(x.k.device)
+    if refused is None:
         # Triton takes its time to load, and is not everywhere.
         from spcompile.kernels.linear import fused, fused_delta
 
-        if fused.supports(x):
-            return Kernel("Triton, segments", fused.Forward, fused.Backward)
-        if fused_delta.supports(x, options):
-            return Kernel("Triton, delta rule", fused_delta.Forward, fused_delta.Backward)
-    return _CHUNKED
+        if x.beta is None:
+            kernel = Kernel("Triton, segments", fused.Forward, fused.Backward)
+            refused = fused.refuses(x)
+        else:
+            kernel = Kernel("Triton, delta rule", fused_delta.Forward, fused_delta.Backward)
+            refused = fused_delta.refuses(x, options)
+        if not refused:
+            return kernel
+    return _CHUNKED._replace(refused=refused)

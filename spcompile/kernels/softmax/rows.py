@@ -7,7 +7,12 @@ from torch import Tensor
 from spcompile.kernels.softmax import blockwise, fused_cpu
 from spcompile.kernels.softmax.operands import Operands, Options
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "name"]
+
+
+def name(x: Operands) -> str:
+    """The kernel that takes this call."""
+    return "PyTorch's flash attention" if fused_cpu.supports(x.q) else "ATen blocks"
 
 
 def forward(x: Operands, options: Options) -> tuple[Tensor, Tensor]:

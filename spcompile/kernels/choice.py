@@ -1,0 +1,28 @@
+"""Whether Triton's kernels may take a call. Nothing here may import torch: options are read before it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+__all__ = ["SWITCH", "switched_off", "without_triton"]
+
+SWITCH = "SPCOMPILE_TRITON"
+"""The environment variable that turns the Triton kernels off (``0``): is one of them at fault?"""
+
+
+def switched_off() -> bool:
+    """Whether the user has turned the Triton kernels off."""
+    return os.environ.get(SWITCH) == "0"
+
+
+def without_triton(device: Any) -> str | None:
+    """Why no Triton kernel takes tensors of a ``torch.device``; None if one may."""
+    import torch
+
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "Triton kernels are for NVIDIA GPUs"
+    if switched_off():
+        return f"{SWITCH}=0"
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
