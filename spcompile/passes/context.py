@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from spcompile import collectives
@@ -31,6 +33,19 @@ class GraphContext(Context):
     def took(self, kind: str, kernel: str, refused: str = "") -> None:
         self.kernels[kind, kernel, refused] += 1
 
+    @contextlib.contextmanager
+    def again(self, operators: frozenset[Any]) -> Iterator[None]:
+        start = len(self.emitter.emitted)
+        yield
+        for node in self.emitter.emitted[start:]:
+            if node.target in operators:
+                self._again(node)
+
+    @staticmethod
+    def _again(node: fx.Node) -> None:
+        node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        node.meta.setdefault("ac_graph_id", 0)
+
     def keep(self, state: Tensor) -> Tensor:
         node = self.emitter.node_of(state)
         if "recompute" in node.meta:
@@ -43,8 +58,7 @@ class GraphContext(Context):
             chain = [self.emitter.node_of(keys)]
             while chain:
                 node = chain.pop()
-                node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-                node.meta.setdefault("ac_graph_id", 0)
+                self._again(node)
                 if node.target is not torch.ops._c10d_functional.all_gather_into_tensor.default:
                     chain += node.all_input_nodes
         return keys

@@ -18,7 +18,7 @@ __all__ = ["SCHEDULER", "erase_dead_waits"]
 
 SCHEDULER: dict[str, Any] = {
     "reorder_for_compute_comm_overlap": True,
-    "reorder_for_compute_comm_overlap_passes": ["sink_waits"],
+    "reorder_for_compute_comm_overlap_passes": ["reorder_communication_preserving_peak_memory", "sink_waits"],
 }
 """Inductor's options for several ranks; see NOTE [Who orders waits]."""
 

@@ -161,7 +161,8 @@ class LinearAttention:
             key = self.call.site, sequence
             carry = context.left(*key, lambda: _carry(x, given, options, sequence, context))
             gradients = (given["grad"], given.get("grad_final"))
-            grads = linear.backward(*gradients, x, options, carry, sequence, context.linear)
+            with context.again(kernel_of(x, options).again):
+                grads = linear.backward(*gradients, x, options, carry, sequence, context.linear)
             return tuple(x.q.new_zeros(0) if g is None else g for g in grads)
 
         return emit

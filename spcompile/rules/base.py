@@ -6,8 +6,9 @@ sharded so, how must all the others be? Propagation asks it in both directions a
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -76,6 +77,11 @@ class Context:
 
     def took(self, kind: str, kernel: str, refused: str = "") -> None:
         """A kernel takes an attention, and why that is not a fused one: for the report."""
+
+    @contextlib.contextmanager
+    def again(self, operators: frozenset[Any]) -> Iterator[None]:
+        """Results of these operators inside are made again in the backward and not saved."""
+        yield
 
     def leave(self, site: Any, sequence: Any, left: Tensor | None) -> None:
         """What the forward of ``site`` has gathered of ``sequence``, for its backward."""

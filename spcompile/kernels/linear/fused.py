@@ -5,9 +5,9 @@ them (``kernel.py``). A run of tokens is cut into segments, inside which nothing
 
     made     summaries: what each segment does to the state
     total    what all of them together do
-    local    nothing: to read the operands once more would cost more than an exchange (in the backward dq,
-             which needs no gradient of the state)
-    finish   the states before each segment (``spcompile::affine_scan``), then outputs
+    local    the states before each segment, as far as this run makes them (``chain.py``): to read the
+             operands once more would cost more than an exchange; in the backward dq, which needs no more
+    finish   the states before each segment, then outputs
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from copy import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spcompile.kernels.linear import segment_ops  # noqa: F401  (registers the operators)
+from spcompile.kernels.linear.chain import Chain
 from spcompile.kernels.linear.gate import gradient
 from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.triton.tiles import EXCLUSIVE, INCLUSIVE, SOURCE
@@ -55,8 +55,8 @@ class _Walk:
         self, k: Tensor, v: Tensor, gate: Tensor | None, scale: float, read: int, reverse: bool
     ) -> None:
         self.k, self.v, self.gate, self.read, self.reverse = k, v, gate, read, reverse
-        self.states, logs = ops.segment_summaries(k, v, gate, scale, read, reverse)
-        self.logs = None if gate is None else logs.unflatten(-1, (-1, 1, 1))
+        states, logs = ops.segment_summaries(k, v, gate, scale, read, reverse)
+        self.chain = Chain(states, None if gate is None else logs)
 
     def of(self, k: Tensor, v: Tensor) -> _Walk:
         """The same way with something else written; the states must be given to it."""
@@ -70,21 +70,7 @@ class _Walk:
 
     def total(self) -> tuple[Tensor, ...]:
         """What all segments together do to the state."""
-        if self.logs is None:
-            return (self.heads(self.states.sum(1)),)
-        later = (
-            F.pad(self.logs.narrow(1, 1, self.logs.shape[1] - 1), (0, 0, 0, 0, 0, 1))
-            .flip(1)
-            .cumsum(1)
-            .flip(1)
-        )
-        return self.heads(self.logs.sum(1)), self.heads((later.exp() * self.states).sum(1))
-
-    def before(self, carry: Tensor | None) -> tuple[Tensor, Tensor]:
-        """States ``[N, segments, K, V]`` before each segment, and the one ``[N, K, V]`` after the last."""
-        a = None if self.logs is None else self.logs.exp()
-        start = None if carry is None else carry.flatten(0, 1).float()
-        return ops.affine_scan(a, self.states, start, False)
+        return tuple(map(self.heads, self.chain.total()))
 
     def outputs(
         self, q: Tensor, before: Tensor, scale: float, *, scaled: bool = False, of_gate: tuple[Any, Any] = _NO
@@ -106,12 +92,13 @@ class Forward:
         return self.walk.total()
 
     def local(self) -> None:
-        """Nothing."""
+        """The states before each segment, as far as this run makes them."""
+        self.walk.chain.local()
 
     def finish(self, carry: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs, and the state after the last token."""
         w = self.walk
-        before, final = w.before(carry)
+        before, final = w.chain.before(carry)
         out, *_ = w.outputs(self.x.q, before, self.options.scale)
         return out, w.heads(final)
 
@@ -131,8 +118,10 @@ class Backward:
 
     def local(self) -> None:
         """dq, which reads the states of the forward."""
+        self.walk.chain.local()
         x, forward = self.x, _forward_walk(self.x, self.options)
-        before, _ = forward.before(self.carry)
+        forward.chain.exchanged = self.walk.chain.exchanged
+        before, _ = forward.chain.before(self.carry)
         of_gate = _NO if x.log_decay is None else (x.q, None)
         back = forward.of(x.v, x.k).outputs(self.grad, before.mT, self.options.scale, of_gate=of_gate)
         self.dq, self.reads, _, self.kept = back
@@ -144,7 +133,7 @@ class Backward:
     def finish(self, carry: Tensor | None) -> tuple[Tensor | None, ...]:
         """The other gradients, which read the gradient of the state."""
         x, w, scale = self.x, self.walk, self.options.scale
-        before, initial = w.before(carry)
+        before, initial = w.chain.before(carry)
         dv, *_ = w.outputs(x.k, before, scale, scaled=True)
         of_gate = _NO if x.log_decay is None else (x.k, self.kept)
         back = w.of(self.grad, x.q).outputs(x.v, before.mT, scale, scaled=True, of_gate=of_gate)

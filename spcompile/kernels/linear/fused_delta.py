@@ -19,17 +19,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spcompile.kernels.linear import delta_ops, segment_ops  # noqa: F401  (registers the operators)
+from spcompile.kernels.linear.chain import Chain
 from spcompile.kernels.linear.fused import gate_of, gradient_of_gate, refused
 from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.triton.tiles import INCLUSIVE, SOURCE
 
-__all__ = ["Backward", "Forward", "refuses"]
+__all__ = ["AGAIN", "Backward", "Forward", "refuses"]
 
 ops = torch.ops.spcompile
+AGAIN = frozenset({ops.delta_corrected.default})
 
 
 def refuses(x: Operands, options: Options) -> str:
@@ -51,7 +52,8 @@ class _Walk:
         self.k, self.how = k, how
         systems = ops.delta_systems(k, x.beta, gate_of(x), how.read, how.reverse)
         self.given = source, k, v, systems, x.beta, gate_of(x)
-        self.states, self.matrices = ops.delta_summaries(*self.given, *how)
+        states, matrices = ops.delta_summaries(*self.given, *how)
+        self.chain = Chain(states, matrices=matrices)
 
     def heads(self, state: Tensor) -> Tensor:
         """A state ``[N, ...]`` as ``[B, H, ...]``."""
@@ -59,17 +61,7 @@ class _Walk:
 
     def total(self) -> tuple[Tensor, ...]:
         """What all segments together do to the state."""
-        k, v = self.states.shape[-2:]
-        eye = torch.diag_embed(self.states.new_ones(self.states.shape[0], k))
-        start = F.pad(eye, (v, 0))
-        after = ops.affine_scan(self.matrices, F.pad(self.states, (0, k)), start, True)[1]
-        matrix, state = after.narrow(2, v, k), after.narrow(2, 0, v)
-        return self.heads(matrix), self.heads(state)
-
-    def before(self, carry: Tensor | None) -> tuple[Tensor, Tensor]:
-        """States ``[N, segments, K, V]`` before each segment, and the one ``[N, K, V]`` after the last."""
-        start = None if carry is None else carry.flatten(0, 1).float()
-        return ops.affine_scan(self.matrices, self.states, start, True)
+        return tuple(map(self.heads, self.chain.total()))
 
     def corrected(
         self, before: Tensor, errors: Tensor | None = None, *, trained: bool = False
@@ -93,12 +85,12 @@ class Forward:
         return self.walk.total()
 
     def local(self) -> None:
-        """Nothing."""
+        """Nothing: what the segments do together is told by the states before each of them."""
 
     def finish(self, carry: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs, and the state after the last token."""
         x, walk = self.x, self.walk
-        before, final = walk.before(carry)
+        before, final = walk.chain.before(carry)
         n, _ = walk.corrected(before)
         scale, read, reverse = walk.how
         given = x.q, x.k, n, gate_of(x), before, None, None
@@ -110,11 +102,8 @@ class Backward:
     """See :class:`spcompile.kernels.linear.kernel.Backward`."""
 
     def __init__(self, x: Operands, options: Options, grad: Tensor, carry: Tensor | None) -> None:
-        self.x, self.options = x, options
+        self.x, self.options, self.carry = x, options, carry
         self.grad = grad.to(x.q.dtype)
-        forward = _forward_walk(x, options)
-        self.before, _ = forward.before(carry)
-        self.n, self.errors = forward.corrected(self.before, trained=True)
         how = _How(options.scale, SOURCE.value, not options.reverse)
         self.walk = _Walk(x.q, x.k, self.grad, x, how)
 
@@ -123,8 +112,12 @@ class Backward:
         return self.walk.total()
 
     def local(self) -> None:
-        """dq, which reads the states of the forward."""
+        """What the forward wrote, and dq, which reads its states."""
         x, options = self.x, self.options
+        forward = _forward_walk(x, options)
+        forward.chain.exchanged = self.walk.chain.exchanged
+        self.before, _ = forward.chain.before(self.carry)
+        self.n, self.errors = forward.corrected(self.before, trained=True)
         how = options.scale, False, INCLUSIVE.value, options.reverse, False, ()
         gate, states = gate_of(x), self.before.mT
         other = x.q if gate is not None else None
@@ -134,7 +127,7 @@ class Backward:
     def finish(self, carry: Tensor | None) -> tuple[Tensor | None, ...]:
         """The other gradients, which read the gradient of the state."""
         x, gate, (scale, read, back) = self.x, gate_of(self.x), self.walk.how
-        before, initial = self.walk.before(carry)
+        before, initial = self.walk.chain.before(carry)
         dv, dbeta = self.walk.corrected(before, self.errors)
         keys, kept = (None, None) if gate is None else (x.k, self.kept)
         of_keys = dv, self.n, x.k, gate, self.before.mT, keys, None

@@ -8,7 +8,7 @@ brings that state from other ranks; kernels know nothing of it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -67,13 +67,16 @@ class Kernel(NamedTuple):
     """One implementation: what makes its forward, and what its backward.
 
     The backward is made of the operands, the options, the gradient ``[B, H, T, V]`` of the outputs and the
-    ``carry`` that the forward was finished with. ``refused`` says why it is not a fused one.
+    ``carry`` that the forward was finished with. ``refused`` says why it is not a fused one; ``again`` are
+    operators of the forward's tokens whose results the backward makes again: saved, they would be as large as
+    the operands.
     """
 
     name: str
     forward: Callable[[Operands, Options], Forward]
     backward: Callable[[Operands, Options, Tensor, Tensor | None], Backward]
     refused: str = ""
+    again: frozenset[Any] = frozenset()
 
 
 _WHOLE = Kernel("one memory state", whole.Forward, whole.Backward)
@@ -94,6 +97,7 @@ def kernel_of(x: Operands, options: Options) -> Kernel:
             refused = fused.refuses(x)
         else:
             kernel = Kernel("Triton, delta rule", fused_delta.Forward, fused_delta.Backward)
+            kernel = kernel._replace(again=fused_delta.AGAIN)
             refused = fused_delta.refuses(x, options)
         if not refused:
             return kernel

@@ -1,0 +1,79 @@
+"""What hides the exchange in the code that Inductor writes for GPUs (``tests/inductor_cuda.py``)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is for Linux alone")
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest.fixture(scope="module")
+def code() -> dict[str, dict[str, Any]]:
+    """Model -> what the worker found."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.inductor_cuda"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=380,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("FOUND "))
+    return json.loads(line.removeprefix("FOUND "))
+
+
+def between(steps: list[str], start: str) -> list[list[str]]:
+    """What the code does between each such start and the wait behind it."""
+    found = []
+    for i, step in enumerate(steps):
+        if step == f"start {start}":
+            found.append(steps[i + 1 : steps.index("wait", i)])
+    return found
+
+
+def ours(steps: list[str]) -> list[str]:
+    """The operators among the steps, without the small kernels that Inductor fuses."""
+    return [x.rsplit(".", 1)[1] for x in steps if "spcompile" in x or "extern_kernels" in x]
+
+
+@pytest.mark.parametrize("model", ["plain and softmax", "decay"])
+def test_every_gather_of_states_has_work_behind_it(code: dict[str, dict[str, Any]], model: str) -> None:
+    """One all-gather per layer and direction: the states of the segments hide it, and in the backward dq."""
+    forward = between(code[model]["forward"], "all_gather_into_tensor")
+    assert [ours(x) for x in forward[:2]] == [["affine_scan"]] * 2
+    backward = between(code[model]["backward"], "all_gather_into_tensor")
+    assert len(backward) == 2
+    for steps in backward:
+        assert {"affine_scan", "segment_outputs"} <= set(ours(steps)), steps
+        assert ("segment_pairs" in ours(steps)) == (model == "decay")
+
+
+def test_softmax_gathers_once_and_scatters_once(code: dict[str, dict[str, Any]]) -> None:
+    """K and V in one all-gather, their gradients in one reduce-scatter."""
+    found = code["plain and softmax"]
+    assert len(between(found["forward"], "all_gather_into_tensor")) == 3  # two layers are linear
+    assert len(between(found["backward"], "reduce_scatter_tensor")) == 1
+
+
+def test_a_delta_rule(code: dict[str, dict[str, Any]]) -> None:
+    """One all-gather each way; what the forward wrote is made again behind the backward's, and not saved."""
+    steps = code["delta"]["forward"], code["delta"]["backward"]
+    forward, backward = (between(x, "all_gather_into_tensor") for x in steps)
+    assert len(forward) == len(backward) == 2
+    for x in backward:
+        assert {"segment_outputs", "segment_pairs"} <= set(ours(x)), x
+    assert [ours(x).count("delta_corrected") for x in steps] == [2, 4]
+    assert ours(steps[0]).count("delta_systems") == 2
+
+
+def test_what_is_sent_is_the_same_on_a_cpu(code: dict[str, dict[str, Any]]) -> None:
+    for model, found in code.items():
+        assert found["sent"] == found["sent on cpu"], model
