@@ -143,6 +143,8 @@ __all__ = [
     "fallbacks",
     "flash_attention_cpu",
     "flash_attention_cpu_backward",
+    "flash_attention_cuda",
+    "flash_attention_cuda_backward",
     "float_symbols",
     "get_proxy_mode",
     "get_proxy_slot",
@@ -181,6 +183,9 @@ UNTAGGED_POINTWISE = tuple(
 # without it two parts of one softmax can't be merged.
 flash_attention_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 flash_attention_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+# The same on NVIDIA GPUs.
+flash_attention_cuda = torch.ops.aten._scaled_dot_product_flash_attention.default
+flash_attention_cuda_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 
 
 # What dispatch keys are on outside every operator and mode.

@@ -160,17 +160,17 @@ def test_softmax_low_precision(monkeypatch: pytest.MonkeyPatch, dtype: torch.dty
 
 def test_ranks_work_for_their_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank r's kernel calls cover r * block past keys and the block's own triangle, and nothing later."""
-    from spcompile.kernels.softmax import fused_cpu
+    from spcompile.kernels.softmax import flash
 
     seen: dict[int, set[tuple[int, int, bool]]] = {}
-    real = fused_cpu._parts
+    real = flash._parts
 
     def spy(x: Operands, options: Options) -> list[tuple[int, int, bool]]:
         parts = real(x, options)
         seen.setdefault(options.first_row, set()).update(parts)
         return parts
 
-    monkeypatch.setattr(fused_cpu, "_parts", spy)
+    monkeypatch.setattr(flash, "_parts", spy)
     q, k, v, grad = operands(*[(1, 1, 13, 4)] * 4)
     sharded_softmax(Ranks(3, monkeypatch), grad, q, k, v, causal=True)
     assert seen == {

@@ -188,6 +188,17 @@ OPERATORS = {
         "aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
         ["grad_out", "query", "key", "value", "out", "logsumexp", "dropout_p", "is_causal", "attn_mask"],
     ),
+    "flash_attention_cuda": (
+        "aten._scaled_dot_product_flash_attention.default",
+        ["query", "key", "value", "dropout_p", "is_causal"],
+    ),
+    "flash_attention_cuda_backward": (
+        "aten._scaled_dot_product_flash_attention_backward.default",
+        [
+            *("grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k"),
+            *("max_q", "max_k", "dropout_p", "is_causal", "philox_seed", "philox_offset"),
+        ],
+    ),
     "inductor_random": ("prims.inductor_random.default", ["size", "seed", "mode"]),
     "inductor_seed": ("prims.inductor_seed.default", ["device"]),
 }
@@ -451,6 +462,8 @@ def test_options_of_inductor() -> None:
     for name in {*inductor._OURS, *(name for options in modes.values() for name in options)}:
         assert name in known, moved(f"torch._inductor.config.{name}", "is gone")
     assert _torch.inductor_config.get_type("max_autotune") is bool, moved("get_type", "gives no type")
+
+
 def test_dynamo_asks_for_its_limit_by_a_name_of_its_module() -> None:
     exceeds = inspect.unwrap(_torch.convert_frame.exceeds_recompile_limit)
     found = list(inspect.signature(exceeds).parameters)

@@ -5,7 +5,8 @@ gather again what the forward gathered, for nobody.
 
 NOTE [Who orders waits]: a strategy writes start, intra-chunk work, wait, and the graph keeps that order.
 Inductor's scheduler then moves operators to lower the peak of memory, which can put the work behind the wait
-again; its own pass ``sink_waits`` runs after that and puts it back, so it is switched on.
+again; its own pass ``sink_waits`` runs after that and puts it back. It can also put the start behind work
+that does not need it; the other pass moves it up again, as far as the peak of memory allows.
 """
 
 from __future__ import annotations
