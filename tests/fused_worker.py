@@ -15,6 +15,8 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from spcompile.attention import reference
@@ -49,10 +51,11 @@ def cases() -> list[str]:
         for case in itertools.product(GATES, SIZES, some)
         if case[1] != "two segments" or case[2] in ("", "both")
     ]
-    for kind, size in itertools.product(DELTA, SIZES):
-        found.append(f"fp32, {kind}, {size}, ")
-        found += [f"fp32, {kind}, {size}, reverse"] if size != "two segments" else []
-    return found + [f"{dtype}, {kind}, two segments, " for dtype in ("bf16", "fp16") for kind in DELTA]
+    # Those of a delta rule take longest.
+    found += [f"fp32, {kind}, {size}, " for kind in DELTA for size in ("two chunks", "two segments")]
+    found += ["fp32, mild, delta rule, one token, ", "fp32, mild, delta rule, two chunks, reverse"]
+    narrow = ("bf16, delta rule", "bf16, mild, delta rule", "fp16, mild, delta rule")
+    return found + [f"{kind}, two segments, " for kind in narrow]
 
 
 def parsed(case: str) -> tuple[torch.dtype, str, bool, tuple[int, int, int], Options]:
@@ -209,6 +212,35 @@ def traffic() -> dict[str, float]:
     return found
 
 
+@triton.jit
+def product(x, y, z, narrow, PRECISION: tl.constexpr):
+    """``z = x y^T`` of ``[16, 16]``, and x in the dtype of ``narrow``."""
+    i, j = tl.arange(0, 16)[:, None] * 16, tl.arange(0, 16)[None, :]
+    a, b = tl.load(x + i + j), tl.load(y + i + j)
+    tl.store(z + i + j, tl.dot(a, tl.trans(b), input_precision=PRECISION))
+    tl.store(narrow + i + j, a.to(narrow.dtype.element_ty))
+
+
+def interpreter() -> dict[str, float]:
+    """How far the interpreter is from what the hardware does."""
+    torch.manual_seed(2)
+    x, y = torch.randn(16, 16), torch.randn(16, 16)
+    z, narrow = torch.empty(16, 16), torch.empty(16, 16, dtype=torch.bfloat16)
+    found = {}
+    for precision in ("ieee", "tf32", "tf32x3"):
+        product[(1,)](x, y, z, narrow, PRECISION=precision)
+        found[precision] = float((z - x.double() @ y.double().mT).norm() / z.norm())
+    rounded = [((a.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for a in (x, y)]
+    product[(1,)](x, y, z, narrow, PRECISION="tf32")
+    by_hand = rounded[0].double() @ rounded[1].double().mT
+    found["tf32, rounded by hand"] = float((z - by_hand).norm() / z.norm())
+    found["cast to bf16"] = float((narrow.float() - x.bfloat16().float()).abs().max())
+    found["bias of the cast"] = float(((narrow.float() - x).sign() * x.sign()).mean())
+    product[(1,)](x.bfloat16(), y.bfloat16(), z, narrow, PRECISION="tf32")
+    found["bf16"] = float((z - x.bfloat16().double() @ y.bfloat16().double().mT).norm() / z.norm())
+    return found
+
+
 def main() -> int:
     triton_interpreter.install()
     found: dict[str, dict[str, float]] = {case: errors(case) for case in cases()}
@@ -227,6 +259,7 @@ def main() -> int:
         ops.segment_outputs, (*x[:3], g, before, x[3], kept, 0.3, True, 2, True, False, x[1:])
     )
     torch.library.opcheck(ops.segment_pairs, (*x, g, 0.3, 0, False))
+    found["interpreter"] = interpreter()
     found["scan"] = scans()
     found["ranks"] = on_ranks()
     found["bytes"] = traffic()

@@ -1,0 +1,167 @@
+"""Faults planted in the fused kernels, one at a time: ``TRITON_INTERPRET=1 python -m tests.planted_faults``.
+
+A fault that the cases of ``fused_worker.py`` do not see would show a hole in them. One line of JSON: fault ->
+the largest error that the cases found (infinity: not a number, or an exception).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import multiprocessing
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import spcompile.kernels.triton
+from spcompile.kernels.linear import delta_ops, segment_ops
+from tests import fused_worker, triton_interpreter
+
+END = "to_end(g, own, step, gt, T, N, C, READ, REVERSE)[:, None]"
+DOT = "input_precision=PRECISION)"
+PLAIN = ("fp32, mild, two chunks, ", "fp32, none, two chunks, ")
+DELTA = ("fp32, mild, delta rule, two chunks, ",)
+DELTA_SEGMENTS = ("fp32, delta rule, two segments, ",)
+
+# kernel -> (source file, what is there, what is put there), the first place where it stands.
+FAULTS = {
+    "tiles": [
+        ("tiles", ">= i[None, :] + gap, tl.exp(sums)", "> i[None, :] + gap, tl.exp(sums)"),
+        ("tiles", "> i[None, :] + gap, g[:, None]", ">= i[None, :] + gap, g[:, None]"),
+        ("tiles", "(token < T)[:, None] & ", ""),
+        ("tiles", "mask=inside & (token < T)", "mask=inside"),
+        ("tiles", "cumsum(later, 0, reverse=True)", "cumsum(later, 0)"),
+        ("tiles", "gates(g, step + 1, tl.arange(0, C) + 1 < C", "gates(g, step, tl.arange(0, C) + 1 < C"),
+        ("tiles", "(N - T) // C * C", "(N - T) // C * C + C"),
+    ],
+    "summaries": [
+        ("segments", "state *= tl.exp(here)", "state *= 1.0"),
+        ("segments", "total += here", "total = here"),
+        ("segments", "tl.store(p, state * scale", "tl.store(p, state"),
+        ("segments", f"values = (values * {END}).to(values.dtype)", "values = values"),
+        ("segments", f"values, state, {DOT}", 'values, state, input_precision="tf32")'),
+        ("segments", "for first in range(begin, end, C)", "for first in range(begin, end - C, C)"),
+    ],
+    "outputs": [
+        ("segments", "read *= tl.exp(tl.cumsum(mine, 0))[:, None]", "read *= 1.0"),
+        ("segments", "elif not GATED:\n            scores = tl.where(i[:, None] >= ", "elif not GATED:\n"
+         "            scores = tl.where(i[:, None] > "),
+        ("segments", "state *= tl.exp(tl.sum(own, 0))", "state *= 1.0"),
+        ("segments", f"values, read, {DOT}", 'values, read, input_precision="tf32")'),
+        ("segments", "across * tl.exp(tl.sum(own, 0))", "across"),
+        ("segments", "tl.sum(read * mates, 1)", "tl.sum(mates * mates, 1)"),
+        ("segments", "read *= scale", "read *= 1.0"),
+    ],
+    "outputs, delta": [
+        ("segments", "if STRICT or (READ", "if (READ"),
+        ("segments", "taken = (-taken.to(tl.float32)).to(taken.dtype)", "taken = taken"),
+        ("segments", "scores *= pairwise(mine, C, READ)\n            scores", "scores *= 1.0; scores"),
+        ("segments", "read += tl.load(p, mask=inside, other=0.0)", "read += 0.0"),
+        ("segments", f"taken = (taken * {END}).to(taken.dtype)", "taken = taken"),
+        ("segments", "tl.dot(tl.trans(gone), taken, state", "tl.dot(tl.trans(keys), taken, state"),
+    ],
+    "pairs": [
+        ("segments", "else (i[:, None] >= i[None, :])", "else (i[:, None] > i[None, :])"),
+        ("segments", "pairwise(mine, C, READ) * scale", "pairwise(mine, C, READ)"),
+        ("segments", "ours * theirs * pairwise(mine, C, READ)", "ours * theirs"),
+        ("segments", "(i[:, None] < i[None, :]).to(", "(i[:, None] <= i[None, :]).to("),
+        ("segments", "static_range(3 if WIDE", "static_range(1 if WIDE"),
+        ("segments", "tl.where(through, before_l, 0.0), 0)", "tl.where(through, before_l, 0.0), 1)"),
+    ],
+    "systems": [
+        ("delta", "system * strengths[None, :]", "system * strengths[:, None]"),
+        ("delta", "for r in range(1, 16)", "for r in range(1, 15)"),
+        ("delta", "within += tl.dot(square", "within -= tl.dot(square"),
+        ("delta", "within -= tl.dot(system", "within += tl.dot(system"),
+        ("delta", "if READ != INCLUSIVE:\n            mine", "if READ == INCLUSIVE:\n            mine"),
+        ("delta", "row & blocks, within", "row, within"),
+    ],
+    "delta summaries": [
+        ("delta", "state = tl.where(of_matrix &", "state = tl.where((column < 0) &"),
+        ("delta", "other=0.0)\n        queries = keys", "other=0.0) * 0.0\n        queries = keys"),
+        ("delta", "writes = y * -gates(", "writes = y * gates("),
+        ("delta", "state *= tl.exp(tl.sum(own, 0))", "state *= 1.0"),
+        ("delta", "writes *= end[:, None]", "writes *= 1.0"),
+        ("delta", f"queries), given, {DOT} * scale", f"queries), given, {DOT}"),
+    ],
+    "corrected": [
+        ("delta", "(-writes if SOURCE else writes)", "writes"),
+        ("delta", "tl.sum(y * wrong, 1)", "tl.sum(y * y, 1)"),
+        ("delta", "tl.store(p, (-y)", "tl.store(p, y"),
+        ("delta", "read -= given", "read += given"),
+        ("delta", "scores.to(given.dtype), given, read", "scores.to(given.dtype), given, read * 0.0"),
+        ("delta", "given = (given * end[:, None]).to(given.dtype)", "given = given"),
+    ],
+}  # fmt: skip
+
+
+def planted(number: int, fault: tuple[str, str, str], folder: Path) -> None:
+    """Let the operators use a copy of the kernels with a fault."""
+    file, old, new = fault
+    package, source = f"faulty{number}", Path(spcompile.kernels.triton.__file__).parent
+    (folder / package).mkdir()
+    (folder / package / "__init__.py").touch()
+    for name in ("tiles", "segments", "delta"):
+        text = (source / f"{name}.py").read_text()
+        if name == file:
+            assert old in text, fault
+            text = text.replace(old, new, 1)
+        text = text.replace("spcompile.kernels.triton.tiles", f"{package}.tiles")
+        (folder / package / f"{name}.py").write_text(text)
+    segment_ops.segments = importlib.import_module(f"{package}.segments")
+    delta_ops.delta = importlib.import_module(f"{package}.delta")
+
+
+def worst(cases: tuple[str, ...]) -> float:
+    """The largest error of some cases; they run in a process of their own, which a fault may crash."""
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=_worst, args=(cases, theirs))
+    child.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        return math.inf
+    finally:
+        child.join()
+
+
+def _worst(cases: tuple[str, ...], answer: Any) -> None:
+    found = 0.0
+    for case in cases:
+        try:
+            errors = fused_worker.errors(case) | {"total": fused_worker.totals(case)}
+        except Exception:
+            errors = {"": math.inf}
+        found = max(found, *(math.inf if math.isnan(e) else e for e in errors.values()))
+    answer.send(found)
+
+
+def cases_of(kernel: str) -> tuple[str, ...]:
+    """Cases that run a kernel."""
+    if kernel == "tiles":
+        return *PLAIN, "fp32, mild, two chunks, reverse"
+    if kernel == "delta summaries":
+        return DELTA + DELTA_SEGMENTS
+    return DELTA if kernel in ("systems", "corrected", "outputs, delta") else PLAIN
+
+
+def main() -> int:
+    triton_interpreter.install()
+    found: dict[str, float] = {}
+    every = [(kernel, fault) for kernel, faults in FAULTS.items() for fault in faults]
+    with tempfile.TemporaryDirectory() as folder:
+        sys.path.insert(0, folder)
+        for number, (kernel, fault) in enumerate(tqdm(every, desc="faults")):
+            planted(number, fault, Path(folder))
+            found[f"{kernel}: {fault[1]} -> {fault[2]}"] = worst(cases_of(kernel))
+    print("FOUND", json.dumps(found), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
