@@ -27,6 +27,8 @@ class Variant(NamedTuple):
     stack: int = 0
 
 
+# Bytes of shared memory that a block may have.
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 BACK = {"READ": 2, "REVERSE": True}
 # OF_GATE, the part in a decay's gradient: 0 none, 1 READS, 2 WRITES.
 DQ, DK = {"OF_GATE": 1}, {"OF_GATE": 2, "SCALED": True, **BACK}
@@ -43,7 +45,7 @@ VARIANTS = {
     "delta, writes": Variant("corrected"),
     "delta, gradients": Variant("corrected", {"SOURCE": True, **BACK}, 160),
     "delta, dk of readings": Variant("outputs", {**DQ, "STRICT": True}, 16),
-    "delta, dk": Variant("outputs", {**DK, "LESS": True}, 96),
+    "delta, dk": Variant("outputs", {**DK, "LESS": True}, 160),
 }
 DEFAULTS = {"READ": 0, "REVERSE": False, "GATED": True, "SCALED": False, "OF_GATE": 0, "STRICT": False}
 DEFAULTS |= {"LESS": False, "SOURCE": False}
@@ -112,6 +114,9 @@ def wide_offsets(kernel: Any) -> bool:
             for more in (
                 (256, torch.bfloat16, 90),
                 (64, torch.float32, 90),
+                (128, torch.float32, 90),
+                (256, torch.float32, 90),
+                (256, torch.float32, 80),
                 (128, torch.bfloat16, 80),
                 (128, torch.bfloat16, 100),
             )
@@ -126,6 +131,7 @@ def test_a_kernel_compiles(
         pytest.skip("keys of a delta rule have at most 128 numbers here: ATen's chunks take the others")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # a warm one would hide that it fails
     made = compiled(VARIANTS[variant], size, dtype, arch)
+    assert made.metadata.shared <= SHARED[arch], "it would not start"
     if size <= 128 and dtype == torch.bfloat16 and arch == 90:
         assert stack(made, tmp_path) <= VARIANTS[variant].stack
     assert wide_offsets(made)

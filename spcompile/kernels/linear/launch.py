@@ -46,11 +46,20 @@ _BLOCKS = {
 }
 
 
+# kernel -> loads that are under way at once, for heads of up to 256 bytes, 512 and more: with more the delta
+# rule spills less, but shared memory has 163 KB on sm_80 and 227 KB on sm_90.
+_SMALL = dict.fromkeys(_BLOCKS, 2) | {"delta": 3}
+_LARGE = dict.fromkeys(_BLOCKS, 2) | {"outputs, less": 1}
+_LARGEST = dict.fromkeys(_BLOCKS, 1)
+
+
 def tiles(kernel: str, k: Tensor, v: Tensor) -> dict[str, Any]:
     """How a kernel of linear attention is compiled for keys and values: sizes, precision and warps."""
     block_k, block_v = (max(16, triton.next_power_of_2(x.shape[3])) for x in (k, v))
     most_k, most_v = _BLOCKS[kernel]
     halved = kernel.startswith("outputs") and block_k > 128
+    row = min(block_k, most_k) * k.dtype.itemsize
+    stages = _SMALL if row <= 256 else _LARGE if row <= 512 else _LARGEST
     return {
         "K": k.shape[3],
         "V": v.shape[3],
@@ -60,5 +69,5 @@ def tiles(kernel: str, k: Tensor, v: Tensor) -> dict[str, Any]:
         "WIDE": k.dtype != torch.bfloat16,
         "PRECISION": "tf32x3" if k.dtype == torch.float32 else "tf32",
         "num_warps": 4 if block_k <= (64 if kernel in ("summaries", "pairs") else 32) else 8,
-        "num_stages": 3 if kernel in ("delta", "outputs, less") else 2,  # with two these spill more
+        "num_stages": stages[kernel],
     }
