@@ -138,7 +138,7 @@ def test_every_operator_has_samples() -> None:
     others = {"rank", "add_late_", "add_product_", "arrive", "depart"}
     # GPU kernels run in a process where they are interpreted: opcheck, and strided operands, there.
     worker = (Path(__file__).parent / "fused_worker.py").read_text()
-    others |= set(re.findall(r"opcheck\(ops\.(\w+)", worker))
+    others |= set(re.findall(r"opcheck\(\s*ops\.(\w+)", worker))
     assert {*SAMPLES, *others} == set(re.findall(r'custom_op\("spcompile::(\w+)"', source))
 
 

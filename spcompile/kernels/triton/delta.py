@@ -43,10 +43,12 @@ def systems(
     pid = tl.program_id(0)
     chunk, n = pid % n_chunks, pid // n_chunks
     N = n_chunks * C
-    if (chunk * C + C <= N - T) if REVERSE else (chunk * C >= T):
-        return  # padding, which no walk reads
     i, dk = tl.arange(0, C), tl.arange(0, BK)
     step = chunk * C + i
+    at = inverses + (n.to(tl.int64) * N + step.to(tl.int64))[:, None] * C + i[None, :]
+    if (chunk * C + C <= N - T) if REVERSE else (chunk * C >= T):
+        tl.store(at, tl.zeros((C, C), inverses.dtype.element_ty))  # padding, which no walk reads
+        return
     p, inside = tile(k + offset(n, H, kb, kh), step, dk, kt, T, N, K, REVERSE)
     keys = tl.load(p, mask=inside, other=0.0)
     if WIDE:
@@ -74,8 +76,7 @@ def systems(
     square = tl.dot(system, system, input_precision=PRECISION)
     within += tl.dot(square, within, input_precision=PRECISION)
     within -= tl.dot(system, within, input_precision=PRECISION)
-    at = (n.to(tl.int64) * N + step.to(tl.int64)) * C
-    tl.store(inverses + at[:, None] + i[None, :], within.to(inverses.dtype.element_ty))
+    tl.store(at, within.to(inverses.dtype.element_ty))
 
 
 @triton.jit
