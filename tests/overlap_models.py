@@ -34,6 +34,7 @@ class Layer(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         if self.kind == "plain":
             return (q @ k.mT).tril() @ v
+        decay = F.logsigmoid(k.float()) if self.kind == "per key" else decay
         given = decay, beta if self.kind == "delta" else None, None, True, 1.0
         return torch.ops.spcompile.linear_attention(q, F.normalize(k, dim=-1), v, *given)[0]
 
@@ -58,5 +59,6 @@ def made(*kinds: str) -> tuple[nn.Module, list[Tensor]]:
 MODELS: dict[str, Callable[[], tuple[nn.Module, list[Tensor]]]] = {
     "plain and softmax": lambda: made("plain", "plain", "softmax"),
     "decay": lambda: made("decay", "decay"),
+    "per key": lambda: made("per key", "per key"),
     "delta": lambda: made("delta", "delta"),
 }

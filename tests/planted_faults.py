@@ -18,12 +18,13 @@ from typing import Any
 from tqdm import tqdm
 
 import spcompile.kernels.triton
-from spcompile.kernels.linear import delta_ops, segment_ops
+from spcompile.kernels.linear import delta_ops, diagonal_ops, segment_ops
 from tests import fused_worker, triton_interpreter
 
 END = "to_end(g, own, step, gt, T, N, C, READ, REVERSE)[:, None]"
 DOT = "input_precision=PRECISION)"
 PLAIN = ("fp32, mild, two chunks, ", "fp32, none, two chunks, ")
+PER_KEY = ("fp32, mild per key, two chunks, ", "fp32, mild per key, two chunks, both")
 DELTA = ("fp32, mild, delta rule, two chunks, ",)
 DELTA_SEGMENTS = ("fp32, delta rule, two segments, ",)
 
@@ -88,6 +89,46 @@ FAULTS = {
         ("delta", "writes *= end[:, None]", "writes *= 1.0"),
         ("delta", f"queries), given, {DOT} * scale", f"queries), given, {DOT}"),
     ],
+    "per key, summaries": [
+        ("diagonal", "keys = (keys * end).to(keys.dtype)\n        total", "total"),
+        ("diagonal", "total += here", "total = here"),
+        ("diagonal", "state * tl.exp(here)[:, None]", "state"),
+        ("diagonal", "tl.store(p, state * scale", "tl.store(p, state"),
+        ("diagonal", "(i + 1 < M)[:, None]", "(i + 2 < M)[:, None]"),
+        ("diagonal", "+ _row(g, first, d", "+ 0 * _row(g, first, d"),
+    ],
+    "per key, outputs": [
+        ("diagonal", "queries = (queries * start).to(queries.dtype)", "queries = queries"),
+        ("diagonal", "not SCALED:\n            read *= scale", "not SCALED:\n            read *= 1.0"),
+        ("diagonal", "C + (C - 1 - i)[:, None]", "C + i[:, None]"),
+        ("diagonal", "weights, values, read", "weights, values, read * 0.0"),
+        ("diagonal", "state *= tl.exp(through)[:, None]", "state *= 1.0"),
+        ("diagonal", f"values, {DOT} * scale\n        else", f"values, {DOT}\n        else"),
+    ],
+    "columns": [
+        ("diagonal", "* state, 0) * through", "* state, 0)"),
+        ("diagonal", "read *= start", "read *= 1.0"),
+        ("diagonal", "(read + tl.load(added, mask=valid, other=0.0))", "(read)"),
+        ("diagonal", "READ == INCLUSIVE, False, 3 if WIDE", "READ != INCLUSIVE, False, 3 if WIDE"),
+        ("diagonal", "False, 3 if WIDE else 2) + across[None, :]", "False, 3 if WIDE else 2)"),
+        ("diagonal", "state *= through[None, :]", "state *= 1.0"),
+        ("diagonal", "values = (values * end).to(values.dtype)", "values = values"),
+        ("diagonal", "read += tl.load(p, mask=inside, other=0.0)", "read += 0.0"),
+        ("diagonal", "tl.static_range(PARTS)", "tl.static_range(1)"),
+    ],
+    "within": [
+        ("diagonal", "tl.sum(decays * keys * query", "tl.sum(keys * query"),
+        ("diagonal", "writes += weight * decays * query", "writes += weight * query"),
+        ("diagonal", "EXCLUSIVE else 0) < r)", "EXCLUSIVE else 0) <= r)"),
+        ("diagonal", "scores + (b - back) * BLOCK", "scores + (b - 1) * BLOCK"),
+        ("diagonal", "before *= start", "before *= 1.0"),
+        ("diagonal", "behind *= end", "behind *= 1.0"),
+        ("diagonal", "over *= tl.exp(through)", "over *= 0.0"),
+        ("diagonal", "* later, 0)\n", ", 0)\n"),
+        ("diagonal", "* tl.exp(between)[None, :], through", ", through"),
+        ("diagonal", "(i[:, None] == i[None, :] + 1)", "(i[:, None] == i[None, :])"),
+        ("diagonal", "False, True, 3) + over", "True, True, 3) + over"),
+    ],
     "corrected": [
         ("delta", "(-writes if SOURCE else writes)", "writes"),
         ("delta", "tl.sum(y * wrong, 1)", "tl.sum(y * y, 1)"),
@@ -105,15 +146,16 @@ def planted(number: int, fault: tuple[str, str, str], folder: Path) -> None:
     package, source = f"faulty{number}", Path(spcompile.kernels.triton.__file__).parent
     (folder / package).mkdir()
     (folder / package / "__init__.py").touch()
-    for name in ("tiles", "segments", "delta"):
+    for name in ("tiles", "segments", "delta", "diagonal"):
         text = (source / f"{name}.py").read_text()
         if name == file:
             assert old in text, fault
             text = text.replace(old, new, 1)
-        text = text.replace("spcompile.kernels.triton.tiles", f"{package}.tiles")
+        text = text.replace("spcompile.kernels.triton.", f"{package}.")
         (folder / package / f"{name}.py").write_text(text)
     segment_ops.segments = importlib.import_module(f"{package}.segments")
     delta_ops.delta = importlib.import_module(f"{package}.delta")
+    diagonal_ops.diagonal = importlib.import_module(f"{package}.diagonal")
 
 
 def worst(cases: tuple[str, ...]) -> float:
@@ -145,6 +187,8 @@ def cases_of(kernel: str) -> tuple[str, ...]:
     """Cases that run a kernel."""
     if kernel == "tiles":
         return *PLAIN, "fp32, mild, two chunks, reverse"
+    if "per key" in kernel or kernel in ("columns", "within"):
+        return PER_KEY
     if kernel == "delta summaries":
         return DELTA + DELTA_SEGMENTS
     return DELTA if kernel in ("systems", "corrected", "outputs, delta") else PLAIN

@@ -56,6 +56,16 @@ def test_every_gather_of_states_has_work_behind_it(code: dict[str, dict[str, Any
         assert ("segment_pairs" in ours(steps)) == (model == "decay")
 
 
+def test_scores_of_a_decay_per_key_hide_the_gather(code: dict[str, dict[str, Any]]) -> None:
+    """They need no state; in the backward what comes from pairs of a chunk, and dq."""
+    forward = between(code["per key"]["forward"], "all_gather_into_tensor")
+    assert [sorted(ours(x)) for x in forward] == [["affine_scan", "diagonal_within"]] * 2
+    backward = between(code["per key"]["backward"], "all_gather_into_tensor")
+    assert len(backward) == 2
+    for steps in backward:
+        assert {"affine_scan", "diagonal_within", "diagonal_columns"} <= set(ours(steps)), steps
+
+
 def test_softmax_gathers_once_and_scatters_once(code: dict[str, dict[str, Any]]) -> None:
     """K and V in one all-gather, their gradients in one reduce-scatter."""
     found = code["plain and softmax"]

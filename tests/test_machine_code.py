@@ -6,6 +6,7 @@ and 128 on sm_90 are compiled here, the others by ``make sweep``.
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 from collections.abc import Mapping
@@ -27,30 +28,41 @@ class Variant(NamedTuple):
     stack: int = 0
 
 
+# Kernels that are launched as another one is.
+LIKE = {"diagonal.columns": "outputs, per key", "diagonal.outputs": "outputs, per key"}
 # Bytes of shared memory that a block may have.
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 BACK = {"READ": 2, "REVERSE": True}
 # OF_GATE, the part in a decay's gradient: 0 none, 1 READS, 2 WRITES.
 DQ, DK = {"OF_GATE": 1}, {"OF_GATE": 2, "SCALED": True, **BACK}
 VARIANTS = {
-    "summaries": Variant("summaries"),
-    "outputs": Variant("outputs", {"GATED": False}),
-    "outputs, decay": Variant("outputs"),
-    "outputs, decay, dq": Variant("outputs", DQ, 48),
-    "outputs, decay, dk": Variant("outputs", DK, 32),
-    "pairs": Variant("pairs"),
-    "delta, systems": Variant("systems"),
-    "delta, summaries": Variant("delta_summaries"),
-    "delta, summaries back": Variant("delta_summaries", {"SOURCE": True, **BACK}, 104),
-    "delta, writes": Variant("corrected"),
-    "delta, gradients": Variant("corrected", {"SOURCE": True, **BACK}, 160),
-    "delta, dk of readings": Variant("outputs", {**DQ, "STRICT": True}, 16),
-    "delta, dk": Variant("outputs", {**DK, "LESS": True}, 160),
+    "summaries": Variant("segments.summaries"),
+    "outputs": Variant("segments.outputs", {"GATED": False}),
+    "outputs, decay": Variant("segments.outputs"),
+    "outputs, decay, dq": Variant("segments.outputs", DQ, 48),
+    "outputs, decay, dk": Variant("segments.outputs", DK, 32),
+    "pairs": Variant("segments.pairs"),
+    "delta, systems": Variant("delta.systems"),
+    "delta, summaries": Variant("delta.summaries"),
+    "delta, summaries back": Variant("delta.summaries", {"SOURCE": True, **BACK}, 104),
+    "delta, writes": Variant("delta.corrected"),
+    "delta, gradients": Variant("delta.corrected", {"SOURCE": True, **BACK}, 160),
+    "delta, dk of readings": Variant("segments.outputs", {**DQ, "STRICT": True}, 16),
+    "delta, dk": Variant("segments.outputs", {**DK, "LESS": True}, 160),
+    "per key, summaries": Variant("diagonal.summaries"),
+    "per key, scores": Variant("diagonal.within"),
+    "per key, pairs back": Variant("diagonal.within", {"GRADS": True}),
+    "per key, outputs": Variant("diagonal.outputs"),
+    "per key, dv": Variant("diagonal.outputs", {"SCALED": True, "MIRRORED": True, **BACK}),
+    "per key, dq": Variant("diagonal.columns", stack=8),
+    "per key, dk": Variant("diagonal.columns", {"ROLE": 2, **BACK}, 8),
 }
 DEFAULTS = {"READ": 0, "REVERSE": False, "GATED": True, "SCALED": False, "OF_GATE": 0, "STRICT": False}
-DEFAULTS |= {"LESS": False, "SOURCE": False}
-_FLOATS = {"g", "beta", "states", "matrices", "logs", "before", "inner", "sums", "plus"}
+DEFAULTS |= {"LESS": False, "SOURCE": False, "GRADS": False, "MIRRORED": False, "ROLE": 1}
+_FLOATS = {"g", "beta", "states", "matrices", "logs", "before", "inner", "sums", "plus", "given"}
+_FLOATS |= {"of_gate", "dq", "dk", "dg"}
 _OPERANDS = {"q", "k", "v", "do", "other", "kept", "out", "less_k", "less_v", "errors", "inverses"}
+_OPERANDS |= {"mate", "scores"}
 
 
 def compiled(variant: Variant, size: int, dtype: torch.dtype, arch: int) -> Any:
@@ -59,13 +71,12 @@ def compiled(variant: Variant, size: int, dtype: torch.dtype, arch: int) -> Any:
     from triton.compiler import ASTSource
 
     from spcompile.kernels.linear.launch import tiles
-    from spcompile.kernels.triton import delta, segments
 
-    module = segments if variant.kernel in ("summaries", "outputs", "pairs") else delta
-    function = getattr(module, variant.kernel.removeprefix("delta_"))
+    file, name = variant.kernel.split(".")
+    function = getattr(importlib.import_module(f"spcompile.kernels.triton.{file}"), name)
     heads = torch.empty(1, 1, 1, size, dtype=dtype)
-    name = variant.kernel + (", less" if variant.constants.get("LESS") else "")
-    constants = tiles(name if module is segments else "delta", heads, heads)
+    name += ", less" if variant.constants.get("LESS") else ""
+    constants = tiles("delta" if file == "delta" else LIKE.get(variant.kernel, name), heads, heads)
     launch = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     constants |= DEFAULTS | variant.constants
     constants = {name: value for name, value in constants.items() if name in function.arg_names}

@@ -6,7 +6,8 @@ What Triton 3.6 and 3.7 get wrong, and what is done about it:
 - a cast of fp32 to bf16 truncates: it rounds to the nearest, ties to even;
 - TF32 is not modelled and looks exact: operands of a dot with ``input_precision="tf32"`` are rounded to it
   (those of "tf32x3" and "ieee" are not);
-- a bf16 constant cannot be made.
+- a bf16 constant cannot be made;
+- every call of a function patches Triton's language anew, half of the time: it is patched once for all.
 
 What it leaves out, and no test with it can show: races, time, the types of variables that a loop carries (the
 compiler refuses what the interpreter runs: ``test_machine_code.py``), and accesses beyond an operand (tests
@@ -15,6 +16,7 @@ surround operands with NaN for that).
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import numpy as np
@@ -85,4 +87,7 @@ def install() -> None:
     builder.create_masked_load = counting(builder.create_masked_load, 0)
     builder.create_masked_store = counting(builder.create_masked_store, 1)
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast_impl, create_fp_to_fp, create_dot
+    both = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    interpreter._patch_lang(both)
+    interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()
     builder.get_bf16 = lambda self, value: handle(to_bf16(np.array([value], np.float32)), tl.bfloat16)

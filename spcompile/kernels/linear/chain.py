@@ -22,13 +22,13 @@ class Chain:
 
     Args:
         states: S ``[N, segments, K, V]``, float32.
-        logs: A as the logarithm of a factor, ``[N, segments]``; None: 1.
+        logs: A as logarithms of factors, ``[N, segments]`` or, one per key, ``[N, segments, K]``; None: 1.
         matrices: A as matrices, ``[N, segments, K, K]``, in place of ``logs``.
     """
 
     def __init__(self, states: Tensor, logs: Tensor | None = None, matrices: Tensor | None = None) -> None:
         self.states, self.matrices = states, matrices
-        self.logs = None if logs is None else logs.unflatten(-1, (-1, 1, 1))
+        self.logs = None if logs is None else logs.reshape(*states.shape[:2], -1, 1)
         self.exchanged = False
         """Whether the total is exchanged. A backward repeats its forward's chain in the same way, so that in
         one graph both are the same operators."""

@@ -33,11 +33,9 @@ def refuses(x: Operands) -> str:
 
 
 def refused(x: Operands, largest: int) -> str:
-    """What no kernel over segments takes: other dtypes, a decay per key, keys of more than ``largest``."""
+    """What no kernel over segments takes: other dtypes, keys of more than ``largest``."""
     if x.k.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"{str(x.k.dtype).removeprefix('torch.')}, not bfloat16, float16 or float32"
-    if x.log_decay is not None and x.log_decay.shape[3] != 1:
-        return "a decay per key, not per token"
     for name, size, most in (("keys", x.k.shape[3], largest), ("values", x.v.shape[3], 256)):
         if size > most:
             return f"{name} of {size} numbers, more than {most}"

@@ -90,15 +90,18 @@ def kernel_of(x: Operands, options: Options) -> Kernel:
     refused = without_triton(x.k.device)
     if refused is None:
         # Triton takes its time to load, and is not everywhere.
-        from spcompile.kernels.linear import fused, fused_delta
+        from spcompile.kernels.linear import fused, fused_delta, fused_diagonal
 
-        if x.beta is None:
-            kernel = Kernel("Triton, segments", fused.Forward, fused.Backward)
-            refused = fused.refuses(x)
-        else:
+        if x.beta is not None:
             kernel = Kernel("Triton, delta rule", fused_delta.Forward, fused_delta.Backward)
             kernel = kernel._replace(again=fused_delta.AGAIN)
             refused = fused_delta.refuses(x, options)
+        elif x.log_decay is not None and x.log_decay.shape[3] != 1:
+            kernel = Kernel("Triton, decay per key", fused_diagonal.Forward, fused_diagonal.Backward)
+            refused = fused_diagonal.refuses(x)
+        else:
+            kernel = Kernel("Triton, segments", fused.Forward, fused.Backward)
+            refused = fused.refuses(x)
         if not refused:
             return kernel
     return _CHUNKED._replace(refused=refused)

@@ -42,6 +42,8 @@ _BLOCKS = {
     "outputs": (256, 64),
     "outputs, less": (256, 64),
     "pairs": (64, 64),
+    "within": (256, 64),
+    "outputs, per key": (256, 64),
     "delta": (128, 64),
 }
 
@@ -49,7 +51,7 @@ _BLOCKS = {
 # kernel -> loads that are under way at once, for heads of up to 256 bytes, 512 and more: with more the delta
 # rule spills less, but shared memory has 163 KB on sm_80 and 227 KB on sm_90.
 _SMALL = dict.fromkeys(_BLOCKS, 2) | {"delta": 3}
-_LARGE = dict.fromkeys(_BLOCKS, 2) | {"outputs, less": 1}
+_LARGE = dict.fromkeys(_BLOCKS, 2) | {"outputs, less": 1, "outputs, per key": 1}
 _LARGEST = dict.fromkeys(_BLOCKS, 1)
 
 

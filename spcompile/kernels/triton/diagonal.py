@@ -1,0 +1,398 @@
+"""Linear attention with a decay per key, over segments of a walk (``segments.py``).
+
+    summaries   what each segment does to the state
+    within      scores of the pairs of a chunk, and of a backward all that comes from those pairs
+    outputs     from the state before each segment, with those scores: the forward, and dv walking back
+    columns     from the transposed state, whose columns decay: dq, and dk walking back
+
+With D the decay between two steps, one number per key, the pair (i, j) scores q_i D k_j. That is no product
+of matrices where i and j are near: D can be split nowhere between them without a positive exponent. So a
+chunk is blocks of 16 steps: within a block row after row, with the keys decayed as the state is; from block
+to block split at the block's start, where both sides decay only. What is summed runs over exactly the steps
+between.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from spcompile.kernels.triton.segments import READS
+from spcompile.kernels.triton.tiles import EXCLUSIVE, INCLUSIVE, SOURCE, chunks, offset, tile
+
+__all__ = ["columns", "outputs", "summaries", "within"]
+
+BLOCK = tl.constexpr(16)
+
+
+@triton.jit
+def _load(
+    x, step, inside, d, of_token, T, N,
+    D: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """``[steps, d]``, 0 where steps are not ``inside``."""
+    p, valid = tile(x, step, d, of_token, T, N, D, REVERSE)
+    found = tl.load(p, mask=valid & inside, other=0.0)
+    return found.to(tl.float32) if WIDE else found
+
+
+@triton.jit
+def _row(x, step, d, of_token, T, N, D: tl.constexpr, REVERSE: tl.constexpr):
+    """``[d]``: one step, float32."""
+    token = N - 1 - step if REVERSE else step
+    valid = (d < D) & (token < T)
+    return tl.load(x + token.to(tl.int64) * of_token + d, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _from_start(
+    g, first, d, gt, T, N, M: tl.constexpr,
+    D: tl.constexpr, READ: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """The decay from the start of M steps to each step's reading, and the log of that of all of them."""
+    i = tl.arange(0, M)
+    if READ == INCLUSIVE:
+        logs = _load(g, first + i, True, d, gt, T, N, D, REVERSE, True)
+        through = tl.sum(logs, 0)
+    else:
+        logs = _load(g, first + i - 1, (i > 0)[:, None], d, gt, T, N, D, REVERSE, True)
+        through = tl.sum(logs, 0) + _row(g, first + M - 1, d, gt, T, N, D, REVERSE)
+    return tl.exp(tl.cumsum(logs, 0)), through
+
+
+@triton.jit
+def _to_end(
+    g, first, d, gt, T, N, M: tl.constexpr,
+    D: tl.constexpr, READ: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """The decay from each step's write to the end of M steps, and the log of that of all of them."""
+    i = tl.arange(0, M)
+    if READ == SOURCE:
+        logs = _load(g, first + i, True, d, gt, T, N, D, REVERSE, True)
+        through = tl.sum(logs, 0)
+    else:
+        logs = _load(g, first + i + 1, (i + 1 < M)[:, None], d, gt, T, N, D, REVERSE, True)
+        through = tl.sum(logs, 0) + _row(g, first, d, gt, T, N, D, REVERSE)
+    return tl.exp(tl.cumsum(logs, 0, reverse=True)), through
+
+
+@triton.jit
+def _later(x, M: tl.constexpr, OWN: tl.constexpr, EARLIER: tl.constexpr, PARTS: tl.constexpr):
+    """The sum of the rows behind each row (before it if EARLIER; with its own if OWN).
+
+    By products with ones, as no row is to be subtracted again: three bf16 numbers hold an fp32 one.
+    """
+    i = tl.arange(0, M)
+    gap = 0 if OWN else 1
+    ones = (i[:, None] >= i[None, :] + gap) if EARLIER else (i[:, None] + gap <= i[None, :])
+    total = tl.zeros(x.shape, tl.float32)
+    for _ in tl.static_range(PARTS):
+        part = x.to(tl.bfloat16)
+        total = tl.dot(ones.to(tl.bfloat16), part, total)
+        x -= part.to(tl.float32)
+    return total
+
+
+@triton.jit
+def summaries(
+    k, v, g, states, logs, scale,
+    kb, kh, kt, vb, vh, vt, gb, gh, gt,
+    H, T, n_segments, segment,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    READ: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``states [N, segments, K, V]`` and ``logs [N, segments, K]``; one program for BK x BV of a segment."""
+    pid = tl.program_id(0)
+    of_v, pid = pid % tl.cdiv(V, BV), pid // tl.cdiv(V, BV)
+    of_k, pid = pid % tl.cdiv(K, BK), pid // tl.cdiv(K, BK)
+    which, n = pid % n_segments, pid // n_segments
+    dk, dv = of_k * BK + tl.arange(0, BK), of_v * BV + tl.arange(0, BV)
+    k += offset(n, H, kb, kh)
+    v += offset(n, H, vb, vh)
+    g += offset(n, H, gb, gh)
+    state = tl.zeros((BK, BV), tl.float32)
+    total = tl.zeros((BK,), tl.float32)
+    N = n_segments * segment
+    begin, last = chunks(which, segment, T, N, C, REVERSE)
+    for first in range(begin, last, C):
+        step = first + tl.arange(0, C)
+        keys = _load(k, step, True, dk, kt, T, N, K, REVERSE, WIDE)
+        values = _load(v, step, True, dv, vt, T, N, V, REVERSE, WIDE)
+        end, here = _to_end(g, first, dk, gt, T, N, C, K, READ, REVERSE)
+        keys = (keys * end).to(keys.dtype)
+        total += here
+        state = tl.dot(tl.trans(keys), values, state * tl.exp(here)[:, None], input_precision=PRECISION)
+    at = n.to(tl.int64) * n_segments + which
+    p = states + at * (K * V) + dk[:, None] * V + dv[None, :]
+    tl.store(p, state * scale, mask=(dk < K)[:, None] & (dv < V)[None, :])
+    tl.store(logs + at * K + dk, total, mask=(dk < K) & (of_v == 0))
+
+
+@triton.jit
+def outputs(
+    q, k, v, g, scores, before, out, scale,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, sn, ss, sk, sv, ob, oh, ot,
+    H, T, n_segments, segment,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    READ: tl.constexpr, REVERSE: tl.constexpr, MIRRORED: tl.constexpr, SCALED: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``out [B, H, T, V]`` from ``before [N, segments, K, V]``; one program for BV of a segment's values.
+
+    ``scores [N, steps, C]`` of the pairs of each chunk, the scale in them. MIRRORED: of the walk the other
+    way.
+    SCALED: the scale is in the states already, and what is written gets it; else what is read.
+    """
+    pid = tl.program_id(0)
+    of_v, pid = pid % tl.cdiv(V, BV), pid // tl.cdiv(V, BV)
+    which, n = pid % n_segments, pid // n_segments
+    dk, dv, i = tl.arange(0, BK), of_v * BV + tl.arange(0, BV), tl.arange(0, C)
+    q += offset(n, H, qb, qh)
+    k += offset(n, H, kb, kh)
+    v += offset(n, H, vb, vh)
+    g += offset(n, H, gb, gh)
+    out += offset(n, H, ob, oh)
+    N = n_segments * segment
+    scores += n.to(tl.int64) * N * C
+    entry = before + n.to(tl.int64) * sn + which.to(tl.int64) * ss
+    entry += dk.to(tl.int64)[:, None] * sk + dv.to(tl.int64)[None, :] * sv
+    state = tl.load(entry, mask=(dk < K)[:, None] & (dv < V)[None, :], other=0.0)
+    begin, last = chunks(which, segment, T, N, C, REVERSE)
+    for first in range(begin, last, C):
+        step = first + i
+        queries = _load(q, step, True, dk, qt, T, N, K, REVERSE, WIDE)
+        start, through = _from_start(g, first, dk, gt, T, N, C, K, READ, REVERSE)
+        queries = (queries * start).to(queries.dtype)
+        read = tl.dot(queries, state.to(queries.dtype), input_precision=PRECISION)
+        if not SCALED:
+            read *= scale
+        if MIRRORED:  # the reader there is the writer here
+            at = (N - 1 - step).to(tl.int64)[None, :] * C + (C - 1 - i)[:, None]
+        else:
+            at = step.to(tl.int64)[:, None] * C + i[None, :]
+        values = _load(v, step, True, dv, vt, T, N, V, REVERSE, WIDE)
+        weights = tl.load(scores + at).to(values.dtype)
+        read = tl.dot(weights, values, read, input_precision=PRECISION)
+        p, inside = tile(out, step, dv, ot, T, N, V, REVERSE)
+        tl.store(p, read.to(out.dtype.element_ty), mask=inside)
+        keys = _load(k, step, True, dk, kt, T, N, K, REVERSE, WIDE)
+        end, _ = _to_end(g, first, dk, gt, T, N, C, K, READ, REVERSE)
+        keys = (keys * end).to(keys.dtype)
+        state *= tl.exp(through)[:, None]
+        if SCALED:
+            state += tl.dot(tl.trans(keys), values, input_precision=PRECISION) * scale
+        else:
+            state = tl.dot(tl.trans(keys), values, state, input_precision=PRECISION)
+
+
+@triton.jit
+def columns(
+    q, k, v, g, before, plus, mate, kept, given, of_gate, out, scale,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, sn, ss, sk, sv, mb, mh, mt, ob, oh, ot,
+    H, T, n_segments, segment,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    READ: tl.constexpr, REVERSE: tl.constexpr, ROLE: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``out [B, H, T, V]`` from ``before``, of which the columns decay; one program for BV of them.
+
+    plus, given, of_gate: lie as ``out`` does, float32. ``plus`` is added to what is read; ``of_gate`` is
+    ``given`` and what the gradient of the decay has from outside of a chunk (``gate.py``), by ROLE:
+        READS: its readings, and ``kept`` gets the states before chunks;
+        WRITES: walking back with ``kept``, its writes, and the products of the states. The scale is then in
+            the states already.
+    """
+    pid = tl.program_id(0)
+    of_v, pid = pid % tl.cdiv(V, BV), pid // tl.cdiv(V, BV)
+    which, n = pid % n_segments, pid // n_segments
+    dk, dv, i = tl.arange(0, BK), of_v * BV + tl.arange(0, BV), tl.arange(0, C)
+    q += offset(n, H, qb, qh)
+    k += offset(n, H, kb, kh)
+    v += offset(n, H, vb, vh)
+    g += offset(n, H, gb, gh)
+    mate += offset(n, H, mb, mh)
+    lies = offset(n, H, ob, oh)
+    before += n.to(tl.int64) * sn + which.to(tl.int64) * ss
+    entry = before + dk.to(tl.int64)[:, None] * sk + dv.to(tl.int64)[None, :] * sv
+    whole = (dk < K)[:, None] & (dv < V)[None, :]
+    state = tl.load(entry, mask=whole, other=0.0)
+    N = n_segments * segment
+    begin, last = chunks(which, segment, T, N, C, REVERSE)
+    for first in range(begin, last, C):
+        step = first + i
+        start, through = _from_start(g, first, dv, gt, T, N, C, V, READ, REVERSE)
+        through = tl.exp(through)
+        chunk = first // C if ROLE == READS else (N - C - first) // C
+        at = kept + (n.to(tl.int64) * (N // C) + chunk) * (K * V) + dk[:, None] * V + dv[None, :]
+        if ROLE == READS:
+            tl.store(at, state.to(kept.dtype.element_ty), mask=whole)
+            across = tl.zeros((BV,), tl.float32)
+        else:
+            across = tl.sum(tl.load(at, mask=whole, other=0.0).to(tl.float32) * state, 0) * through
+        queries = _load(q, step, True, dk, qt, T, N, K, REVERSE, WIDE)
+        read = tl.dot(queries, state.to(queries.dtype), input_precision=PRECISION)
+        read *= start
+        if ROLE == READS:
+            read *= scale
+        p, inside = tile(out + lies, step, dv, ot, T, N, V, REVERSE)
+        added, valid = tile(plus + lies, step, dv, ot, T, N, V, REVERSE)
+        tl.store(p, (read + tl.load(added, mask=valid, other=0.0)).to(out.dtype.element_ty), mask=inside)
+        read *= _load(mate, step, True, dv, mt, T, N, V, REVERSE, True)
+        read = _later(read, C, READ == INCLUSIVE, False, 3 if WIDE else 2) + across[None, :]
+        p, inside = tile(given + lies, step, dv, ot, T, N, V, REVERSE)
+        read += tl.load(p, mask=inside, other=0.0)
+        p, inside = tile(of_gate + lies, step, dv, ot, T, N, V, REVERSE)
+        tl.store(p, read, mask=inside)
+        keys = _load(k, step, True, dk, kt, T, N, K, REVERSE, WIDE)
+        values = _load(v, step, True, dv, vt, T, N, V, REVERSE, WIDE)
+        end, _ = _to_end(g, first, dv, gt, T, N, C, V, READ, REVERSE)
+        values = (values * end).to(values.dtype)
+        state *= through[None, :]
+        if ROLE == READS:
+            state = tl.dot(tl.trans(keys), values, state, input_precision=PRECISION)
+        else:
+            state += tl.dot(tl.trans(keys), values, input_precision=PRECISION) * scale
+
+
+@triton.jit
+def within(
+    q, k, v, do, g, scores, dq, dk, dg, scale,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, db, dh, dt, gb, gh, gt, ob, oh, ot,
+    H, T, n_chunks,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    READ: tl.constexpr, REVERSE: tl.constexpr, GRADS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``scores [N, steps, C]``: ``scale q_i D k_j`` of each pair of a chunk; one program for 16 rows of them.
+
+    GRADS: ``dq, dk, dg [B, H, T, K]``, float32, too: what the pairs of a chunk add to these gradients. A pair
+    (i, j) is ``scale (do_i . v_j)`` times q_i D k_j per key, and the log decay of each step between has it.
+    """
+    pid = tl.program_id(0)
+    blocks: tl.constexpr = C // 16  # as a number of Python, which the interpreter needs
+    b, pid = pid % blocks, pid // blocks
+    chunk, n = pid % n_chunks, pid // n_chunks
+    i, d, N = tl.arange(0, BLOCK), tl.arange(0, BK), n_chunks * C
+    first = chunk * C + b * BLOCK
+    step = first + i
+    q += offset(n, H, qb, qh)
+    k += offset(n, H, kb, kh)
+    g += offset(n, H, gb, gh)
+    scores += (n.to(tl.int64) * N + step.to(tl.int64))[:, None] * C
+    if (first + BLOCK <= N - T) if REVERSE else (first >= T):
+        for c in range(blocks):  # padding, which no pair with a token has
+            tl.store(scores + c * BLOCK + i[None, :], tl.zeros((BLOCK, BLOCK), scores.dtype.element_ty))
+        return
+    keys = _load(k, step, True, d, kt, T, N, K, REVERSE, True)
+    own = tl.zeros((BLOCK, BLOCK), tl.float32)
+    weights = own
+    reads = tl.zeros((BLOCK, BK), tl.float32)
+    writes, of_gate = reads, reads
+    if GRADS:
+        v += offset(n, H, vb, vh)
+        do += offset(n, H, db, dh)
+        weights = _product(do, v, step, step, dt, vt, T, N, V, BV, REVERSE, PRECISION) * scale
+    decays = tl.zeros((BLOCK, BK), tl.float32)  # from each step of the block to the row's reading
+    for r in range(BLOCK):
+        mine = (i == r)[:, None]
+        query = _row(q, first + r, d, qt, T, N, K, REVERSE)[None, :]
+        decay = tl.exp(_row(g, first + r, d, gt, T, N, K, REVERSE))[None, :]
+        if READ == INCLUSIVE:
+            decays = tl.where(mine, 1.0, decays * decay)
+        own = tl.where(mine, tl.sum(decays * keys * query, 1)[None, :], own)
+        if GRADS:
+            weight = tl.sum(tl.where(mine, weights, 0.0), 0)[:, None]
+            writes += weight * decays * query
+            sums = tl.cumsum(weight * decays * keys, 0)
+            reads = tl.where(mine, tl.sum(weight * decays * keys, 0)[None, :], reads)
+            of_gate += tl.where((i + (1 if READ == EXCLUSIVE else 0) < r)[:, None], sums * query, 0.0)
+        if READ == EXCLUSIVE:
+            decays = tl.where(mine, 1.0, decays * decay)
+    tl.store(scores + b * BLOCK + i[None, :], (own * scale).to(scores.dtype.element_ty))
+    for c in range(b + 1, blocks):
+        tl.store(scores + c * BLOCK + i[None, :], tl.zeros((BLOCK, BLOCK), scores.dtype.element_ty))
+
+    start, through = _from_start(g, first, d, gt, T, N, BLOCK, K, READ, REVERSE)
+    queries = _load(q, step, True, d, qt, T, N, K, REVERSE, True)
+    before = tl.zeros((BLOCK, BK), tl.float32)
+    between = tl.zeros((BK,), tl.float32)
+    for back in range(1, b + 1):
+        past, here = _past(k, g, first - back * BLOCK, d, between, kt, gt, T, N, K, READ, REVERSE)
+        between += here
+        pairs = tl.dot(queries * start, tl.trans(past), input_precision=PRECISION) * scale
+        tl.store(scores + (b - back) * BLOCK + i[None, :], pairs.to(scores.dtype.element_ty))
+        if GRADS:
+            j = step - back * BLOCK
+            pairs = _product(do, v, step, j, dt, vt, T, N, V, BV, REVERSE, PRECISION) * scale
+            before = tl.dot(pairs, past, before, input_precision=PRECISION)
+    if GRADS:
+        before *= start
+        behind = tl.zeros((BLOCK, BK), tl.float32)
+        over = tl.zeros((BK,), tl.float32)  # of pairs on either side of the block
+        between = tl.zeros((BK,), tl.float32)
+        for ahead in range(1, blocks - b):
+            j = step + ahead * BLOCK
+            later = _load(q, j, True, d, qt, T, N, K, REVERSE, True) * tl.exp(between)[None, :]
+            from_start, here = _from_start(g, first + ahead * BLOCK, d, gt, T, N, BLOCK, K, READ, REVERSE)
+            later *= from_start
+            between += here
+            pairs = _product(v, do, step, j, vt, dt, T, N, V, BV, REVERSE, PRECISION) * scale
+            behind = tl.dot(pairs, later, behind, input_precision=PRECISION)
+            gone = tl.zeros((BK,), tl.float32)
+            for back in range(1, b + 1):
+                past, here = _past(k, g, first - back * BLOCK, d, gone, kt, gt, T, N, K, READ, REVERSE)
+                gone += here
+                before_b = step - back * BLOCK
+                pairs = _product(do, v, j, before_b, dt, vt, T, N, V, BV, REVERSE, PRECISION) * scale
+                over += tl.sum(tl.dot(pairs, past, input_precision=PRECISION) * later, 0)
+        over *= tl.exp(through)
+        end, _ = _to_end(g, first, d, gt, T, N, BLOCK, K, READ, REVERSE)
+        behind *= end
+        lies = offset(n, H, ob, oh)
+        p, inside = tile(dq + lies, step, d, ot, T, N, K, REVERSE)
+        tl.store(p, reads + before, mask=inside)
+        p, inside = tile(dk + lies, step, d, ot, T, N, K, REVERSE)
+        tl.store(p, writes + behind, mask=inside)
+        # Rows of of_gate are those of the step behind.
+        total = _later(before * queries, BLOCK, READ == INCLUSIVE, False, 3)
+        total += _later(behind * keys, BLOCK, False, True, 3) + over[None, :]
+        p, inside = tile(dg + lies, step, d, ot, T, N, K, REVERSE)
+        tl.store(p, total + _shifted(of_gate), mask=inside)
+
+
+@triton.jit
+def _past(
+    k, g, first, d, between, kt, gt, T, N,
+    K: tl.constexpr, READ: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Keys of a block, decayed to its end and by what is ``between``; and the log of its decay."""
+    keys = _load(k, first + tl.arange(0, BLOCK), True, d, kt, T, N, K, REVERSE, True)
+    end, through = _to_end(g, first, d, gt, T, N, BLOCK, K, READ, REVERSE)
+    return keys * end * tl.exp(between)[None, :], through
+
+
+@triton.jit
+def _shifted(x):
+    """Each row one later, a zero at the first."""
+    i = tl.arange(0, BLOCK)
+    before = (i[:, None] == i[None, :] + 1).to(tl.bfloat16)
+    total = tl.zeros(x.shape, tl.float32)
+    for _ in tl.static_range(3):
+        part = x.to(tl.bfloat16)
+        total = tl.dot(before, part, total)
+        x -= part.to(tl.float32)
+    return total
+
+
+@triton.jit
+def _product(
+    x, y, left, right, xt, yt, T, N,
+    D: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``[left, right]``: the products of rows of x with rows of y."""
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for begin in range(0, D, BD):
+        d = begin + tl.arange(0, BD)
+        a = _load(x, left, True, d, xt, T, N, D, REVERSE, True)
+        b = _load(y, right, True, d, yt, T, N, D, REVERSE, True)
+        total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
+    return total
