@@ -6,7 +6,7 @@ from typing import Any
 
 from spcompile.errors import SpcompileError
 
-__all__ = ["SpcompileError", "explain", "local", "shard"]
+__all__ = ["SpcompileError", "dtensor", "explain", "local", "shard"]
 __version__ = "0.1.0"
 
 
@@ -21,4 +21,8 @@ def __getattr__(name: str) -> Any:
         from spcompile import parts
 
         return getattr(parts, name)
+    if name == "dtensor":
+        from spcompile.dtensors import dtensor
+
+        return dtensor
     raise AttributeError(f"module 'spcompile' has no attribute {name!r}")

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
 
 import spcompile
 from spcompile import _torch, sharded
@@ -245,6 +247,35 @@ def given() -> dict[str, Any]:
     }
 
 
+def as_dtensors() -> dict[str, Any]:
+    """Logits as DTensors: where they lie, values, a loss that DTensor computes; and what cannot be one."""
+    net, ids = seeded(LM), tokens()
+    compiled = torch.compile(net, backend="spcompile")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    reads.clear()
+    out = compiled(ids, ids)
+    made = spcompile.dtensor(out[1])
+    errors: dict[str, float] = {"placed": made.placements != (Shard(1),) or made.shape != out[1].shape}
+    mine = torch.chunk(net(ids, ids)[1], dist.get_world_size(), 1)[dist.get_rank()]
+    errors["local"] = relative_error(made.to_local().detach(), mine.detach())
+    errors["whole"] = relative_error(made.full_tensor().detach(), net(ids, ids)[1].detach())
+    errors["loss"] = worst(
+        gradients(net, lambda: spcompile.dtensor(compiled(ids, ids)[1], mesh).pow(2).sum().full_tensor()),
+        gradients(net, lambda: net(ids, ids)[1].pow(2).sum()),
+    )
+    errors["replicated"] = spcompile.dtensor(torch.ones(3), mesh).placements != (Replicate(),)
+    errors["reads"] = len(reads)
+    cut = torch.compile(lambda x: net.embed(x)[:, :-3], backend="spcompile")
+    flat = torch.compile(lambda x: net.embed(x).flatten(0, 1), backend="spcompile")
+    return {"errors": errors} | {
+        "cut": _error(lambda: spcompile.dtensor(cut(ids))),
+        "flat": _error(lambda: spcompile.dtensor(flat(ids))),
+        "mesh": _error(
+            lambda: spcompile.dtensor(out[1], init_device_mesh("cpu", (dist.get_world_size(), 1)))
+        ),
+    }
+
+
 def one_reads() -> dict[str, Any]:
     """Rank 0 prints logits while the others call the model again."""
     net, ids = seeded(LM), tokens()
@@ -277,7 +308,9 @@ def _error(run: Callable[[], object]) -> str:
     return ""
 
 
-CASES = {f.__name__: f for f in (parts, between, llama_blocks, given, one_reads, through_inductor)}
+CASES = {
+    f.__name__: f for f in (parts, between, llama_blocks, given, as_dtensors, one_reads, through_inductor)
+}
 
 if __name__ == "__main__":
     if sys.argv[1] != "through_inductor":

@@ -12,6 +12,7 @@ from torch import Tensor
 import spcompile
 from spcompile import _torch
 from spcompile.collectives import Group
+from spcompile.errors import SpcompileError
 from spcompile.placement import Shard
 from spcompile.ports import Layout
 from spcompile.sharded import Part, ShardedTensor, own_strides
@@ -175,6 +176,20 @@ def test_ranks_pass_their_own_tokens_and_get_their_own_logits() -> None:
         assert result["errors"]["reads"] == 0
         assert "equally many tokens" in result["uneven"] and "Remedy" in result["uneven"]
         assert "inputs='sharded'" in result["global"] and "spcompile.shard" in result["global"]
+
+
+@pytest.mark.slow
+def test_outputs_as_dtensors() -> None:
+    for result in run_ranks("as_dtensors", 2, worker=WORKER):
+        assert small(result), result
+        assert "ranks have 7 of the 10 entries of dim 1" in result["cut"] and "Remedy" in result["cut"]
+        assert "merges the sequence" in result["flat"] and "Remedy" in result["flat"]
+        assert "not of the ranks along the sequence" in result["mesh"] and "Remedy" in result["mesh"]
+
+
+def test_a_dtensor_needs_ranks() -> None:
+    with pytest.raises(SpcompileError, match="init_process_group"):
+        spcompile.dtensor(torch.ones(3))
 
 
 def test_one_rank_that_reads_alone_is_an_error_on_every_rank() -> None:
