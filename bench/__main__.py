@@ -29,6 +29,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of each rank (default: the cores, shared evenly)")
     parser.add_argument("--square-gb", type=float, default=10, help="most T x T memory to try in eager")
     parser.add_argument("--backend", default="spcompile", help="to measure in spcompile's place")
+    parser.add_argument("--static", action="store_true", help="kernels: as machine code, without a GPU")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     unknown = set(args.names) - BENCHMARKS.keys()
@@ -93,6 +94,7 @@ def main() -> int:
         limit,
         args.backend,
         lambda text: print(text, file=sys.stderr),
+        args.static,
     )
     console.print(output.machine(), highlight=False)
     wrong = False

@@ -21,6 +21,7 @@ class Options:
         square_limit: bytes of T x T tensors above which eager and Inductor are not tried.
         backend: measured in the place of spcompile.
         log: takes messages about failures.
+        static: nothing is run on a GPU.
     """
 
     quick: bool
@@ -30,6 +31,7 @@ class Options:
     square_limit: int
     backend: str
     log: Callable[[str], None]
+    static: bool = False
 
 
 class Benchmark(Protocol):

@@ -6,6 +6,7 @@ from bench.agreement import AgreementCost
 from bench.compile_growth import CompileGrowth
 from bench.compile_time import CompileTime
 from bench.growth import ALONE, EAGER, INDUCTOR, PAIR, Growth
+from bench.kernels import Kernels
 from bench.options import Benchmark
 from bench.outputs import Outputs
 from bench.warm_start import WarmStart
@@ -17,5 +18,6 @@ BENCHMARKS: dict[str, Benchmark] = {
     "agreement": AgreementCost("comparing the ranks' inputs, linear_llama3:tiny on 2 ranks, one step"),
     "compile": CompileTime("compile time of linear_llama3:tiny with 16 layers, forward and backward"),
     "warm": WarmStart("processor seconds of the first step in a process, compiler caches empty, then filled"),
+    "kernels": Kernels("Triton kernels: on a GPU their times, elsewhere machine code, launches, bytes"),
     "outputs": Outputs("Hugging Face Llama that returns logits and cache, a training step on two ranks"),
 }

@@ -208,9 +208,9 @@ def on_ranks() -> dict[str, float]:
     return found
 
 
-def traffic() -> dict[str, float]:
-    """Bytes that the kernels move, per token and head, of bf16 operands."""
-    found = {}
+def traffic() -> dict[str, dict[str, float]]:
+    """Bytes that the kernels move, per token and head, of bf16 operands; and how many are launched."""
+    found: dict[str, dict[str, float]] = {"bytes": {}, "launches": {}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("spcompile.kernels.scan.scan", scan.scan)
         # Without a decay a delta rule has the same kernels: the gates are a few bytes.
@@ -223,11 +223,13 @@ def traffic() -> dict[str, float]:
                 x = x._replace(k=F.normalize(x.k, dim=-1), beta=torch.rand(1, 1, 1024, 1))
             kernel = kernel_for(x)
             for name, steps in (("forward", kernel.Forward), ("backward", kernel.Backward)):
-                triton_interpreter.moved[0] = 0
+                triton_interpreter.moved[0] = triton_interpreter.launches[0] = 0
                 run = steps(x, Options(True, 0.3), *((x.v, None) if name == "backward" else ()))
                 run.local()
                 run.finish(None)
-                found[f"{name}, {size}, {kind}"] = triton_interpreter.moved[0] / 1024
+                case = f"{name}, {size}, {kind}"
+                found["bytes"][case] = triton_interpreter.moved[0] / 1024
+                found["launches"][case] = triton_interpreter.launches[0]
     return found
 
 
@@ -287,6 +289,9 @@ def opchecks() -> None:
 
 def main() -> int:
     triton_interpreter.install()
+    if sys.argv[1:] == ["traffic"]:  # of `python -m bench kernels`
+        print("FOUND", json.dumps(traffic()), flush=True)
+        return 0
     found: dict[str, dict[str, float]] = {case: errors(case) for case in cases()}
     for case in found:
         if case.startswith("fp32"):
@@ -295,7 +300,7 @@ def main() -> int:
     found["interpreter"] = interpreter()
     found["scan"] = scans()
     found["ranks"] = on_ranks()
-    found["bytes"] = traffic()
+    found |= traffic()
     print("FOUND", json.dumps(found), flush=True)
     return 0
 

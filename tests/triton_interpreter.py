@@ -23,10 +23,12 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-__all__ = ["install", "moved"]
+__all__ = ["install", "launches", "moved"]
 
 moved = [0]
 """Bytes loaded and stored by all kernels so far, without lanes that are masked off."""
+launches = [0]
+"""Kernels started so far."""
 
 
 def from_bf16(x: np.ndarray) -> np.ndarray:
@@ -86,6 +88,12 @@ def install() -> None:
 
     builder.create_masked_load = counting(builder.create_masked_load, 0)
     builder.create_masked_store = counting(builder.create_masked_store, 1)
+
+    def start(self: Any, *args: Any, **kwargs: Any) -> Any:
+        launches[0] += 1
+        return run(self, *args, **kwargs)
+
+    run, interpreter.GridExecutor.__call__ = interpreter.GridExecutor.__call__, start
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast_impl, create_fp_to_fp, create_dot
     both = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     interpreter._patch_lang(both)

@@ -1,0 +1,220 @@
+"""The Triton kernels as machine code for GPUs that are not there: what ``triton.compile`` makes of them.
+
+``VARIANTS`` has every kernel in each role in which the operators launch it. Registers, stack and shared
+memory are what the compiler says; blocks per multiprocessor follow from them; instructions are counted in
+the disassembly.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+__all__ = [
+    "AMD",
+    "SCANS",
+    "SHARED",
+    "VARIANTS",
+    "Code",
+    "Variant",
+    "compiled",
+    "compiled_scan",
+    "described",
+    "wide_offsets",
+]
+
+
+class Variant(NamedTuple):
+    """A kernel as one of the operators launches it.
+
+    ``stack`` are the bytes per thread that it may have with heads of up to 128 (bf16, sm_90). ``wide`` says
+    whether its products have the 64 rows of a warp group's.
+    """
+
+    kernel: str
+    constants: Mapping[str, Any] = MappingProxyType({})
+    stack: int = 0
+    wide: bool = True
+
+
+# Kernels that are launched as another one is.
+_LIKE = {"diagonal.columns": "outputs, per key", "diagonal.outputs": "outputs, per key"}
+AMD = "gfx942"
+# Bytes of shared memory that a block may have.
+SHARED: dict[int | str, int] = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, AMD: 64 << 10}
+
+_BACK = {"READ": 2, "REVERSE": True}
+# OF_GATE, the part in a decay's gradient: 0 none, 1 READS, 2 WRITES.
+_DQ, _DK = {"OF_GATE": 1}, {"OF_GATE": 2, "SCALED": True, **_BACK}
+VARIANTS = {
+    "summaries": Variant("segments.summaries"),
+    "outputs": Variant("segments.outputs", {"GATED": False}),
+    "outputs, decay": Variant("segments.outputs"),
+    "outputs, decay, dq": Variant("segments.outputs", _DQ, 48),
+    "outputs, decay, dk": Variant("segments.outputs", _DK, 32),
+    "pairs": Variant("segments.pairs"),
+    "delta, systems": Variant("delta.systems"),
+    "delta, summaries": Variant("delta.summaries"),
+    "delta, summaries back": Variant("delta.summaries", {"SOURCE": True, **_BACK}, 104),
+    "delta, writes": Variant("delta.corrected"),
+    "delta, gradients": Variant("delta.corrected", {"SOURCE": True, **_BACK}, 160),
+    "delta, dk of readings": Variant("segments.outputs", {**_DQ, "STRICT": True}, 16),
+    "delta, dk": Variant("segments.outputs", {**_DK, "LESS": True}, 160),
+    "per key, summaries": Variant("diagonal.summaries"),
+    "per key, scores": Variant("diagonal.within", wide=False),
+    "per key, pairs back": Variant("diagonal.within", {"GRADS": True}, wide=False),
+    "per key, outputs": Variant("diagonal.outputs"),
+    "per key, dv": Variant("diagonal.outputs", {"SCALED": True, "MIRRORED": True, **_BACK}),
+    "per key, dq": Variant("diagonal.columns", stack=8),
+    "per key, dk": Variant("diagonal.columns", {"ROLE": 2, **_BACK}, 8),
+}
+_DEFAULTS: dict[str, Any] = {
+    "READ": 0,
+    "REVERSE": False,
+    "GATED": True,
+    "SCALED": False,
+    "OF_GATE": 0,
+    "STRICT": False,
+}
+_DEFAULTS |= {"LESS": False, "SOURCE": False, "GRADS": False, "MIRRORED": False, "ROLE": 1}
+_FLOATS = {"g", "beta", "states", "matrices", "logs", "before", "inner", "sums", "plus", "given"}
+_FLOATS |= {"of_gate", "dq", "dk", "dg"}
+_OPERANDS = {"q", "k", "v", "do", "other", "kept", "out", "less_k", "less_v", "errors", "inverses"}
+_OPERANDS |= {"mate", "scores"}
+_POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float16: "*fp16"}
+
+
+def compiled(variant: Variant, size: int, dtype: torch.dtype, arch: int | str) -> Any:
+    """The kernel for heads of ``size``, as the operators launch it, for sm_``arch`` or an AMD target."""
+    from spcompile.kernels.linear.launch import tiles
+
+    file, name = variant.kernel.split(".")
+    function = getattr(importlib.import_module(f"spcompile.kernels.triton.{file}"), name)
+    heads = torch.empty(1, 1, 1, size, dtype=dtype)
+    name += ", less" if variant.constants.get("LESS") else ""
+    constants = tiles("delta" if file == "delta" else _LIKE.get(variant.kernel, name), heads, heads)
+    launch = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    constants |= {**_DEFAULTS, **variant.constants}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    signature, aligned = {}, {}
+    for index, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        pointer = _POINTERS[dtype] if name in _OPERANDS else "*fp32" if name in _FLOATS else None
+        if name == "inverses" and dtype == torch.bfloat16:
+            pointer = "*fp16"
+        signature[name] = pointer or ("fp32" if name == "scale" else "i32")
+        if pointer or (name[-1] in "bht" and name[0] in "qkvdxolm" and len(name) == 2) or name == "segment":
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=_target(arch), options=launch)
+
+
+# The scan over states of 128 x 128, by factors or by matrices.
+SCANS = {
+    "scan, factors": Variant("scan._scan", {"HOW": 1, "BK": 32}),
+    "scan, matrices": Variant("scan._scan", {"HOW": 2, "BK": 128}, 32),
+}
+
+
+def compiled_scan(name: str, arch: int | str) -> Any:
+    """The scan over the segments, for sm_``arch`` or an AMD target."""
+    from spcompile.kernels.triton.scan import _scan, launch
+
+    by = SCANS[name].constants
+    constants = {"K": 128, "V": 128, "BV": 32, "INITIAL": True, "REVERSE": True, "WIDE": tl.float32, **by}
+    kinds = dict.fromkeys(("a", "b", "initial", "before", "final"), "*fp32")
+    signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in _scan.arg_names}
+    source = ASTSource(fn=_scan, signature=signature, constexprs=constants)
+    return triton.compile(source, target=_target(arch), options=launch(by["HOW"] == 2, by["BK"]))
+
+
+def _target(arch: int | str) -> GPUTarget:
+    return GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
+
+
+def wide_offsets(kernel: Any) -> bool:
+    """Whether every offset that all of a program shares has 64 bits: operands may have 2^31 entries."""
+    offsets = re.findall(r"tt\.addptr [^:]*: !tt\.ptr<\w+>, (i\d+)", kernel.asm["ttir"])
+    return bool(offsets) and set(offsets) == {"i64"}
+
+
+class Code(NamedTuple):
+    """What a kernel's machine code is like: per thread, per block, and counts of instructions."""
+
+    warps: int
+    registers: int
+    stack: int  # bytes per thread of what does not fit into registers; on AMD what is spilled
+    shared: int  # bytes per block
+    blocks: int | None  # per multiprocessor
+    wide: int  # products of a warp group (wgmma) or of a block (tcgen05)
+    products: int  # all others of the tensor cores: mma, mfma
+    tma: int
+    copies: int  # cp.async
+
+
+def described(kernel: Any, arch: int | str) -> Code:
+    """Read a compiled kernel."""
+    meta = kernel.metadata
+    if not isinstance(arch, int):
+        text = kernel.asm["amdgcn"]
+        used, spilled = (
+            int(found[1]) if (found := re.search(rf"\.{name}:\s*(\d+)", text)) else 0
+            for name in ("vgpr_count", "vgpr_spill_count")
+        )
+        matrix = len(re.findall(r"\bv_mfma", text))
+        return Code(meta.num_warps, used, 4 * spilled, meta.shared, None, 0, matrix, 0, 0)
+    told, text = _disassembled(kernel.asm["cubin"])
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    assert found is not None, told
+    registers, stack = int(found[1]), int(found[2])
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, text))
+
+    return Code(
+        meta.num_warps,
+        registers,
+        stack,
+        meta.shared,
+        _blocks(registers, meta.shared, meta.num_warps, arch),
+        count(r"\b(?:HGMMA|UTC[A-Z]*MMA)\b"),
+        count(r"\bHMMA\b"),
+        count(r"\bUTMA(?:LDG|STG|REDG)\b"),
+        count(r"\bLDGSTS\b"),
+    )
+
+
+def _disassembled(cubin: bytes) -> tuple[str, str]:
+    """The resources that a cubin says it takes, and its instructions."""
+    binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        commands = ("cuobjdump", "-res-usage"), ("nvdisasm", "-c")
+        told, text = (
+            subprocess.run([binaries / name, how, file], capture_output=True, text=True, check=True)
+            for name, how in commands
+        )
+    return told.stdout + told.stderr, text.stdout
+
+
+def _blocks(registers: int, shared: int, warps: int, arch: int) -> int:
+    """Blocks that a multiprocessor runs at once: 64K registers, given to warps in pieces of 256, 64 warps,
+    and shared memory, of which the system takes 1 KiB per block."""
+    of_warp = -(-registers * 32 // 256) * 256
+    memory = SHARED[arch] + 1024
+    return min((64 << 10) // (of_warp * warps), memory // (shared + 1024), 64 // warps, 32)

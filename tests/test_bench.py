@@ -1,0 +1,55 @@
+"""The benchmark of kernels, where there is no GPU: what it measures, and that a wrong answer is not timed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is for Linux alone")
+
+from bench import device
+from bench.kernels import OF_FLA, Step
+from bench.options import Options
+from bench.registry import BENCHMARKS
+
+
+def options(said: list[str], static: bool = False) -> Options:
+    return Options(True, 1024, 1, 0.0, 0, "spcompile", said.append, static)
+
+
+@pytest.mark.parametrize("call", device.plan(options([])), ids=str)
+def test_calls_are_checked_and_timed(call: device.Call) -> None:
+    """On the CPU and of small sizes: what is not seen here is the GPU's clock."""
+    small = call._replace(tokens=100, size=16, heads=2) if call.size else call._replace(tokens=64)
+    row = device.measure(small, options([]), "cpu")
+    assert row["forward ms"] > 0 and "note" not in row
+    assert ("both ms" in row) == ("error" in row) == bool(call.size)
+
+
+def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = device._ours
+
+    def wrong(q: torch.Tensor, *others: Any) -> torch.Tensor:
+        return right(q, *others) * (1.01 if q.dtype == torch.bfloat16 else 1)
+
+    monkeypatch.setattr(device, "_ours", wrong)
+    row = device.measure(device.Call("decay", 16, 2, 100), options([]), "cpu")
+    assert row["note"].startswith("WRONG") and row["error"] > 5e-3 and "forward ms" not in row
+
+
+def test_without_a_gpu_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is said; a kernel that does not compile is a row that says so."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said: list[str] = []
+    kernels = BENCHMARKS["kernels"]
+    steps = kernels.plan(options(said))
+    assert "no GPU here" in said[0] and steps == kernels.plan(options([], static=True))
+    assert [x for x in steps if isinstance(x, str)] == list(OF_FLA)
+    made = kernels.measure(Step("pairs", 64, "bfloat16", 90), options(said))
+    assert made["registers"] and made["blocks"] and made["wide"] and made["stack"] == 0
+    failed = kernels.measure(Step("pairs", 64, "float64", 90), options(said))
+    assert failed["note"].startswith("failed") and "float64" in said[-1]
+    (table,) = kernels.tables([made, failed])
+    assert table[1][0] == "kernel" and len(table[2]) == 2
