@@ -126,7 +126,7 @@ FAULTS = {
         ("diagonal", "over *= tl.exp(through)", "over *= 0.0"),
         ("diagonal", "* later, 0)\n", ", 0)\n"),
         ("diagonal", "* tl.exp(between)[None, :], through", ", through"),
-        ("diagonal", "(i[:, None] == i[None, :] + 1)", "(i[:, None] == i[None, :])"),
+        ("diagonal", "i[:, None] == i[None, :] + 1", "i[:, None] == i[None, :]"),
         ("diagonal", "False, True, 3) + over", "True, True, 3) + over"),
     ],
     "corrected": [

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ from spcompile.config import Config
 from spcompile.kernels.choice import without_triton
 from spcompile.kernels.linear.kernel import kernel_of
 from spcompile.kernels.linear.operands import Operands, Options
+from tests import workers
 from tests.fused_worker import DELTA, DIAGONAL, GATES
 from tests.fused_worker import cases as every_case
 
@@ -39,23 +37,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float
     kept = shared / "fused.json"
     with FileLock(f"{kept}.lock"):
         if not kept.exists():
-            kept.write_text(json.dumps(worker("fused_worker")))
+            kept.write_text(json.dumps(workers.found("fused_worker", TRITON_INTERPRET="1")))
     return json.loads(kept.read_text())
-
-
-def worker(name: str) -> dict[str, Any]:
-    """What a worker finds, with Triton's kernels interpreted."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.{name}"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=860,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("FOUND "))
-    return json.loads(line.removeprefix("FOUND "))
 
 
 @pytest.mark.parametrize("gate", [*GATES, *DIAGONAL, *DELTA])
@@ -149,7 +132,7 @@ def test_the_interpreter_rounds_as_hardware_does(found: dict[str, dict[str, floa
 @pytest.mark.timeout(900)
 def test_every_planted_fault_is_caught() -> None:
     """Six and more for each kernel, in a minute or three."""
-    for fault, error in worker("planted_faults").items():
+    for fault, error in workers.found("planted_faults", TRITON_INTERPRET="1").items():
         assert error > 10 * TOLERANCE["fp32"], fault
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+
+from tests import workers
 
 pytest.importorskip("triton", reason="Triton is for Linux alone")
 pytestmark = pytest.mark.timeout(400)
@@ -17,17 +15,7 @@ pytestmark = pytest.mark.timeout(400)
 @pytest.fixture(scope="module")
 def code() -> dict[str, dict[str, Any]]:
     """Model -> what the worker found."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.inductor_cuda"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=380,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("FOUND "))
-    return json.loads(line.removeprefix("FOUND "))
+    return workers.found("inductor_cuda", timeout=380)
 
 
 def between(steps: list[str], start: str) -> list[list[str]]:

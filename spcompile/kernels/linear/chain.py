@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Size, Tensor
 
 import spcompile.attention.scan  # noqa: F401  (registers the operator)
 
@@ -21,20 +21,30 @@ class Chain:
     """What the segments of a walk do to the state.
 
     Args:
+        batch: B and H, whose product is N.
         states: S ``[N, segments, K, V]``, float32.
         logs: A as logarithms of factors, ``[N, segments]`` or, one per key, ``[N, segments, K]``; None: 1.
         matrices: A as matrices, ``[N, segments, K, K]``, in place of ``logs``.
     """
 
-    def __init__(self, states: Tensor, logs: Tensor | None = None, matrices: Tensor | None = None) -> None:
-        self.states, self.matrices = states, matrices
+    def __init__(
+        self, batch: Size, states: Tensor, logs: Tensor | None = None, matrices: Tensor | None = None
+    ) -> None:
+        self.batch, self.states, self.matrices = batch, states, matrices
         self.logs = None if logs is None else logs.reshape(*states.shape[:2], -1, 1)
         self.exchanged = False
         """Whether the total is exchanged. A backward repeats its forward's chain in the same way, so that in
         one graph both are the same operators."""
 
+    def heads(self, state: Tensor) -> Tensor:
+        """``[N, ...]`` as ``[B, H, ...]``."""
+        return state.reshape(*self.batch, *state.shape[1:])
+
     def total(self) -> tuple[Tensor, ...]:
-        """What all segments together do: (S), (sum of logs, S) or (A, S), each ``[N, ...]``."""
+        """What all segments together do: (S), (sum of logs, S) or (A, S), each ``[B, H, ...]``."""
+        return tuple(map(self.heads, self._total()))
+
+    def _total(self) -> tuple[Tensor, ...]:
         self.exchanged = True
         if self.matrices is not None:
             self.local()
@@ -60,27 +70,30 @@ class Chain:
         self._through = both[0].narrow(-1, v, k), both[1].narrow(-1, v, k)
 
     def before(self, carry: Tensor | None) -> tuple[Tensor, Tensor]:
-        """States before each segment, and the one ``[N, K, V]`` after the last.
+        """States ``[N, segments, K, V]`` before each segment, and the one ``[B, H, K, V]`` after the last.
 
         Args:
             carry: the state before the first, ``[B, H, K, V]``; None: zero.
         """
-        start = None if carry is None else carry.flatten(0, 1).float()
+        before, final = self._before(None if carry is None else carry.flatten(0, 1).float())
+        return before, self.heads(final)
+
+    def _before(self, start: Tensor | None) -> tuple[Tensor, Tensor]:
         if not self.exchanged:
             return self._scan(self.states, start)
         self.local()
-        (before, final), first = self._alone, start
-        if first is None:
+        before, final = self._alone
+        if start is None:
             return before, final
         if self.matrices is not None:
             through, whole = self._through
-            return before + through @ first.unsqueeze(1), final + whole @ first
+            return before + through @ start.unsqueeze(1), final + whole @ start
         if self.logs is None:
-            return before + first.unsqueeze(1), final + first
+            return before + start.unsqueeze(1), final + start
         sums = F.pad(self.logs.cumsum(1), (0, 0, 0, 0, 1, 0)).exp()
         count = self.logs.shape[1]
         through = sums.narrow(1, 0, count)
-        return before + through * first.unsqueeze(1), final + sums.select(1, count) * first
+        return before + through * start.unsqueeze(1), final + sums.select(1, count) * start
 
     def _scan(self, states: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.matrices is not None:

@@ -24,7 +24,7 @@ from spcompile.kernels.linear.gate import gradient
 from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.triton.tiles import EXCLUSIVE, INCLUSIVE, SOURCE
 
-__all__ = ["Backward", "Forward", "gate_of", "gradient_of_gate", "refused", "refuses"]
+__all__ = ["Backward", "Forward", "gate_of", "gradient_of_gate", "gradient_of_state", "refused", "refuses"]
 
 
 def refuses(x: Operands) -> str:
@@ -54,21 +54,13 @@ class _Walk:
     ) -> None:
         self.k, self.v, self.gate, self.read, self.reverse = k, v, gate, read, reverse
         states, logs = ops.segment_summaries(k, v, gate, scale, read, reverse)
-        self.chain = Chain(states, None if gate is None else logs)
+        self.chain = Chain(k.shape[:2], states, None if gate is None else logs)
 
     def of(self, k: Tensor, v: Tensor) -> _Walk:
         """The same way with something else written; the states must be given to it."""
         other = copy(self)
         other.k, other.v = k, v
         return other
-
-    def heads(self, state: Tensor) -> Tensor:
-        """A state ``[N, ...]`` as ``[B, H, ...]``."""
-        return state.reshape(*self.k.shape[:2], *state.shape[1:])
-
-    def total(self) -> tuple[Tensor, ...]:
-        """What all segments together do to the state."""
-        return tuple(map(self.heads, self.chain.total()))
 
     def outputs(
         self, q: Tensor, before: Tensor, scale: float, *, scaled: bool = False, of_gate: tuple[Any, Any] = _NO
@@ -87,7 +79,7 @@ class Forward:
 
     def total(self) -> tuple[Tensor, ...]:
         """What the tokens do to the state."""
-        return self.walk.total()
+        return self.walk.chain.total()
 
     def local(self) -> None:
         """The states before each segment, as far as this run makes them."""
@@ -98,7 +90,7 @@ class Forward:
         w = self.walk
         before, final = w.chain.before(carry)
         out, *_ = w.outputs(self.x.q, before, self.options.scale)
-        return out, w.heads(final)
+        return out, final
 
 
 class Backward:
@@ -112,7 +104,7 @@ class Backward:
 
     def total(self) -> tuple[Tensor, ...]:
         """What the tokens do to the gradient of the state."""
-        return self.walk.total()
+        return self.walk.chain.total()
 
     def local(self) -> None:
         """dq, which reads the states of the forward."""
@@ -139,9 +131,13 @@ class Backward:
         decay = None
         if x.log_decay is not None:
             decay = gradient_of_gate(x, self.options, self.pairs, self.reads, writes, across)
-        state = x.initial_state
-        of_state = None if state is None else w.heads(initial).to(state.dtype).contiguous()
-        return self.dq, dk, dv, decay, None, of_state
+        return self.dq, dk, dv, decay, None, gradient_of_state(x, initial)
+
+
+def gradient_of_state(x: Operands, initial: Tensor) -> Tensor | None:
+    """The gradient ``initial`` of the state before all tokens, as that of the operand."""
+    state = x.initial_state
+    return None if state is None else initial.to(state.dtype).contiguous()
 
 
 def gate_of(x: Operands) -> Tensor | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from spcompile.kernels.linear import delta_ops, segment_ops  # noqa: F401  (registers the operators)
 from spcompile.kernels.linear.chain import Chain
-from spcompile.kernels.linear.fused import gate_of, gradient_of_gate, refused
+from spcompile.kernels.linear.fused import gate_of, gradient_of_gate, gradient_of_state, refused
 from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.triton.tiles import INCLUSIVE, SOURCE
 
@@ -57,15 +57,7 @@ class _Walk:
         systems = ops.delta_systems(k, x.beta, gate_of(x), how.read, how.reverse)
         self.given = source, k, v, systems, x.beta, gate_of(x)
         states, matrices = ops.delta_summaries(*self.given, *how)
-        self.chain = Chain(states, matrices=matrices)
-
-    def heads(self, state: Tensor) -> Tensor:
-        """A state ``[N, ...]`` as ``[B, H, ...]``."""
-        return state.reshape(*self.k.shape[:2], *state.shape[1:])
-
-    def total(self) -> tuple[Tensor, ...]:
-        """What all segments together do to the state."""
-        return tuple(map(self.heads, self.chain.total()))
+        self.chain = Chain(k.shape[:2], states, matrices=matrices)
 
     def corrected(
         self, before: Tensor, errors: Tensor | None = None, *, trained: bool = False
@@ -86,7 +78,7 @@ class Forward:
 
     def total(self) -> tuple[Tensor, ...]:
         """What the tokens do to the state."""
-        return self.walk.total()
+        return self.walk.chain.total()
 
     def local(self) -> None:
         """Nothing: what the segments do together is told by the states before each of them."""
@@ -99,7 +91,7 @@ class Forward:
         scale, read, reverse = walk.how
         given = x.q, x.k, n, gate_of(x), before, None, None
         out, *_ = ops.segment_outputs(*given, scale, False, read, reverse, False, ())
-        return out, walk.heads(final)
+        return out, final
 
 
 class Backward:
@@ -113,7 +105,7 @@ class Backward:
 
     def total(self) -> tuple[Tensor, ...]:
         """What the tokens do to the gradient of the state."""
-        return self.walk.total()
+        return self.walk.chain.total()
 
     def local(self) -> None:
         """What the forward wrote, and dq, which reads its states."""
@@ -148,8 +140,6 @@ class Backward:
             decay = gradient_of_gate(x, self.options, pairs, reads, writes, across)
         assert x.beta is not None
         dbeta = dbeta if self.options.reverse else dbeta.flip(1)
-        dbeta = self.walk.heads(dbeta).narrow(2, 0, x.k.shape[2]).unsqueeze(-1)
-        state = x.initial_state
-        of_state = None if state is None else self.walk.heads(initial).to(state.dtype).contiguous()
+        dbeta = self.walk.chain.heads(dbeta).narrow(2, 0, x.k.shape[2]).unsqueeze(-1)
         dbeta = dbeta.sum_to_size(x.beta.shape).to(x.beta.dtype).contiguous()
-        return self.dq, dk, dv, decay, dbeta, of_state
+        return self.dq, dk, dv, decay, dbeta, gradient_of_state(x, initial)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spcompile.kernels.linear import diagonal_ops  # noqa: F401  (registers the operators)
 from spcompile.kernels.linear.chain import Chain
-from spcompile.kernels.linear.fused import refused
+from spcompile.kernels.linear.fused import gradient_of_state, refused
 from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.triton.tiles import EXCLUSIVE, INCLUSIVE, SOURCE
 
@@ -35,17 +35,9 @@ class _Walk:
     """One way through the tokens: with k and v what is written, and how it is read."""
 
     def __init__(self, k: Tensor, v: Tensor, gate: Tensor, scale: float, read: int, reverse: bool) -> None:
-        self.batch, self.how = k.shape[:2], (read, reverse)
+        self.how = read, reverse
         states, logs = ops.diagonal_summaries(k, v, gate, scale, read, reverse)
-        self.chain = Chain(states, logs)
-
-    def heads(self, state: Tensor) -> Tensor:
-        """A state ``[N, ...]`` as ``[B, H, ...]``."""
-        return state.reshape(*self.batch, *state.shape[1:])
-
-    def total(self) -> tuple[Tensor, ...]:
-        """What all segments together do to the state."""
-        return tuple(map(self.heads, self.chain.total()))
+        self.chain = Chain(k.shape[:2], states, logs)
 
 
 def _gate(x: Operands) -> Tensor:
@@ -69,7 +61,7 @@ class Forward:
 
     def total(self) -> tuple[Tensor, ...]:
         """What the tokens do to the state."""
-        return self.walk.total()
+        return self.walk.chain.total()
 
     def local(self) -> None:
         """The scores, and the states before each segment as far as this run makes them."""
@@ -82,7 +74,7 @@ class Forward:
         x, walk = self.x, self.walk
         before, final = walk.chain.before(carry)
         given = *x[:3], _gate(x), self.scores, before
-        return ops.diagonal_outputs(*given, self.options.scale, False, *walk.how, False), walk.heads(final)
+        return ops.diagonal_outputs(*given, self.options.scale, False, *walk.how, False), final
 
 
 class Backward:
@@ -96,17 +88,13 @@ class Backward:
 
     def total(self) -> tuple[Tensor, ...]:
         """What the tokens do to the gradient of the state."""
-        return self.walk.total()
+        return self.walk.chain.total()
 
     def local(self) -> None:
         """What pairs of a chunk add to the gradients, and dq, which reads the states of the forward."""
         self.walk.chain.local()
-        x, gate, scale, forward = (
-            self.x,
-            _gate(self.x),
-            self.options.scale,
-            _forward_walk(self.x, self.options),
-        )
+        x, gate, scale = self.x, _gate(self.x), self.options.scale
+        forward = _forward_walk(x, self.options)
         forward.chain.exchanged = self.walk.chain.exchanged
         before, _ = forward.chain.before(self.carry)
         within = ops.diagonal_within(*x[:3], self.grad, gate, scale, *forward.how)
@@ -124,6 +112,4 @@ class Backward:
         dk, decay, _ = ops.diagonal_columns(x.v, self.grad, x.q, gate, before.mT, *keys, scale, *how)
         assert x.log_decay is not None
         decay = decay.sum_to_size(x.log_decay.shape).to(x.log_decay.dtype).contiguous()
-        state = x.initial_state
-        of_state = None if state is None else self.walk.heads(initial).to(state.dtype).contiguous()
-        return self.dq, dk, dv, decay, None, of_state
+        return self.dq, dk, dv, decay, None, gradient_of_state(x, initial)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spcompile.kernels.triton.segments import READS
+from spcompile.kernels.triton.segments import READS, product
 from spcompile.kernels.triton.tiles import EXCLUSIVE, INCLUSIVE, SOURCE, chunks, offset, tile
 
 __all__ = ["columns", "outputs", "summaries", "within"]
@@ -85,6 +85,12 @@ def _later(x, M: tl.constexpr, OWN: tl.constexpr, EARLIER: tl.constexpr, PARTS: 
     i = tl.arange(0, M)
     gap = 0 if OWN else 1
     ones = (i[:, None] >= i[None, :] + gap) if EARLIER else (i[:, None] + gap <= i[None, :])
+    return _sums(ones, x, PARTS)
+
+
+@triton.jit
+def _sums(ones, x, PARTS: tl.constexpr):
+    """Of the rows that ``ones`` has for each row."""
     total = tl.zeros(x.shape, tl.float32)
     for _ in tl.static_range(PARTS):
         part = x.to(tl.bfloat16)
@@ -290,7 +296,7 @@ def within(
     if GRADS:
         v += offset(n, H, vb, vh)
         do += offset(n, H, db, dh)
-        weights = _product(do, v, step, step, dt, vt, T, N, V, BV, REVERSE, PRECISION) * scale
+        weights = product(do, v, step, step, dt, vt, T, N, V, BV, BLOCK, REVERSE, True, PRECISION) * scale
     decays = tl.zeros((BLOCK, BK), tl.float32)  # from each step of the block to the row's reading
     for r in range(BLOCK):
         mine = (i == r)[:, None]
@@ -322,7 +328,7 @@ def within(
         tl.store(scores + (b - back) * BLOCK + i[None, :], pairs.to(scores.dtype.element_ty))
         if GRADS:
             j = step - back * BLOCK
-            pairs = _product(do, v, step, j, dt, vt, T, N, V, BV, REVERSE, PRECISION) * scale
+            pairs = product(do, v, step, j, dt, vt, T, N, V, BV, BLOCK, REVERSE, True, PRECISION) * scale
             before = tl.dot(pairs, past, before, input_precision=PRECISION)
     if GRADS:
         before *= start
@@ -335,14 +341,15 @@ def within(
             from_start, here = _from_start(g, first + ahead * BLOCK, d, gt, T, N, BLOCK, K, READ, REVERSE)
             later *= from_start
             between += here
-            pairs = _product(v, do, step, j, vt, dt, T, N, V, BV, REVERSE, PRECISION) * scale
+            pairs = product(v, do, step, j, vt, dt, T, N, V, BV, BLOCK, REVERSE, True, PRECISION) * scale
             behind = tl.dot(pairs, later, behind, input_precision=PRECISION)
             gone = tl.zeros((BK,), tl.float32)
             for back in range(1, b + 1):
                 past, here = _past(k, g, first - back * BLOCK, d, gone, kt, gt, T, N, K, READ, REVERSE)
                 gone += here
                 before_b = step - back * BLOCK
-                pairs = _product(do, v, j, before_b, dt, vt, T, N, V, BV, REVERSE, PRECISION) * scale
+                pairs = product(do, v, j, before_b, dt, vt, T, N, V, BV, BLOCK, REVERSE, True, PRECISION)
+                pairs *= scale
                 over += tl.sum(tl.dot(pairs, past, input_precision=PRECISION) * later, 0)
         over *= tl.exp(through)
         end, _ = _to_end(g, first, d, gt, T, N, BLOCK, K, READ, REVERSE)
@@ -374,25 +381,4 @@ def _past(
 def _shifted(x):
     """Each row one later, a zero at the first."""
     i = tl.arange(0, BLOCK)
-    before = (i[:, None] == i[None, :] + 1).to(tl.bfloat16)
-    total = tl.zeros(x.shape, tl.float32)
-    for _ in tl.static_range(3):
-        part = x.to(tl.bfloat16)
-        total = tl.dot(before, part, total)
-        x -= part.to(tl.float32)
-    return total
-
-
-@triton.jit
-def _product(
-    x, y, left, right, xt, yt, T, N,
-    D: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``[left, right]``: the products of rows of x with rows of y."""
-    total = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for begin in range(0, D, BD):
-        d = begin + tl.arange(0, BD)
-        a = _load(x, left, True, d, xt, T, N, D, REVERSE, True)
-        b = _load(y, right, True, d, yt, T, N, D, REVERSE, True)
-        total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
-    return total
+    return _sums(i[:, None] == i[None, :] + 1, x, 3)

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from spcompile.kernels.triton.tiles import EXCLUSIVE, INCLUSIVE, chunks, gates, offset, pairwise, tile, to_end
 
-__all__ = ["READS", "WRITES", "outputs", "pairs", "summaries"]
+__all__ = ["READS", "WRITES", "outputs", "pairs", "product", "summaries"]
 
 READS, WRITES = tl.constexpr(1), tl.constexpr(2)
 
@@ -199,9 +199,9 @@ def pairs(
     first, n = pid % (N // C) * C, pid // (N // C)
     i = tl.arange(0, C)
     step = first + i
-    ours = product(q + offset(n, H, qb, qh), k + offset(n, H, kb, kh), step, qt, kt, T, N,
+    ours = product(q + offset(n, H, qb, qh), k + offset(n, H, kb, kh), step, step, qt, kt, T, N,
                    K, BK, C, REVERSE, WIDE, PRECISION)  # fmt: skip
-    theirs = product(do + offset(n, H, db, dh), v + offset(n, H, vb, vh), step, dt, vt, T, N,
+    theirs = product(do + offset(n, H, db, dh), v + offset(n, H, vb, vh), step, step, dt, vt, T, N,
                      V, BV, C, REVERSE, WIDE, PRECISION)  # fmt: skip
     g += offset(n, H, gb, gh)
     mine = (
@@ -223,17 +223,17 @@ def pairs(
 
 @triton.jit
 def product(
-    x, y, step, xt, yt, T, N,
+    x, y, left, right, xt, yt, T, N,
     D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr,
     REVERSE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``[C, C]``: the product of each step's row of x with each step's row of y."""
+    """``[C (left), C (right)]``: the products of x's rows of some steps with y's of others."""
     total = tl.zeros((C, C), tl.float32)
     for begin in range(0, D, BD):
         d = begin + tl.arange(0, BD)
-        p, inside = tile(x, step, d, xt, T, N, D, REVERSE)
+        p, inside = tile(x, left, d, xt, T, N, D, REVERSE)
         a = tl.load(p, mask=inside, other=0.0)
-        p, inside = tile(y, step, d, yt, T, N, D, REVERSE)
+        p, inside = tile(y, right, d, yt, T, N, D, REVERSE)
         b = tl.load(p, mask=inside, other=0.0)
         if WIDE:
             a, b = a.to(tl.float32), b.to(tl.float32)
