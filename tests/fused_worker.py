@@ -265,26 +265,26 @@ def interpreter() -> dict[str, float]:
 def opchecks() -> None:
     """Every operator's schema and fake results; raises."""
     x = [torch.randn(1, 2, 65, 16) for _ in range(4)]
-    g, ops, check = -torch.rand(1, 2, 65, 1), torch.ops.spcompile, torch.library.opcheck
+    g, ops, opcheck = -torch.rand(1, 2, 65, 1), torch.ops.spcompile, torch.library.opcheck
     before, kept = torch.zeros(2, 1, 16, 16), torch.zeros(2, 8, 16, 16)
-    check(ops.segment_summaries, (x[0], x[1], g, 0.3, 0, True))
-    check(ops.segment_outputs, (*x[:3], g, before, x[3], None, 0.3, False, 0, False, False, ()))
-    check(ops.segment_outputs, (*x[:3], g, before, x[3], kept, 0.3, True, 2, True, False, x[1:]))
-    check(ops.segment_pairs, (*x, g, 0.3, 0, False))
+    opcheck(ops.segment_summaries, (x[0], x[1], g, 0.3, 0, True))
+    opcheck(ops.segment_outputs, (*x[:3], g, before, x[3], None, 0.3, False, 0, False, False, ()))
+    opcheck(ops.segment_outputs, (*x[:3], g, before, x[3], kept, 0.3, True, 2, True, False, x[1:]))
+    opcheck(ops.segment_pairs, (*x, g, 0.3, 0, False))
     beta, wrong = torch.rand(1, 2, 65, 1), torch.randn(1, 2, 65, 16)
-    check(ops.delta_systems, (x[1], beta, g, 0, False))
+    opcheck(ops.delta_systems, (x[1], beta, g, 0, False))
     source = (None, x[1], x[2], ops.delta_systems(x[1], beta, g, 0, False), beta, g)
-    check(ops.delta_summaries, (*source, 0.3, 0, False))
-    check(ops.delta_corrected, (*source, before, None, 0.3, 0, False, True))
-    check(ops.delta_corrected, (x[0], *source[1:], before, wrong, 0.3, 2, True, False))
+    opcheck(ops.delta_summaries, (*source, 0.3, 0, False))
+    opcheck(ops.delta_corrected, (*source, before, None, 0.3, 0, False, True))
+    opcheck(ops.delta_corrected, (x[0], *source[1:], before, wrong, 0.3, 2, True, False))
     g = -torch.rand(1, 2, 65, 16)
-    check(ops.diagonal_summaries, (x[0], x[1], g, 0.3, 0, True))
+    opcheck(ops.diagonal_summaries, (x[0], x[1], g, 0.3, 0, True))
     for grad in (None, x[3]):
-        check(ops.diagonal_within, (*x[:3], grad, g, 0.3, 0, False))
+        opcheck(ops.diagonal_within, (*x[:3], grad, g, 0.3, 0, False))
     scores = torch.zeros(2, 512, 64)
-    check(ops.diagonal_outputs, (*x[:3], g, scores, before, 0.3, True, 2, True, True))
+    opcheck(ops.diagonal_outputs, (*x[:3], g, scores, before, 0.3, True, 2, True, True))
     for states in (None, kept):
-        check(ops.diagonal_columns, (*x[:3], g, before, wrong, x[3], states, wrong, 0.3, 0, False))
+        opcheck(ops.diagonal_columns, (*x[:3], g, before, wrong, x[3], states, wrong, 0.3, 0, False))
 
 
 def main() -> int:
