@@ -33,7 +33,7 @@ from spcompile.kernels.linear.intra import Tokens, outputs, transition, written
 from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.scan import state_dtype
 
-__all__ = ["CHUNK", "Backward", "Forward"]
+__all__ = ["CHUNK", "Backward", "Forward", "chunk_length", "cut", "uncut"]
 
 # Tokens per chunk. Scores take T*C elements and states T*K*V/C. CPU milliseconds of forward and backward by
 # Inductor on one core, T = 4096 and H*K = 512, for C = 32, 64, 128, 256:
@@ -44,7 +44,7 @@ CHUNK = 64
 _WIDE = 256
 
 
-def _chunk_length(x: Operands) -> int:
+def chunk_length(x: Operands) -> int:
     """Tokens per chunk, a power of two, hardly more than there are."""
     wide = x.beta is None and x.k.shape[3] * x.v.shape[3] >= _WIDE**2
     tokens, most = x.k.shape[2], 2 * CHUNK if wide else CHUNK
@@ -53,7 +53,7 @@ def _chunk_length(x: Operands) -> int:
     return min(most, 1 << (max(1, tokens) - 1).bit_length())
 
 
-def _cut(x: Tensor, chunk: int, reverse: bool) -> Tensor:
+def cut(x: Tensor, chunk: int, reverse: bool) -> Tensor:
     """Cut ``[B, H, T, D]`` into chunks ``[B*H, ceil(T/chunk), chunk, D]`` in the state dtype.
 
     A last chunk that is not full is filled with zeros, which do nothing to the state: no key, no decay.
@@ -67,7 +67,7 @@ def _cut(x: Tensor, chunk: int, reverse: bool) -> Tensor:
     return x.reshape(b * h, n, chunk, d)
 
 
-def _uncut(x: Tensor, like: Tensor, reverse: bool) -> Tensor:
+def uncut(x: Tensor, like: Tensor, reverse: bool) -> Tensor:
     """Chunks ``[B*H, n, C, D]`` back to tokens ``[B, H, T, D]`` of the B, H and T of ``like``."""
     b, h, t, _ = like.shape
     x = x.reshape(b, h, -1, x.shape[-1])[:, :, :t]
@@ -79,7 +79,7 @@ class _Run:
 
     def __init__(self, x: Operands, options: Options) -> None:
         self.x, self.options = x, options
-        self.chunk = _chunk_length(x)
+        self.chunk = chunk_length(x)
         self.matrix = x.beta is not None
         g = x.log_decay
         if g is not None:
@@ -89,7 +89,7 @@ class _Run:
 
     def cut(self, tensor: Tensor) -> Tensor:
         """``[B, H, T, D]`` in chunks, in the order of time."""
-        return _cut(tensor, self.chunk, self.options.reverse)
+        return cut(tensor, self.chunk, self.options.reverse)
 
     def heads(self, state: Tensor) -> Tensor:
         """A state ``[N, ...]`` as ``[B, H, ...]``."""
@@ -149,7 +149,7 @@ class Forward(_Run):
         state ``carry`` before the first (None: zero)."""
         before, after = self.scan(self.a, self.b, self.flat(carry))
         out = self.intra + self.queries @ before
-        out = _uncut(out, self.x.q, self.options.reverse)
+        out = uncut(out, self.x.q, self.options.reverse)
         return out.to(self.x.q.dtype).contiguous(), self.heads(after)
 
 
@@ -236,7 +236,7 @@ class Backward(_Run):
             if operand is None or grad is None:
                 grads.append(None)
                 continue
-            grad = _uncut(grad, x.k, reverse).sum_to_size(operand.shape)
+            grad = uncut(grad, x.k, reverse).sum_to_size(operand.shape)
             grads.append(grad.to(operand.dtype).contiguous())
         state = x.initial_state
         return *grads, None if state is None else self.heads(initial).to(state.dtype).contiguous()

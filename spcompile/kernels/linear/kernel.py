@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from spcompile.kernels.choice import without_triton
-from spcompile.kernels.linear import chunked, whole
+from spcompile.kernels.linear import chunked, opaque, whole
 from spcompile.kernels.linear.operands import Operands, Options
 
 __all__ = ["Backward", "Forward", "Kernel", "kernel_of"]
@@ -81,6 +81,7 @@ class Kernel(NamedTuple):
 
 _WHOLE = Kernel("one memory state", whole.Forward, whole.Backward)
 _CHUNKED = Kernel("ATen chunks", chunked.Forward, chunked.Backward)
+_OPAQUE = Kernel("ATen chunks as operators", opaque.Forward, opaque.Backward)
 
 
 def kernel_of(x: Operands, options: Options) -> Kernel:
@@ -104,4 +105,6 @@ def kernel_of(x: Operands, options: Options) -> Kernel:
             refused = fused.refuses(x)
         if not refused:
             return kernel
-    return _CHUNKED._replace(refused=refused)
+    # GPUs have many kernels to start for what is one loop on a CPU: there Inductor fuses them.
+    kernel = _OPAQUE if x.k.device.type in ("cpu", "meta") else _CHUNKED
+    return kernel._replace(refused=refused)
