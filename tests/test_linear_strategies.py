@@ -10,7 +10,7 @@ from spcompile.attention import algebra, reference
 from spcompile.attention.algebra import Summary
 from spcompile.attention.variants import VARIANTS
 from spcompile.kernels.linear.operands import Operands, Options
-from spcompile.strategies import LINEAR, linear, linear_allgather
+from spcompile.strategies import LINEAR, fold_ops, linear
 from tests.test_linear_attention import SCANS, scan_operands
 from tests.threads import Ranks, close, shards, whole
 from tests.variants import KINDS, cotangents, draw, options_of, references
@@ -102,7 +102,7 @@ def plain_sum(monkeypatch: pytest.MonkeyPatch) -> None:
             *algebra.fold(algebra.BASIC, basic, keep, reverse),
         )
 
-    monkeypatch.setattr(linear_allgather, "fold", fold)
+    monkeypatch.setattr(fold_ops, "fold", fold)
 
 
 @every_kind

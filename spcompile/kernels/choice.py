@@ -6,7 +6,7 @@ import importlib.util
 import os
 from typing import Any
 
-__all__ = ["SWITCH", "switched_off", "without_triton"]
+__all__ = ["SWITCH", "opaque", "switched_off", "without_triton"]
 
 SWITCH = "SPCOMPILE_TRITON"
 """The environment variable that turns the Triton kernels off (``0``): is one of them at fault?"""
@@ -26,3 +26,11 @@ def without_triton(device: Any) -> str | None:
     if switched_off():
         return f"{SWITCH}=0"
     return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+def opaque(device: Any) -> bool:
+    """Whether many steps of ATen are one operator to Inductor, which then need not compile them.
+
+    On CPUs. A GPU would start a kernel for each, and Inductor fuses them.
+    """
+    return device.type in ("cpu", "meta")

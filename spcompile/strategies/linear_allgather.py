@@ -15,6 +15,8 @@ from torch import Tensor
 from spcompile import collectives
 from spcompile.attention.algebra import StateAlgebra, Summary, fold, pack, summary_shapes, unpack
 from spcompile.collectives import Group
+from spcompile.kernels.choice import opaque
+from spcompile.strategies import fold_ops  # noqa: F401  (registers the operator)
 
 __all__ = ["AllGather"]
 
@@ -46,6 +48,11 @@ class AllGather:
         return self.summaries
 
     def _folded(self, keep: Tensor) -> Tensor:
+        if opaque(self.device):
+            summaries = self._arrived()
+            transitions = summaries[0] if len(summaries) == 2 else None
+            given = transitions, summaries[-1], keep, self.initial
+            return torch.ops.spcompile.folded(*given, self.algebra.name, self.later)
         whole = fold(self.algebra, self._arrived(), keep, reverse=self.later)
         return whole[-1] if self.initial is None else self.algebra.apply(whole, self.initial)
 

@@ -22,21 +22,15 @@ class Chain:
 
     Args:
         batch: B and H, whose product is N.
-        states: S ``[N, segments, K, V]``, float32 (float64).
+        states: S ``[N, segments, K, V]``, float32.
         logs: A as logarithms of factors, ``[N, segments]`` or, one per key, ``[N, segments, K]``; None: 1.
         matrices: A as matrices, ``[N, segments, K, K]``, in place of ``logs``.
-        reverse: the walk goes from the last segment to the first.
     """
 
     def __init__(
-        self,
-        batch: Size,
-        states: Tensor,
-        logs: Tensor | None = None,
-        matrices: Tensor | None = None,
-        reverse: bool = False,
+        self, batch: Size, states: Tensor, logs: Tensor | None = None, matrices: Tensor | None = None
     ) -> None:
-        self.batch, self.states, self.matrices, self.reverse = batch, states, matrices, reverse
+        self.batch, self.states, self.matrices = batch, states, matrices
         self.logs = None if logs is None else logs.reshape(*states.shape[:2], -1, 1)
         self.exchanged = False
         """Whether the total is exchanged. A backward repeats its forward's chain in the same way, so that in
@@ -57,14 +51,9 @@ class Chain:
             return self._through[1], self._alone[1]
         if self.logs is None:
             return (self.states.sum(1),)
-        logs = self._in_order(self.logs)
-        later = F.pad(logs.narrow(1, 1, logs.shape[1] - 1), (0, 0, 0, 0, 0, 1))
-        later = self._in_order(later.flip(1).cumsum(1).flip(1).exp())
+        later = F.pad(self.logs.narrow(1, 1, self.logs.shape[1] - 1), (0, 0, 0, 0, 0, 1))
+        later = later.flip(1).cumsum(1).flip(1).exp()
         return self.logs.sum(1), (later * self.states).sum(1)
-
-    def _in_order(self, x: Tensor) -> Tensor:
-        """From the order of the segments to that of the walk, or back."""
-        return x.flip(1) if self.reverse else x
 
     def local(self) -> None:
         """Run from zero; where nothing is exchanged the carry is known, and nothing is to be done before."""
@@ -86,7 +75,7 @@ class Chain:
         Args:
             carry: the state before the first, ``[B, H, K, V]``; None: zero.
         """
-        before, final = self._before(None if carry is None else carry.flatten(0, 1).to(self.states.dtype))
+        before, final = self._before(None if carry is None else carry.flatten(0, 1).float())
         return before, self.heads(final)
 
     def _before(self, start: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -101,12 +90,12 @@ class Chain:
             return before + through @ start.unsqueeze(1), final + whole @ start
         if self.logs is None:
             return before + start.unsqueeze(1), final + start
-        sums = F.pad(self._in_order(self.logs).cumsum(1), (0, 0, 0, 0, 1, 0)).exp()
+        sums = F.pad(self.logs.cumsum(1), (0, 0, 0, 0, 1, 0)).exp()
         count = self.logs.shape[1]
-        through = self._in_order(sums.narrow(1, 0, count))
+        through = sums.narrow(1, 0, count)
         return before + through * start.unsqueeze(1), final + sums.select(1, count) * start
 
     def _scan(self, states: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.matrices is not None:
-            return ops.affine_scan(self.matrices, states, start, True, self.reverse)
-        return ops.affine_scan(None if self.logs is None else self.logs.exp(), states, start, False, self.reverse)
+            return ops.affine_scan(self.matrices, states, start, True)
+        return ops.affine_scan(None if self.logs is None else self.logs.exp(), states, start, False)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from spcompile.kernels.choice import opaque as is_opaque
 from spcompile.kernels.choice import without_triton
 from spcompile.kernels.linear import chunked, opaque, whole
 from spcompile.kernels.linear.operands import Operands, Options
@@ -105,6 +106,4 @@ def kernel_of(x: Operands, options: Options) -> Kernel:
             refused = fused.refuses(x)
         if not refused:
             return kernel
-    # GPUs have many kernels to start for what is one loop on a CPU: there Inductor fuses them.
-    kernel = _OPAQUE if x.k.device.type in ("cpu", "meta") else _CHUNKED
-    return kernel._replace(refused=refused)
+    return (_OPAQUE if is_opaque(x.k.device) else _CHUNKED)._replace(refused=refused)
