@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,49 @@ def scans() -> list[tuple[Any, ...]]:
     return [(normal(*a), normal(2, 9, 3, 4), normal(2, 3, 4), matrix) for matrix, a in shapes.items()]
 
 
+OVER_CHUNKS = (
+    *("chunk_states", "chunk_total", "chunk_chain", "chunk_within", "chunk_outputs", "chunk_sources"),
+    *("chunk_within_backward", "chunk_states_backward"),
+)
+CHUNK = 16  # of 70 tokens: the last of five chunks is not full
+
+
+def chunks() -> list[dict[str, Any]]:
+    """Of each kind of operands the arguments of the operators over chunks, made by one another."""
+    rows = []
+    for x, o in linear()[:-1]:
+        tokens = *x[1:4], x.beta, CHUNK, o.reverse
+        states, transitions, written = spc.chunk_states(*tokens)
+        matrix = x.beta is not None
+        how = o.scale, CHUNK, o.exclusive, o.reverse
+        reads = *x[:4], written, *how
+        intra, queries = spc.chunk_within(*reads)
+        before, _ = spc.chunk_chain(states, transitions, None, matrix, False)
+        grad = cotangents(x)[0]
+        back = grad, *x[:4], written, before, *how
+        known = spc.chunk_within_backward(*back)[1:]
+        rows.append(
+            {
+                "chunk_states": tokens,
+                "chunk_total": (states, transitions, matrix, o.reverse),
+                "chunk_chain": (states, transitions, x.initial_state.flatten(0, 1), matrix, o.reverse),
+                "chunk_within": reads,
+                "chunk_outputs": (intra, queries, before, x.q, o.reverse),
+                "chunk_sources": (queries, grad, o.reverse),
+                "chunk_within_backward": back,
+                "chunk_states_backward": (*x[1:5], written, before, normal(*before.shape), *known, CHUNK, o.reverse),
+            }
+        )
+    return rows
+
+
+def folds() -> list[tuple[Any, ...]]:
+    """Three ranks, of which the first two count."""
+    keep, states = torch.tensor([True, True, False]), normal(3, 1, 2, 4, 5)
+    transitions = {"basic": None, "decay": -normal(3, 1, 2, 4, 1).abs(), "matrix": normal(3, 1, 2, 4, 4)}
+    return [(a, states, keep, normal(1, 2, 4, 5), name, True) for name, a in transitions.items()]
+
+
 SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "softmax_attention": lambda: softmax_samples("softmax_attention", *WHOLE),
     "softmax_attention_backward": lambda: softmax_samples("softmax_attention_backward", *WHOLE),
@@ -95,6 +139,8 @@ SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "linear_attention": lambda: [(*x, *o) for x, o in linear()],
     "linear_attention_backward": lambda: [linear_backward(x, o) for x, o in linear()],
     "affine_scan": scans,
+    **{name: partial(lambda name: [row[name] for row in chunks()], name) for name in OVER_CHUNKS},
+    "folded": folds,
     "reverse_cumsum": lambda: [(normal(2, 9, 3), 1)],
     "lend": lambda: [(normal(2, 9, 3), 0)],
     "open_port": lambda: [(normal(2, 9, 3),)],
@@ -154,6 +200,13 @@ def test_operators_take_any_strides(name: str) -> None:
         check(operator, arguments, lambda x: relaid(x, data.draw(order), data.draw(st.integers(1, 2))))
 
     any_layout()
+
+
+@pytest.mark.parametrize("name", [*OVER_CHUNKS, "folded"])
+def test_opcheck(name: str) -> None:
+    """torch's own check of schemas and fakes; those with gradients have theirs in their own tests."""
+    for arguments in SAMPLES[name]():
+        torch.library.opcheck(getattr(spc, name).default, arguments)
 
 
 @pytest.mark.parametrize("gap", [1, 2])

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from spcompile.attention import algebra, reference
+from spcompile.attention import fold as folds
 from spcompile.attention.algebra import Summary
 from spcompile.attention.variants import VARIANTS
 from spcompile.kernels.linear.operands import Operands, Options
-from spcompile.strategies import LINEAR, fold_ops, linear
+from spcompile.strategies import LINEAR, linear
 from tests.test_linear_attention import SCANS, scan_operands
 from tests.threads import Ranks, close, shards, whole
 from tests.variants import KINDS, cotangents, draw, options_of, references
@@ -102,7 +103,7 @@ def plain_sum(monkeypatch: pytest.MonkeyPatch) -> None:
             *algebra.fold(algebra.BASIC, basic, keep, reverse),
         )
 
-    monkeypatch.setattr(fold_ops, "fold", fold)
+    monkeypatch.setattr(folds, "fold", fold)
 
 
 @every_kind

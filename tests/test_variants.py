@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 
 import pytest
 import torch
@@ -85,8 +86,12 @@ def zeros(graph: fx.Graph) -> set[fx.Node]:
 
 
 @pytest.mark.parametrize("name", ["linear_llama3", *VARIANTS])
-def test_no_product_is_one_with_zeros(name: str) -> None:
-    """What several ranks compute is what one does, and for the delta rules the matrix that they send."""
+def test_no_product_is_one_with_zeros(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What several ranks compute is what one does, and for the delta rules the matrix that they send.
+
+    Where the chunks are traced into the graph, as on GPUs without Triton's kernels; on CPUs they are operators.
+    """
+    monkeypatch.setattr("spcompile.kernels.linear.kernel.is_opaque", lambda device: False)
     torch.manual_seed(0)
     model = models.get(f"{name}:tiny", **SHAPE, pattern="L", layers=1)()
     joint = capture(model, model.example_inputs(seq=16, batch=2))
@@ -97,3 +102,22 @@ def test_no_product_is_one_with_zeros(name: str) -> None:
         assert not [n for n in found if any(x in nothing for x in n.all_input_nodes)]
     alone, one_of_four = map(len, products)
     assert one_of_four <= alone + (12 if TABLE[name].delta else 0)
+
+
+@pytest.mark.parametrize("name", ["linear_llama3", *VARIANTS])
+def test_a_layer_is_the_same_few_operators(name: str) -> None:
+    """On CPUs, for any variant: no product of a chunk is Inductor's to compile. Several ranks call what one does,
+    and the total that they exchange; what a chunk does by itself stands between the start and the wait."""
+    torch.manual_seed(0)
+    model = models.get(f"{name}:tiny", **SHAPE, pattern="L", layers=1)()
+    joint = capture(model, model.example_inputs(seq=16, batch=2))
+    order = [
+        [getattr(n.target, "_opname", "") for n in joint.shard(ranks)[0].graph.nodes] for ranks in (1, 4)
+    ]
+    alone, together = (Counter(x for x in names if x.startswith("chunk_")) for names in order)
+    assert together - alone == Counter({"chunk_total": 2}) and not alone - together
+    names = order[1]
+    for total in (i for i, x in enumerate(names) if x == "chunk_total"):
+        start = names.index("all_gather_into_tensor", total)
+        hidden = names[start : names.index("wait_tensor", start)]
+        assert {"chunk_within", "chunk_within_backward"} & set(hidden)

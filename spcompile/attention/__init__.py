@@ -1,6 +1,7 @@
 """The attention operators, the algebra of memory states, and the references that define both."""
 
 from spcompile.attention.algebra import ALGEBRAS, StateAlgebra
+from spcompile.attention.fold import folded
 from spcompile.attention.linear import linear_attention, linear_attention_backward
 from spcompile.attention.scan import affine_scan
 from spcompile.attention.softmax import (
@@ -14,6 +15,7 @@ __all__ = [
     "ALGEBRAS",
     "StateAlgebra",
     "affine_scan",
+    "folded",
     "linear_attention",
     "linear_attention_backward",
     "local_softmax_attention",

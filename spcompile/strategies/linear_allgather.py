@@ -16,7 +16,6 @@ from spcompile import collectives
 from spcompile.attention.algebra import StateAlgebra, Summary, fold, pack, summary_shapes, unpack
 from spcompile.collectives import Group
 from spcompile.kernels.choice import opaque
-from spcompile.strategies import fold_ops  # noqa: F401  (registers the operator)
 
 __all__ = ["AllGather"]
 
