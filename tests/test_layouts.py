@@ -118,7 +118,15 @@ def chunks() -> list[dict[str, Any]]:
                 "chunk_outputs": (intra, queries, before, x.q, o.reverse),
                 "chunk_sources": (queries, grad, o.reverse),
                 "chunk_within_backward": back,
-                "chunk_states_backward": (*x[1:5], written, before, normal(*before.shape), *known, CHUNK, o.reverse),
+                "chunk_states_backward": (
+                    *x[1:5],
+                    written,
+                    before,
+                    normal(*before.shape),
+                    *known,
+                    CHUNK,
+                    o.reverse,
+                ),
             }
         )
     return rows

@@ -47,6 +47,17 @@ def test_every_variant(kind: str, length: int, reverse: bool) -> None:
         compare(x, options_of(KINDS[kind], reverse))
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("length", [7, 65, 200])
+@every_kind
+def test_chunks_that_are_traced(
+    monkeypatch: pytest.MonkeyPatch, kind: str, length: int, reverse: bool
+) -> None:
+    """What GPUs take where no Triton kernel does: Inductor compiles it."""
+    monkeypatch.setattr("spcompile.kernels.linear.kernel.is_opaque", lambda device: False)
+    compare(draw(KINDS[kind], 2, 2, length, 4, 5), options_of(KINDS[kind], reverse))
+
+
 @pytest.mark.parametrize(("k", "v"), [(16, 16), (16, 48), (64, 32), (256, 64)])
 @every_kind
 def test_head_sizes(kind: str, k: int, v: int) -> None:

@@ -74,6 +74,19 @@ def test_reverse(monkeypatch: pytest.MonkeyPatch, kind: str, size: int, initial:
         close(found, wanted)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+@every_kind
+def test_chunks_that_are_traced(monkeypatch: pytest.MonkeyPatch, kind: str, size: int) -> None:
+    """The kernel and the fold of GPUs without Triton's kernels."""
+    for module in ("kernels.linear.kernel.is_opaque", "strategies.linear_allgather.opaque"):
+        monkeypatch.setattr(f"spcompile.{module}", lambda device: False)
+    x, options = draw(KINDS[kind], 2, 2, 200, 4, 6), options_of(KINDS[kind])
+    grads = cotangents(x)
+    got = sharded(Ranks(size, monkeypatch), x, options, grads)
+    for found, wanted in zip(got, references(x, options, grads), strict=True):
+        close(found, wanted)
+
+
 @pytest.mark.parametrize("length", [24, 13, 2])
 @pytest.mark.parametrize("size", RANKS)
 def test_without_a_mask(monkeypatch: pytest.MonkeyPatch, size: int, length: int) -> None:

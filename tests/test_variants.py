@@ -89,7 +89,7 @@ def zeros(graph: fx.Graph) -> set[fx.Node]:
 def test_no_product_is_one_with_zeros(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What several ranks compute is what one does, and for the delta rules the matrix that they send.
 
-    Where the chunks are traced into the graph, as on GPUs without Triton's kernels; on CPUs they are operators.
+    Where chunks are traced into the graph, as on GPUs without Triton's kernels; on CPUs they are operators.
     """
     monkeypatch.setattr("spcompile.kernels.linear.kernel.is_opaque", lambda device: False)
     torch.manual_seed(0)
@@ -106,8 +106,8 @@ def test_no_product_is_one_with_zeros(name: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("name", ["linear_llama3", *VARIANTS])
 def test_a_layer_is_the_same_few_operators(name: str) -> None:
-    """On CPUs, for any variant: no product of a chunk is Inductor's to compile. Several ranks call what one does,
-    and the total that they exchange; what a chunk does by itself stands between the start and the wait."""
+    """On CPUs, for any variant: no product of a chunk is Inductor's to compile. Several ranks call what one
+    does, and the total that they exchange; what a chunk does by itself is between the start and the wait."""
     torch.manual_seed(0)
     model = models.get(f"{name}:tiny", **SHAPE, pattern="L", layers=1)()
     joint = capture(model, model.example_inputs(seq=16, batch=2))

@@ -1,4 +1,4 @@
-"""The fold of the ranks' summaries as an operator, where Inductor need not compile it (``kernels/choice.py``)."""
+"""The fold of the ranks' summaries as an operator: Inductor need not compile it (``kernels/choice.py``)."""
 
 from __future__ import annotations
 

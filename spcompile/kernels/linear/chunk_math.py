@@ -1,4 +1,4 @@
-"""What chunks of tokens do, and the gradients, in eager ATen: the formulas of ``intra.py`` for M chunks at once.
+"""What chunks of tokens do, and the gradients, in eager ATen: the formulas of ``intra.py`` for M chunks.
 
 With D the decays, and s the scores of ``halves.py``, C tokens per chunk:
 
@@ -14,23 +14,28 @@ are formulas.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
-from spcompile.kernels.linear.halves import Decayed, decayed, gradients
+from spcompile.kernels.linear.halves import decayed, gradients
 
 __all__ = ["states", "states_backward", "within", "within_backward"]
 
-Maybe = Tensor | None
+Maybe: TypeAlias = Tensor | None
 
 
 def states(k: Tensor, v: Tensor, g: Maybe, beta: Maybe) -> tuple[Tensor, Maybe, Maybe]:
-    """B ``[M, K, V]``; A as sums of log decays ``[M, D]``, None (1) or a matrix ``[M, K, K]``; written, with a
-    delta rule ``[M, C, V + K]``."""
+    """B ``[M, K, V]``; A as sums of log decays ``[M, D]``, None (1) or a matrix ``[M, K, K]``; with a delta
+    rule what is written, ``[M, C, V + K]``."""
     if beta is None:
         keys = decayed(None, k, g, False, False).keys
         return keys.mT @ v, None if g is None else g.sum(1), None
-    of, written = _solved(k, v, g, beta, trained=False)
+    of = decayed(k * beta, k, g, False, False)
+    assert of.scores is not None and of.queries is not None
+    right = torch.cat([v * beta, of.queries], -1)
+    written = torch.linalg.solve_triangular(of.scores, right, upper=False, unitriangular=True)
     both = of.keys.mT @ written
     size = v.shape[2]
     matrix = both[..., size:].neg()
@@ -38,15 +43,9 @@ def states(k: Tensor, v: Tensor, g: Maybe, beta: Maybe) -> tuple[Tensor, Maybe, 
     return both[..., :size], matrix, written
 
 
-def _solved(k: Tensor, v: Tensor, g: Maybe, beta: Tensor, trained: bool) -> tuple[Decayed, Tensor]:
-    """The system L with the keys that it is made of, and what each token writes."""
-    of = decayed(k * beta, k, g, False, False, trained)
-    assert of.scores is not None and of.queries is not None
-    right = torch.cat([v * beta, of.queries], -1)
-    return of, torch.linalg.solve_triangular(of.scores, right, upper=False, unitriangular=True)
-
-
-def within(q: Tensor, k: Tensor, written: Tensor, g: Maybe, size: int, exclusive: bool) -> tuple[Tensor, Tensor]:
+def within(
+    q: Tensor, k: Tensor, written: Tensor, g: Maybe, size: int, exclusive: bool
+) -> tuple[Tensor, Tensor]:
     """intra ``[M, C, V]`` and queries ``[M, C, K]``; V is ``size``."""
     of = decayed(q, k, g, exclusive, not exclusive)
     assert of.scores is not None and of.queries is not None
@@ -123,7 +122,7 @@ def states_backward(
 
 
 def _of_log(product: Tensor, size: int) -> Tensor:
-    """Of states' entries times their gradients ``[M, K, V]`` the sums that belong to a decay, ``[M, 1, D]``."""
+    """Of states times their gradients ``[M, K, V]`` the sums that belong to a decay, ``[M, 1, D]``."""
     return product.sum((1, 2)).reshape(-1, 1, 1) if size == 1 else product.sum(2).unsqueeze(1)
 
 

@@ -11,7 +11,7 @@ chunks at a time go through all of the formulas: what is between these stays in 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ __all__ = [
 # chunks at once, 64 and 16: 49, 31, 37.
 _TOGETHER = 2**18
 
-Maybe = Tensor | None
+Maybe: TypeAlias = Tensor | None
 
 
 def _given(x: Tensor) -> Maybe:
@@ -102,9 +102,7 @@ def chunk_states(
     with own_dtypes(k):
         tokens = _flat(k, chunk, reverse), _flat(v, chunk, reverse)
         rest = _decay(log_decay, k, chunk, reverse), _flat(beta, chunk, reverse)
-        states, transitions, written = (
-            _apart(x, k, chunk) for x in _run(chunk_math.states, *tokens, *rest)
-        )
+        states, transitions, written = (_apart(x, k, chunk) for x in _run(chunk_math.states, *tokens, *rest))
         return states, transitions, written
 
 
@@ -237,14 +235,16 @@ def chunk_within_backward(
         grad: of the outputs, ``[B, H, T, V]``.
         before: the states before the chunks, ``[N, n, K, V]``.
     Returns:
-        dq, like q; what is known of dk and of the gradient of ``log_decay``, ``[N, n, C, *]`` or ``[0]``; that
-        of what is written, of v if that is ``[0]``.
+        dq, like q; what is known of dk and of the gradient of ``log_decay``, ``[N, n, C, *]`` or ``[0]``;
+        that of what is written, of v if that is ``[0]``.
     """
     with own_dtypes(k):
 
-        def function(grad: Tensor, before: Tensor, *tokens: Any) -> tuple[Maybe, ...]:
-            q, *rest = tokens
-            dq, *others = chunk_math.within_backward(grad, before, q * scale, *rest, exclusive)
+        def function(
+            grad: Tensor, before: Tensor, q: Tensor, k: Tensor, u: Tensor, g: Maybe
+        ) -> tuple[Maybe, ...]:
+            given = grad, before, q * scale, k, u, g
+            dq, *others = chunk_math.within_backward(*given, exclusive)
             return dq.mul_(scale), *others
 
         given = _flat(grad, chunk, reverse), _merged(before.to(state_dtype(k.dtype)))
@@ -300,8 +300,8 @@ def chunk_states_backward(
         dk, dg, of_written: of :func:`chunk_within_backward`.
     """
     with own_dtypes(k):
-        tokens = _flat(k, chunk, reverse), _flat(v, chunk, reverse)
-        tokens = *tokens, _decay(log_decay, k, chunk, reverse), _flat(beta, chunk, reverse)
+        pairs = _flat(k, chunk, reverse), _flat(v, chunk, reverse)
+        tokens = *pairs, _decay(log_decay, k, chunk, reverse), _flat(beta, chunk, reverse)
         known = (_merged(_given(x)) for x in (written, before, after, dk, dg, of_written))
         grads = _run(chunk_math.states_backward, *tokens, *known)
         found = []

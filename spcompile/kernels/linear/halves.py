@@ -30,7 +30,7 @@ __all__ = ["Decayed", "decayed", "gradients"]
 
 
 class _Level(NamedTuple):
-    """The factors of the scores of one level, ``[M * C / 2h, h, K]``, and D ``[M, C / h, D]`` of its halves."""
+    """The factors of one level's scores, ``[M * C / 2h, h, K]``, and D ``[M, C / h, D]`` of its halves."""
 
     queries: Tensor | None
     keys: Tensor
@@ -163,7 +163,7 @@ def _lower(scores: Tensor, diagonal: bool) -> Tensor:
 
 
 def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """The first and the second halves of ``[M, C, D]`` in blocks of 2h tokens, views ``[M * C / 2h, h, D]``."""
+    """First and second halves of ``[M, C, D]`` in blocks of 2h tokens, views ``[M * C / 2h, h, D]``."""
     pairs = x.view(-1, 2, half, x.shape[2])
     return pairs[:, 0], pairs[:, 1]
 

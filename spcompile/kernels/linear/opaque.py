@@ -19,7 +19,7 @@ ops = torch.ops.spcompile
 
 
 class _Walk:
-    """The chunks of a run from the first to the last, or back if ``later``, and what each does to the state."""
+    """The chunks from the first to the last, or back if ``later``, and what each does to the state."""
 
     def __init__(self, x: Operands, states: Tensor, transitions: Tensor, later: bool) -> None:
         self.batch, self.given = x.k.shape[:2], (states, transitions)
