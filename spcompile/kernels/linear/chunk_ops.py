@@ -10,7 +10,8 @@ chunks at a time go through all of the formulas: what is between these stays in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -37,25 +38,24 @@ _TOGETHER = 2**18
 Maybe: TypeAlias = Tensor | None
 
 
-def _given(x: Tensor) -> Maybe:
-    """A result that another operator gave, None if it is ``[0]``."""
-    return x if x.dim() > 1 else None
-
-
-def _flat(x: Maybe, chunk: int, reverse: bool) -> Maybe:
-    """Tokens ``[B, H, T, D]`` as chunks ``[M, C, D]``, M = N n."""
-    return None if x is None else cut(x, chunk, reverse).flatten(0, 1).contiguous()
+def _parts(x: Maybe, chunk: int, reverse: bool) -> Maybe:
+    """Tokens ``[B, H, T, D]`` as chunks ``[B, H, n, C, D]`` in the order of time: a view, if that can be."""
+    if x is None:
+        return None
+    if not reverse and x.shape[2] % chunk == 0:
+        return x.unflatten(2, (-1, chunk))
+    return cut(x, chunk, reverse).unflatten(0, x.shape[:2])
 
 
 def _decay(log_decay: Maybe, k: Tensor, chunk: int, reverse: bool) -> Maybe:
     if log_decay is None:
         return None
-    return _flat(log_decay.expand(*k.shape[:3], log_decay.shape[3]), chunk, reverse)
+    return _parts(log_decay.expand(*k.shape[:3], log_decay.shape[3]), chunk, reverse)
 
 
-def _merged(x: Maybe) -> Maybe:
-    """``[N, n, ...]`` as ``[M, ...]``."""
-    return None if x is None else x.flatten(0, 1)
+def _apart(x: Maybe, like: Tensor) -> Maybe:
+    """``[N, n, ...]`` as ``[B, H, n, ...]``; None and ``[0]`` as None."""
+    return None if x is None or x.dim() == 1 else x.unflatten(0, like.shape[:2])
 
 
 def _count(x: Tensor, chunk: int) -> tuple[Any, Any]:
@@ -63,26 +63,54 @@ def _count(x: Tensor, chunk: int) -> tuple[Any, Any]:
     return x.shape[0] * x.shape[1], (x.shape[2] + chunk - 1) // chunk
 
 
-def _run(function: Callable[..., tuple[Maybe, ...]], *operands: Maybe) -> list[Maybe]:
-    """``function`` of some chunks at a time, its results put together; operands are ``[M, ...]`` or None."""
-    count, chunk, size = next(x for x in operands if x is not None).shape
+def _run(function: Callable[..., tuple[Maybe, ...]], operands: Sequence[Maybe], to: Sequence[Maybe]) -> None:
+    """``function`` of some chunks at a time; operands and what its results go to are ``[B, H, n, ...]``."""
+    first = next(x for x in operands if x is not None)
+    (b, h, n, chunk, size), wide = first.shape, state_dtype(first.dtype)
     step = max(1, _TOGETHER // (chunk * size))
-    whole: list[Maybe] = []
-    for start in range(0, count, step):
-        part = slice(start, start + step)
-        results = function(*(None if x is None else x[part] for x in operands))
-        whole = whole or [None if x is None else x.new_empty(count, *x.shape[1:]) for x in results]
-        for to, x in zip(whole, results, strict=True):
-            if to is not None and x is not None:
-                to[part] = x
-    return whole
+    steps = max(1, step // max(1, n * h)), max(1, step // max(1, n)), step
+    starts = (range(0, count, few) for count, few in zip((b, h, n), steps, strict=True))
+    for start in itertools.product(*starts):
+        at = tuple(slice(x, x + few) for x, few in zip(start, steps, strict=True))
+        results = function(*(None if x is None else x[at].flatten(0, 2).to(wide) for x in operands))
+        for out, x in zip(to, results, strict=True):
+            if out is not None and x is not None:
+                out[at] = x.unflatten(0, out[at].shape[:3])
 
 
-def _apart(x: Maybe, like: Tensor, chunk: int) -> Tensor:
-    """``[M, ...]`` as ``[N, n, ...]``; None as ``[0]``."""
-    if x is None:
-        return like.new_empty(0, dtype=state_dtype(like.dtype))
-    return x.reshape(*_count(like, chunk), *x.shape[1:])
+class _Tokens:
+    """A result in tokens, which comes in chunks.
+
+    Args:
+        whole: what it goes to, ``[B, H, T, D]``, or what it is to be summed up to; None: there is none.
+        k: says what B, H and T are.
+    """
+
+    def __init__(self, whole: Maybe, k: Tensor, chunk: int, reverse: bool) -> None:
+        self.whole, self.k, self.reverse = whole, k, reverse
+        self.chunks = self.direct = None
+        if whole is None:
+            return
+        shape = *k.shape[:2], _count(k, chunk)[1], chunk, whole.shape[3]
+        if not reverse and k.shape[2] % chunk == 0 and whole.shape[:3] == k.shape[:3]:
+            self.chunks = self.direct = whole.view(shape)
+        else:
+            self.chunks = whole.new_empty(shape, dtype=state_dtype(k.dtype))
+
+    def get(self) -> Tensor:
+        """The result, when all chunks have been written."""
+        if self.whole is None or self.chunks is None:
+            return self.k.new_empty(0)
+        if self.direct is None:
+            tokens = uncut(self.chunks.flatten(0, 1), self.k, self.reverse)
+            self.whole.copy_(tokens.sum_to_size(self.whole.shape))
+        return self.whole
+
+
+def _gradient(operand: Maybe, k: Tensor, chunk: int, reverse: bool) -> _Tokens:
+    """Where the gradient of an operand goes."""
+    whole = None if operand is None else k.new_empty(operand.shape, dtype=operand.dtype)
+    return _Tokens(whole, k, chunk, reverse)
 
 
 @torch.library.custom_op("spcompile::chunk_states", mutates_args=())
@@ -100,16 +128,21 @@ def chunk_states(
         beside w, else ``[0]``.
     """
     with own_dtypes(k):
-        tokens = _flat(k, chunk, reverse), _flat(v, chunk, reverse)
-        rest = _decay(log_decay, k, chunk, reverse), _flat(beta, chunk, reverse)
-        states, transitions, written = (_apart(x, k, chunk) for x in _run(chunk_math.states, *tokens, *rest))
-        return states, transitions, written
+        results = _states(k, v, log_decay, beta, chunk)
+        tokens = _parts(k, chunk, reverse), _parts(v, chunk, reverse)
+        operands = *tokens, _decay(log_decay, k, chunk, reverse), _parts(beta, chunk, reverse)
+        _run(chunk_math.states, operands, [_apart(x, k) for x in results])
+        return results
 
 
 @chunk_states.register_fake
 def _(
     k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None, chunk: int, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return _states(k, v, log_decay, beta, chunk)
+
+
+def _states(k: Tensor, v: Tensor, log_decay: Maybe, beta: Maybe, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
     n, size, values = _count(k, chunk), k.shape[3], v.shape[3]
     wide = state_dtype(k.dtype)
     a = (0,) if log_decay is None else (*n, log_decay.shape[3])
@@ -144,18 +177,18 @@ def chunk_within(
         def function(q: Tensor, k: Tensor, u: Tensor, g: Maybe) -> tuple[Tensor, Tensor]:
             return chunk_math.within(q * scale, k, u, g, size, exclusive)
 
-        given = _tokens(q, k, v, written, chunk, reverse)
-        results = _run(function, *given, _decay(log_decay, k, chunk, reverse))
-        intra, queries = (_apart(x, k, chunk) for x in results)
-        return intra, queries
+        results = _reads(k, v, chunk)
+        operands = *_tokens(q, k, v, written, chunk, reverse), _decay(log_decay, k, chunk, reverse)
+        _run(function, operands, [_apart(x, k) for x in results])
+        return results
 
 
 def _tokens(
     q: Tensor, k: Tensor, v: Tensor, written: Tensor, chunk: int, reverse: bool
 ) -> tuple[Maybe, Maybe, Maybe]:
-    """Queries, keys and what is written, ``[M, C, *]``."""
-    u = _merged(_given(written))
-    return _flat(q, chunk, reverse), _flat(k, chunk, reverse), _flat(v, chunk, reverse) if u is None else u
+    """Queries, keys and what is written, in chunks."""
+    u = _parts(v, chunk, reverse) if written.dim() == 1 else _apart(written, k)
+    return _parts(q, chunk, reverse), _parts(k, chunk, reverse), u
 
 
 @chunk_within.register_fake
@@ -170,6 +203,10 @@ def _(
     exclusive: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
+    return _reads(k, v, chunk)
+
+
+def _reads(k: Tensor, v: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     n, wide = _count(k, chunk), state_dtype(k.dtype)
     sizes = v.shape[3], k.shape[3]
     intra, queries = (k.new_empty(*n, chunk, x, dtype=wide) for x in sizes)
@@ -180,21 +217,19 @@ def _(
 def chunk_outputs(intra: Tensor, queries: Tensor, before: Tensor, like: Tensor, reverse: bool) -> Tensor:
     """intra + queries S_before, ``[B, H, T, V]`` in the dtype and with the B, H and T of ``like``."""
     with own_dtypes(intra):
-        flat = (x.flatten(0, 1) for x in (intra, queries, before))
-        out = torch.baddbmm(*flat).reshape(intra.shape)
-        return _tokens_of(out, like, reverse)
+        to = _Tokens(_outputs(intra, like), like, intra.shape[2], reverse)
+        operands = [_apart(x, like) for x in (intra, queries, before)]
+        _run(lambda *x: (torch.baddbmm(*x),), operands, [to.chunks])
+        return to.get()
 
 
-def _tokens_of(x: Tensor, like: Tensor, reverse: bool) -> Tensor:
-    """Chunks as tokens in the dtype of ``like``, in memory of their own."""
-    x = uncut(x, like, reverse)
-    out = torch.empty(x.shape, dtype=like.dtype, device=x.device)
-    return out.copy_(x)
+def _outputs(intra: Tensor, like: Tensor) -> Tensor:
+    return like.new_empty(*like.shape[:3], intra.shape[3])
 
 
 @chunk_outputs.register_fake
 def _(intra: Tensor, queries: Tensor, before: Tensor, like: Tensor, reverse: bool) -> Tensor:
-    return like.new_empty(*like.shape[:3], intra.shape[3])
+    return _outputs(intra, like)
 
 
 @torch.library.custom_op("spcompile::chunk_sources", mutates_args=())
@@ -206,13 +241,19 @@ def chunk_sources(queries: Tensor, grad: Tensor, reverse: bool) -> Tensor:
         grad: of the outputs, ``[B, H, T, V]``.
     """
     with own_dtypes(queries):
-        grads = cut(grad, queries.shape[2], reverse)
-        return (queries.mT @ grads.to(queries.dtype)).contiguous()
+        sources = _sources(queries, grad)
+        operands = _apart(queries, grad), _parts(grad, queries.shape[2], reverse)
+        _run(lambda q, x: (q.mT @ x,), operands, [_apart(sources, grad)])
+        return sources
+
+
+def _sources(queries: Tensor, grad: Tensor) -> Tensor:
+    return queries.new_empty(*queries.shape[:2], queries.shape[3], grad.shape[3])
 
 
 @chunk_sources.register_fake
 def _(queries: Tensor, grad: Tensor, reverse: bool) -> Tensor:
-    return queries.new_empty(*queries.shape[:2], queries.shape[3], grad.shape[3])
+    return _sources(queries, grad)
 
 
 @torch.library.custom_op("spcompile::chunk_within_backward", mutates_args=())
@@ -247,12 +288,22 @@ def chunk_within_backward(
             dq, *others = chunk_math.within_backward(*given, exclusive)
             return dq.mul_(scale), *others
 
-        given = _flat(grad, chunk, reverse), _merged(before.to(state_dtype(k.dtype)))
-        tokens = _tokens(q, k, v, written, chunk, reverse)
-        dq, *others = _run(function, *given, *tokens, _decay(log_decay, k, chunk, reverse))
-        assert dq is not None
-        dk, dg, of_written = (_apart(x, k, chunk) for x in others)
-        return _tokens_of(dq, q, reverse), dk, dg, of_written
+        dq, results = _gradient(q, k, chunk, reverse), _known(k, v, log_decay, written, chunk)
+        tokens = *_tokens(q, k, v, written, chunk, reverse), _decay(log_decay, k, chunk, reverse)
+        operands = _parts(grad, chunk, reverse), _apart(before, k), *tokens
+        _run(function, operands, [dq.chunks, *(_apart(x, k) for x in results)])
+        return dq.get(), *results
+
+
+def _known(
+    k: Tensor, v: Tensor, log_decay: Maybe, written: Tensor, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, wide = _count(k, chunk), state_dtype(k.dtype)
+    gate = (0,) if log_decay is None else (*n, chunk, log_decay.shape[3])
+    size = (written if written.dim() > 1 else v).shape[3]
+    shapes = (*n, chunk, k.shape[3]), gate, (*n, chunk, size)
+    dk, dg, of_written = (k.new_empty(x, dtype=wide) for x in shapes)
+    return dk, dg, of_written
 
 
 @chunk_within_backward.register_fake
@@ -269,12 +320,7 @@ def _(
     exclusive: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n, wide = _count(k, chunk), state_dtype(k.dtype)
-    gate = (0,) if log_decay is None else (*n, chunk, log_decay.shape[3])
-    size = (written if written.dim() > 1 else v).shape[3]
-    shapes = (*n, chunk, k.shape[3]), gate, (*n, chunk, size)
-    dk, dg, of_written = (k.new_empty(x, dtype=wide) for x in shapes)
-    return q.new_empty(q.shape), dk, dg, of_written
+    return q.new_empty(q.shape), *_known(k, v, log_decay, written, chunk)
 
 
 @torch.library.custom_op("spcompile::chunk_states_backward", mutates_args=())
@@ -300,18 +346,12 @@ def chunk_states_backward(
         dk, dg, of_written: of :func:`chunk_within_backward`.
     """
     with own_dtypes(k):
-        pairs = _flat(k, chunk, reverse), _flat(v, chunk, reverse)
-        tokens = *pairs, _decay(log_decay, k, chunk, reverse), _flat(beta, chunk, reverse)
-        known = (_merged(_given(x)) for x in (written, before, after, dk, dg, of_written))
-        grads = _run(chunk_math.states_backward, *tokens, *known)
-        found = []
-        for operand, grad in zip((k, v, log_decay, beta), grads, strict=True):
-            if operand is None or grad is None:
-                found.append(k.new_empty(0))
-                continue
-            grad = uncut(grad, k, reverse).sum_to_size(operand.shape)
-            found.append(torch.empty(operand.shape, dtype=operand.dtype, device=k.device).copy_(grad))
-        return found[0], found[1], found[2], found[3]
+        tokens = _parts(k, chunk, reverse), _parts(v, chunk, reverse), _decay(log_decay, k, chunk, reverse)
+        known = (_apart(x, k) for x in (written, before, after, dk, dg, of_written))
+        to = [_gradient(x, k, chunk, reverse) for x in (k, v, log_decay, beta)]
+        operands = *tokens, _parts(beta, chunk, reverse), *known
+        _run(chunk_math.states_backward, operands, [x.chunks for x in to])
+        return to[0].get(), to[1].get(), to[2].get(), to[3].get()
 
 
 @chunk_states_backward.register_fake

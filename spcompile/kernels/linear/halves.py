@@ -61,13 +61,13 @@ def decayed(
     """
     if g is None:
         return Decayed(None if q is None else _lower(q @ k.mT, diagonal), q, k, None, [])
-    decay, levels, scores = g.exp(), [], None
+    decay, levels, scores = g.contiguous().exp(), [], None
     if q is not None:
         scores = k.new_zeros(*k.shape[:2], k.shape[1])
         if diagonal:
             scores.diagonal(dim1=1, dim2=2).copy_(torch.linalg.vecdot(q, k))
-        q = q.clone() if exclusive else q * decay
-    k = k.clone()
+        q = _copy(q) if exclusive else _copy(q).mul_(decay)
+    k = _copy(k)
     half = 1
     while half < k.shape[1]:
         first, second = _halves(decay, 1)
