@@ -16,12 +16,14 @@ one exponential per log decay, every factor is at most 1, nothing is divided by 
 tokens is a product of 6 factors: a gate of 0 is exact and no digits are lost. The backward goes through the
 levels the other way, with the gradients of the logarithms of the decays.
 
+One decay of all keys is halved without them, and multiplies the one product of all queries and keys.
+
 Shapes: M chunks of C tokens, a power of two; log decays ``[M, C, D]``, D = 1 (scalar) or K (diagonal).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -44,7 +46,9 @@ class Decayed(NamedTuple):
     queries: Tensor | None  # [M, C, K], with the decay from the chunk's start
     keys: Tensor  # [M, C, K], with the decay to the chunk's end
     decay: Tensor | None  # [M, 1, D], of the whole chunk; None is 1
-    levels: list[_Level]  # what the gradients need
+    levels: list[_Level]  # what the gradients need, and so for one decay of all keys:
+    pairs: Decayed | None = None  # the decays themselves, as scores of ones
+    product: Tensor | None = None  # q k^T without them
 
 
 def decayed(
@@ -61,6 +65,8 @@ def decayed(
     """
     if g is None:
         return Decayed(None if q is None else _lower(q @ k.mT, diagonal), q, k, None, [])
+    if g.shape[2] == 1 != k.shape[2]:
+        return _scalar(q, k, g, exclusive, diagonal, trained)
     decay, levels, scores = g.contiguous().exp(), [], None
     if q is not None:
         scores = k.new_zeros(*k.shape[:2], k.shape[1])
@@ -75,7 +81,7 @@ def decayed(
         if trained:
             levels.append(_Level(None if queries is None else queries.clone(), keys.clone(), decay))
         if queries is not None and scores is not None:
-            product = queries @ keys.mT
+            product = queries @ keys.mT if k.shape[2] > 1 else queries * keys.mT
             _blocks(scores, half).copy_(product.view(scores.shape[0], -1, half, half))
             queries.mul_(first)
         keys.mul_(second)
@@ -84,7 +90,20 @@ def decayed(
     return Decayed(scores, q, k, decay, levels)
 
 
-Gradients = tuple[Tensor | None, Tensor, Tensor | None]
+def _scalar(
+    q: Tensor | None, k: Tensor, g: Tensor, exclusive: bool, diagonal: bool, trained: bool
+) -> Decayed:
+    """One decay of all keys: of each pair by itself, times one product for all pairs."""
+    ones = torch.ones_like(g)
+    of = decayed(None if q is None else ones, ones, g, exclusive, diagonal, trained)
+    keys = k * of.keys
+    if q is None or of.scores is None:
+        return Decayed(None, None, keys, of.decay, [], of)
+    product = q @ k.mT
+    return Decayed(product * of.scores, q * of.queries, keys, of.decay, [], of, product)
+
+
+Gradients: TypeAlias = tuple[Tensor | None, Tensor, Tensor | None]
 
 
 def gradients(
@@ -109,6 +128,8 @@ def gradients(
     """
     if g is None:
         return _without_decay(q, k, diagonal, scores, queries, keys)
+    if of.pairs is not None:
+        return _of_scalar(of, of.pairs, q, k, g, exclusive, diagonal, scores, queries, keys, decay)
     dk = torch.zeros_like(k) if keys is None else _copy(keys)
     dq = None if queries is None else _copy(queries)
     dg = g.new_zeros(g.shape[0], 1, g.shape[2]) if decay is None else decay
@@ -140,6 +161,33 @@ def gradients(
         dq.addcmul_(own, k)
         dk.addcmul_(own, q)
     return dq, dk, dg
+
+
+def _of_scalar(
+    of: Decayed,
+    pairs: Decayed,
+    q: Tensor | None,
+    k: Tensor,
+    g: Tensor,
+    exclusive: bool,
+    diagonal: bool,
+    scores: Tensor | None,
+    queries: Tensor | None,
+    keys: Tensor | None,
+    decay: Tensor | None,
+) -> Gradients:
+    ones = torch.ones_like(g)
+    dk = None if keys is None else keys * pairs.keys
+    of_keys = None if keys is None else torch.linalg.vecdot(keys, k).unsqueeze(-1)
+    how = exclusive, diagonal
+    if q is None or scores is None or queries is None or of.product is None or pairs.scores is None:
+        _, _, dg = gradients(pairs, None, ones, g, *how, keys=of_keys, decay=decay)
+        return None, torch.zeros_like(k) if dk is None else dk, dg
+    of_queries = torch.linalg.vecdot(queries, q).unsqueeze(-1)
+    _, _, dg = gradients(pairs, ones, ones, g, *how, scores * of.product, of_queries, of_keys, decay)
+    scores = scores * pairs.scores
+    dq, of_k = torch.baddbmm(queries * pairs.queries, scores, k), scores.mT @ q
+    return dq, of_k if dk is None else of_k.add_(dk), dg
 
 
 def _without_decay(
