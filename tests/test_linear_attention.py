@@ -53,7 +53,7 @@ def test_every_variant(kind: str, length: int, reverse: bool) -> None:
 def test_chunks_that_are_traced(
     monkeypatch: pytest.MonkeyPatch, kind: str, length: int, reverse: bool
 ) -> None:
-    """What GPUs take where no Triton kernel does: Inductor compiles it."""
+    """Of every kind, as on GPUs where no Triton kernel takes them."""
     monkeypatch.setattr("spcompile.kernels.linear.kernel.is_opaque", lambda device: False)
     compare(draw(KINDS[kind], 2, 2, length, 4, 5), options_of(KINDS[kind], reverse))
 
