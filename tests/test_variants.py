@@ -106,8 +106,11 @@ def test_no_product_is_one_with_zeros(name: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("name", [n for n, row in TABLE.items() if row.delta or row.decay == "diagonal"])
 def test_a_layer_is_the_same_few_operators(name: str) -> None:
-    """On CPUs, of a delta rule or decays per key: no product of a chunk is Inductor's to compile. Several ranks call what one
-    does, and the total that they exchange; what a chunk does by itself is between the start and the wait."""
+    """On CPUs, of a delta rule or decays per key: no product of a chunk is Inductor's to compile.
+
+    Several ranks call what one does, and the total that they exchange; what a chunk does by itself is between
+    the start and the wait.
+    """
     torch.manual_seed(0)
     model = models.get(f"{name}:tiny", **SHAPE, pattern="L", layers=1)()
     joint = capture(model, model.example_inputs(seq=16, batch=2))

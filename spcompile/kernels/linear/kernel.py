@@ -106,6 +106,6 @@ def kernel_of(x: Operands, options: Options) -> Kernel:
             refused = fused.refuses(x)
         if not refused:
             return kernel
-    # What else there is compiles in a third of the time, and is up to 1.5 times as fast where Inductor fuses it.
+    # The others compile in a fraction of the time, and are up to 1.5 times as fast where Inductor fuses them.
     heavy = x.beta is not None or (x.log_decay is not None and x.log_decay.shape[3] != 1)
     return (_OPAQUE if heavy and is_opaque(x.k.device) else _CHUNKED)._replace(refused=refused)
