@@ -50,34 +50,47 @@ class Variant(NamedTuple):
 
 
 # Kernels that are launched as another one is.
-_LIKE = {"diagonal.columns": "outputs, per key", "diagonal.outputs": "outputs, per key"}
+_LIKE = {
+    "diagonal.columns": "outputs, per key",
+    "diagonal.outputs": "outputs, per key",
+    "delta.systems": "systems",
+    "segments.prologue": "summaries",
+    "diagonal.prologue": "summaries",
+}
 AMD = "gfx942"
 # Bytes of shared memory that a block may have.
 SHARED: dict[int | str, int] = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, AMD: 64 << 10}
 
 _BACK = {"READ": 2, "REVERSE": True}
 # OF_GATE, the part in a decay's gradient: 0 none, 1 READS, 2 WRITES.
-_DQ, _DK = {"OF_GATE": 1}, {"OF_GATE": 2, "SCALED": True, **_BACK}
+_DQ, _DK = {"OF_GATE": 1, "final": None}, {"OF_GATE": 2, "SCALED": True, "final": None, **_BACK}
+# Where a segment is not the first of a run, FOLD: a few states of earlier ones are read before.
 VARIANTS = {
     "summaries": Variant("segments.summaries"),
+    "prologue": Variant("segments.prologue", {"GATED": False}),
+    "prologue, decay": Variant("segments.prologue"),
     "outputs": Variant("segments.outputs", {"GATED": False}),
     "outputs, decay": Variant("segments.outputs"),
-    "outputs, decay, dq": Variant("segments.outputs", _DQ, 48),
-    "outputs, decay, dk": Variant("segments.outputs", _DK, 32),
-    "pairs": Variant("segments.pairs"),
+    "outputs, decay, dq": Variant("segments.outputs", _DQ),
+    "outputs, decay, dk": Variant("segments.outputs", _DK, 16),
+    "pairs": Variant("segments.pairs", {"less": None}),
     "delta, systems": Variant("delta.systems"),
     "delta, summaries": Variant("delta.summaries"),
-    "delta, summaries back": Variant("delta.summaries", {"SOURCE": True, **_BACK}, 104),
+    "delta, summaries back": Variant("delta.summaries", {"BACK": True, "REVERSE": True}, 16),
+    "delta, prologue": Variant("delta.prologue", stack=32),
+    "delta, outputs": Variant("delta.outputs", stack=56),
     "delta, writes": Variant("delta.corrected"),
-    "delta, gradients": Variant("delta.corrected", {"SOURCE": True, **_BACK}, 160),
-    "delta, dk of readings": Variant("segments.outputs", {**_DQ, "STRICT": True}, 16),
-    "delta, dk": Variant("segments.outputs", {**_DK, "LESS": True}, 160),
+    "delta, gradients": Variant("delta.corrected", {"BACK": True, "REVERSE": True}, 32),
+    "delta, pairs": Variant("segments.pairs"),
+    "delta, dk of readings": Variant("segments.outputs", {**_DQ, "STRICT": True, "FOLD": False}),
+    "delta, dk": Variant("segments.outputs", {**_DK, "LESS": True, "FOLD": False}),
     "per key, summaries": Variant("diagonal.summaries"),
+    "per key, prologue": Variant("diagonal.prologue"),
     "per key, scores": Variant("diagonal.within", wide=False),
     "per key, pairs back": Variant("diagonal.within", {"GRADS": True}, wide=False),
     "per key, outputs": Variant("diagonal.outputs"),
     "per key, dv": Variant("diagonal.outputs", {"SCALED": True, "MIRRORED": True, **_BACK}),
-    "per key, dq": Variant("diagonal.columns", stack=8),
+    "per key, dq": Variant("diagonal.columns", stack=16),
     "per key, dk": Variant("diagonal.columns", {"ROLE": 2, **_BACK}, 8),
 }
 _DEFAULTS: dict[str, Any] = {
@@ -87,12 +100,13 @@ _DEFAULTS: dict[str, Any] = {
     "SCALED": False,
     "OF_GATE": 0,
     "STRICT": False,
+    "FOLD": True,
 }
-_DEFAULTS |= {"LESS": False, "SOURCE": False, "GRADS": False, "MIRRORED": False, "ROLE": 1}
-_FLOATS = {"g", "beta", "states", "matrices", "logs", "before", "inner", "sums", "plus", "given"}
-_FLOATS |= {"of_gate", "dq", "dk", "dg"}
-_OPERANDS = {"q", "k", "v", "do", "other", "kept", "out", "less_k", "less_v", "errors", "inverses"}
-_OPERANDS |= {"mate", "scores"}
+_DEFAULTS |= {"LESS": False, "BACK": False, "GRADS": False, "MIRRORED": False, "ROLE": 1}
+_FLOATS = {"g", "beta", "states", "matrices", "logs", "carry", "before", "final", "inner", "sums", "plus"}
+_FLOATS |= {"given", "of_gate", "dq", "dk", "dg", "back", "back_logs", "back_matrices"}
+_OPERANDS = {"q", "k", "v", "do", "other", "kept", "out", "less_k", "less_v", "errors", "systems"}
+_OPERANDS |= {"mate", "scores", "less"}
 _POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float16: "*fp16"}
 
 
@@ -104,9 +118,12 @@ def compiled(variant: Variant, size: int, dtype: torch.dtype, arch: int | str) -
     function = getattr(importlib.import_module(f"spcompile.kernels.triton.{file}"), name)
     heads = torch.empty(1, 1, 1, size, dtype=dtype)
     name += ", less" if variant.constants.get("LESS") else ""
-    constants = tiles("delta" if file == "delta" else _LIKE.get(variant.kernel, name), heads, heads)
+    constants = tiles(_LIKE.get(variant.kernel, "delta" if file == "delta" else name), heads, heads)
+    small = tiles("pairs", heads, heads)
     launch = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    constants |= {**_DEFAULTS, **variant.constants}
+    constants |= {**_DEFAULTS, "PK": small["BK"], "PV": small["BV"], **variant.constants}
+    if not constants["FOLD"]:
+        constants |= dict.fromkeys(("logs", "carry", "matrices"))
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature, aligned = {}, {}
     for index, name in enumerate(function.arg_names):
@@ -114,7 +131,7 @@ def compiled(variant: Variant, size: int, dtype: torch.dtype, arch: int | str) -
             signature[name] = "constexpr"
             continue
         pointer = _POINTERS[dtype] if name in _OPERANDS else "*fp32" if name in _FLOATS else None
-        if name == "inverses" and dtype == torch.bfloat16:
+        if name == "systems" and dtype == torch.bfloat16:
             pointer = "*fp16"
         signature[name] = pointer or ("fp32" if name == "scale" else "i32")
         if pointer or (name[-1] in "bht" and name[0] in "qkvdxolm" and len(name) == 2) or name == "segment":

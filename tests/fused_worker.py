@@ -10,6 +10,7 @@ import itertools
 import json
 import sys
 import threading
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spcompile.attention import reference
-from spcompile.kernels.linear import chunked, fused, fused_delta, fused_diagonal
+from spcompile.kernels.linear import chunked, fused, fused_delta, fused_diagonal, launch
 from spcompile.kernels.linear.kernel import Kernel
 from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.scan import scan as loop
@@ -36,7 +37,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GATES = ("none", "constant", "mild", "strong")
 DIAGONAL = ("constant per key", "mild per key", "strong per key")
 DELTA = ("delta rule", "mild, delta rule", "strong, delta rule")
-SIZES = {"one token": (1, 16, 16), "two chunks": (65, 24, 16), "two segments": (530, 16, 40)}
+# Segments are made short: 530 tokens are five.
+SEGMENT, LEAST = 128, launch._LEAST
+SIZES = {"one token": (1, 16, 16), "two chunks": (65, 24, 16), "five segments": (530, 16, 40)}
+SIZES["wide"] = (260, 128, 16)  # of a matrix of 128 x 128 halves are read
 ORDERS = {"": (False, False), "exclusive": (True, False), "reverse": (False, True), "both": (True, True)}
 FUSED = ("linear_llama3", "retention", "simple_gla", "gla", "rwkv6", "deltanet", "gated_deltanet")
 KERNELS = (fused, fused_diagonal, fused_delta)
@@ -51,17 +55,21 @@ def cases() -> list[str]:
         ", ".join((dtype, *case))
         for dtype, some in orders.items()
         for case in itertools.product(GATES, SIZES, some)
-        if case[1] != "two segments" or case[2] in ("", "both")
+        if case[1] != "wide" and (case[1] != "five segments" or case[2] in ("", "both"))
     ]
     found += [f"fp32, {kind}, {size}, " for kind in DIAGONAL for size in ("one token", "two chunks")]
-    found += ["fp32, mild per key, two segments, ", "fp32, strong per key, two segments, both"]
+    found += ["fp32, mild per key, five segments, ", "fp32, strong per key, five segments, both"]
     found += [f"fp32, mild per key, two chunks, {o}" for o in ("exclusive", "reverse", "both")]
     found += [f"{dtype}, {kind}, two chunks, " for dtype in ("bf16", "fp16") for kind in DIAGONAL]
     # Those of a delta rule take longest.
-    found += [f"fp32, {kind}, {size}, " for kind in DELTA for size in ("two chunks", "two segments")]
-    found += ["fp32, mild, delta rule, one token, ", "fp32, mild, delta rule, two chunks, reverse"]
+    found += [f"fp32, {kind}, {size}, " for kind in DELTA for size in ("two chunks", "five segments")]
+    found += [
+        "fp32, delta rule, wide, ",
+        "fp32, mild, delta rule, one token, ",
+        "fp32, mild, delta rule, two chunks, reverse",
+    ]
     narrow = ("bf16, delta rule", "bf16, mild, delta rule", "fp16, mild, delta rule")
-    return found + [f"{kind}, two segments, " for kind in narrow]
+    return found + [f"{kind}, five segments, " for kind in narrow]
 
 
 def parsed(case: str) -> tuple[torch.dtype, str, bool, tuple[int, int, int], Options]:
@@ -69,7 +77,7 @@ def parsed(case: str) -> tuple[torch.dtype, str, bool, tuple[int, int, int], Opt
     dtype, *kinds, size, order = case.split(", ")
     delta, (t, k, v) = "delta rule" in kinds, SIZES[size]
     # What a delta rule writes depends on all that it has written: with few keys, roundings add up.
-    k = 64 if delta and t > 64 else k
+    k = max(64, k) if delta and t > 64 else k
     kind = kinds[0] if kinds[0] in GATES + DIAGONAL else "none"
     return DTYPES[dtype], kind, delta, (t, k, v), Options(True, 0.3, *ORDERS[order])
 
@@ -208,28 +216,62 @@ def on_ranks() -> dict[str, float]:
     return found
 
 
+COUNTED = ("no decay", "decay", "decay per key", "delta rule, decay")
+
+
+def counted(kind: str, heads: int, tokens: int, size: int) -> Operands:
+    """bf16 operands of which something is counted. Without a decay a delta rule has the same kernels."""
+    q, k, v = (torch.randn(1, heads, tokens, size).bfloat16() for _ in range(3))
+    decay = beta = None
+    if kind != "no decay":
+        decay = -torch.rand(1, heads, tokens, size if kind == "decay per key" else 1)
+        decay = decay.bfloat16() if kind == "decay per key" else decay
+    if kind.startswith("delta"):
+        k, beta = F.normalize(k, dim=-1), torch.rand(1, heads, tokens, 1)
+    return Operands(q, k, v, decay, beta)
+
+
+def ways(x: Operands) -> Iterator[str]:
+    """Run the forward, then the backward, of one rank; says which way is done."""
+    kernel = kernel_for(x)
+    for way, more in (("forward", ()), ("backward", (torch.randn_like(x.v), None))):
+        run = (kernel.Forward if way == "forward" else kernel.Backward)(x, Options(True, 0.3), *more)
+        run.local()
+        run.finish(None)
+        yield way
+
+
 def traffic() -> dict[str, dict[str, float]]:
-    """Bytes that the kernels move, per token and head, of bf16 operands; and how many are launched."""
-    found: dict[str, dict[str, float]] = {"bytes": {}, "launches": {}}
+    """Bytes that the kernels load and store, per token and head: two segments of each of few heads."""
+    found: dict[str, float] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("spcompile.kernels.scan.scan", scan.scan)
-        # Without a decay a delta rule has the same kernels: the gates are a few bytes.
-        kinds = ("no decay", "decay", "decay per key", "delta rule, decay")
-        for size, kind in itertools.product((64, 128), kinds):
-            x = Operands(*(torch.randn(1, 1, 1024, size).bfloat16() for _ in range(3)))
-            if kind != "no decay":
-                x = x._replace(log_decay=-torch.rand(1, 1, 1024, size if kind == "decay per key" else 1))
-            if kind.startswith("delta"):
-                x = x._replace(k=F.normalize(x.k, dim=-1), beta=torch.rand(1, 1, 1024, 1))
-            kernel = kernel_for(x)
-            for name, steps in (("forward", kernel.Forward), ("backward", kernel.Backward)):
-                triton_interpreter.moved[0] = triton_interpreter.launches[0] = 0
-                run = steps(x, Options(True, 0.3), *((x.v, None) if name == "backward" else ()))
-                run.local()
-                run.finish(None)
-                case = f"{name}, {size}, {kind}"
-                found["bytes"][case] = triton_interpreter.moved[0] / 1024
-                found["launches"][case] = triton_interpreter.launches[0]
+        patch.setattr(launch, "_LEAST", LEAST)
+        for size, kind in itertools.product((64, 128), COUNTED):
+            triton_interpreter.moved[0] = 0
+            for way in ways(counted(kind, 1, 1024, size)):
+                found[f"{way}, {size}, {kind}"] = triton_interpreter.moved[0] / 1024
+                triton_interpreter.moved[0] = 0
+    return {"bytes": found} | ledger()
+
+
+# Few heads, of which segments make programs enough; and as many as programs are wanted.
+HEADS = {"4 heads": (4, 32768), "128 heads": (128, 1024)}
+
+
+def ledger() -> dict[str, dict[str, float]]:
+    """What is launched for heads of 128: how often, operand bytes per token and head, programs at least."""
+    found: dict[str, dict[str, float]] = {"launches": {}, "operands": {}, "programs": {}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_LEAST", LEAST)
+        patch.setattr(triton_interpreter, "dry", [True])
+        for (name, (heads, tokens)), kind in itertools.product(HEADS.items(), COUNTED):
+            triton_interpreter.launches.clear()
+            for way in ways(counted(kind, heads, tokens, 128)):
+                done, case = [*triton_interpreter.launches], f"{way}, {name}, {kind}"
+                found["launches"][case] = len(done)
+                found["operands"][case] = sum(x.operands for x in done) / (heads * tokens)
+                found["programs"][case] = min(x.programs for x in done)
+                triton_interpreter.launches.clear()
     return found
 
 
@@ -266,29 +308,40 @@ def opchecks() -> None:
     """Every operator's schema and fake results; raises."""
     x = [torch.randn(1, 2, 65, 16) for _ in range(4)]
     g, ops, opcheck = -torch.rand(1, 2, 65, 1), torch.ops.spcompile, torch.library.opcheck
-    before, kept = torch.zeros(2, 1, 16, 16), torch.zeros(2, 8, 16, 16)
+    zeros, kept = torch.zeros(2, 1, 16, 16), torch.zeros(2, 8, 16, 16)
+    before, folded = (zeros, None, None, False), (zeros, torch.zeros(2, 1), zeros[:, 0], True)
     opcheck(ops.segment_summaries, (x[0], x[1], g, 0.3, 0, True))
-    opcheck(ops.segment_outputs, (*x[:3], g, before, x[3], None, 0.3, False, 0, False, False, ()))
-    opcheck(ops.segment_outputs, (*x[:3], g, before, x[3], kept, 0.3, True, 2, True, False, x[1:]))
-    opcheck(ops.segment_pairs, (*x, g, 0.3, 0, False))
+    opcheck(ops.segment_prologue, (*x, g, 0.3, 0, True))
+    opcheck(ops.segment_outputs, (*x[:3], g, *folded, x[3], None, 0.3, False, 0, False, False, (), True))
+    opcheck(ops.segment_outputs, (*x[:3], g, *before, x[3], kept, 0.3, True, 2, True, False, x[1:], False))
+    for less in (None, x[0]):
+        opcheck(ops.segment_pairs, (*x, less, g, 0.3, 0, False))
     beta, wrong = torch.rand(1, 2, 65, 1), torch.randn(1, 2, 65, 16)
-    opcheck(ops.delta_systems, (x[1], beta, g, 0, False))
-    source = (None, x[1], x[2], ops.delta_systems(x[1], beta, g, 0, False), beta, g)
-    opcheck(ops.delta_summaries, (*source, 0.3, 0, False))
-    opcheck(ops.delta_corrected, (*source, before, None, 0.3, 0, False, True))
-    opcheck(ops.delta_corrected, (x[0], *source[1:], before, wrong, 0.3, 2, True, False))
+    opcheck(ops.delta_systems, (x[1], beta, g, False))
+    source = (None, x[1], x[2], ops.delta_systems(x[1], beta, g, False), beta, g)
+    opcheck(ops.delta_summaries, (*source, 0.3, False))
+    opcheck(ops.delta_prologue, (*x, *source[3:], 0.3, False))
+    matrices = (zeros, zeros, zeros[:, 0], True)
+    opcheck(ops.delta_outputs, (x[0], *source[1:], *matrices, 0.3, False))
+    opcheck(ops.delta_corrected, (*source, *matrices, None, 0.3, False))
+    opcheck(ops.delta_corrected, (x[0], *source[1:], *before, wrong, 0.3, True))
     g = -torch.rand(1, 2, 65, 16)
     opcheck(ops.diagonal_summaries, (x[0], x[1], g, 0.3, 0, True))
+    opcheck(ops.diagonal_prologue, (*x, g, 0.3, 0, True))
     for grad in (None, x[3]):
         opcheck(ops.diagonal_within, (*x[:3], grad, g, 0.3, 0, False))
-    scores = torch.zeros(2, 512, 64)
-    opcheck(ops.diagonal_outputs, (*x[:3], g, scores, before, 0.3, True, 2, True, True))
+    scores, folded = torch.zeros(2, 512, 64), (zeros, torch.zeros(2, 1, 16), zeros[:, 0], True)
+    opcheck(ops.diagonal_outputs, (*x[:3], g, scores, *before, 0.3, True, 2, True, True))
     for states in (None, kept):
-        opcheck(ops.diagonal_columns, (*x[:3], g, before, wrong, x[3], states, wrong, 0.3, 0, False))
+        opcheck(ops.diagonal_columns, (*x[:3], g, *folded, wrong, x[3], states, wrong, 0.3, 0, False))
 
 
 def main() -> int:
     triton_interpreter.install()
+    launch._LEAST = SEGMENT
+    if sys.argv[1:] == ["ledger"]:
+        print("FOUND", json.dumps(ledger()), flush=True)
+        return 0
     if sys.argv[1:] == ["traffic"]:  # of `python -m bench kernels`
         print("FOUND", json.dumps(traffic()), flush=True)
         return 0
