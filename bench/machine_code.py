@@ -53,7 +53,8 @@ class Variant(NamedTuple):
 _LIKE = {
     "diagonal.columns": "outputs, per key",
     "diagonal.outputs": "outputs, per key",
-    "delta.systems": "systems",
+    "delta.outputs": "delta, back",
+    "delta.prologue": "delta, back",
     "segments.prologue": "summaries",
     "diagonal.prologue": "summaries",
 }
@@ -118,7 +119,9 @@ def compiled(variant: Variant, size: int, dtype: torch.dtype, arch: int | str) -
     function = getattr(importlib.import_module(f"spcompile.kernels.triton.{file}"), name)
     heads = torch.empty(1, 1, 1, size, dtype=dtype)
     name += ", less" if variant.constants.get("LESS") else ""
-    constants = tiles(_LIKE.get(variant.kernel, "delta" if file == "delta" else name), heads, heads)
+    if variant.kernel in ("delta.summaries", "delta.corrected"):
+        name = "delta, back" if variant.constants.get("BACK") else "delta"
+    constants = tiles(_LIKE.get(variant.kernel, name), heads, heads)
     small = tiles("pairs", heads, heads)
     launch = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     constants |= {**_DEFAULTS, "PK": small["BK"], "PV": small["BV"], **variant.constants}

@@ -18,6 +18,8 @@ from spcompile.kernels.triton import delta
 __all__ = ["delta_corrected", "delta_outputs", "delta_prologue", "delta_summaries", "delta_systems"]
 
 _NONE = (0, 0, 0)
+# Kernels that read queries as well as keys have smaller blocks: they would spill.
+_BOTH = "delta, back"
 _WIDE = torch.float32
 
 
@@ -81,7 +83,7 @@ def delta_summaries(
     k, v, q = rows(k), rows(v), rows(k if source is None else source)
     count, size = segment(t, b * h)
     states, matrices = _summaries(k, v)
-    options = tiles("delta", k, v)
+    options = tiles("delta" if source is None else _BOTH, k, v)
     columns = sum(triton.cdiv(x.shape[3], options["BV"]) for x in (k, v))
     with torch.cuda.device_of(k):
         delta.summaries[(b * h * count * columns,)](
@@ -134,7 +136,7 @@ def delta_prologue(
     b, h, t, _ = k.shape
     q, k, v, grad = (rows(x) for x in (q, k, v, grad))
     count, size = segment(t, b * h)
-    found, options = (*_summaries(k, v), *_summaries(k, v)), tiles("delta", k, v)
+    found, options = (*_summaries(k, v), *_summaries(k, v)), tiles(_BOTH, k, v)
     walk = b * h * count * sum(triton.cdiv(x.shape[3], options["BV"]) for x in (k, v))
     with torch.cuda.device_of(k):
         delta.prologue[(2 * walk,)](
@@ -183,7 +185,7 @@ def delta_outputs(
     b, h, t, _ = k.shape
     q, k, v = rows(q), rows(k), rows(v)
     count, size = segment(t, b * h)
-    options = tiles("delta", k, v)
+    options = tiles(_BOTH, k, v)
     out, final = _outputs(q, k, v)
     with torch.cuda.device_of(k):
         delta.outputs[(b * h * count * triton.cdiv(v.shape[3], options["BV"]),)](
@@ -253,7 +255,7 @@ def delta_corrected(
     b, h, t, _ = k.shape
     k, v, q = rows(k), rows(v), rows(k if source is None else source)
     count, size = segment(t, b * h)
-    options = tiles("delta", k, v)
+    options = tiles("delta" if source is None else _BOTH, k, v)
     out, second, before, final = _corrected(source, k, v, fold and states is not None)
     if source is not None:
         blank(second, 2, t, CHUNK, reverse)
@@ -292,7 +294,7 @@ def _corrected(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads = k.shape[0] * k.shape[1]
     count, size = segment(k.shape[2], heads)
-    parts = triton.cdiv(v.shape[3], tiles("delta", k, v)["BV"])
+    parts = triton.cdiv(v.shape[3], tiles(_BOTH, k, v)["BV"])
     second = v.new_empty(v.shape) if source is None else k.new_empty(parts, heads, count * size, dtype=_WIDE)
     before = k.new_empty((heads, count, k.shape[3], v.shape[3]) if folded else 0, dtype=_WIDE)
     return v.new_empty(v.shape), second, before, _final(k, v)

@@ -65,10 +65,11 @@ _BLOCKS = {
     "within": (256, 64),
     "outputs, per key": (256, 64),
     "systems": (128, 64),
-    "delta": (128, 32),
+    "delta": (128, 64),
+    "delta, back": (128, 32),
 }
 # Kernels with keys of up to so many numbers have four warps, others eight.
-_NARROW = dict.fromkeys(_BLOCKS, 32) | dict.fromkeys(("summaries", "pairs", "delta", "outputs, less"), 64)
+_NARROW = dict.fromkeys(_BLOCKS, 32) | dict.fromkeys(("summaries", "pairs", "delta, back", "outputs, less"), 64)
 
 
 # kernel -> loads that are under way at once, for heads of up to 128 bytes, 256, 512 and more: some spill less
