@@ -194,7 +194,7 @@ FAULTS = {
         ("segments", "product(k, k, step, step, kt, kt", "product(k, k, step, step, kt, 0 * kt"),
         ("segments", "product(less + offset(n, H, lb, lh)", "product(less"),
         ("segments", "each = ours * theirs * scale", "each = ours * theirs"),
-        ("segments", "step, step, lt, vt, T, N", "step, step, vt, vt, T, N"),
+        ("segments", "if less is not None:", "if less is None:"),
         ("segments", "k += offset(n, H, kb, kh)\n        ours", "ours"),
     ],
 }  # fmt: skip
