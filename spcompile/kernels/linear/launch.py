@@ -45,6 +45,9 @@ _BLOCKS = {
     "within": (256, 64),
     "outputs, per key": (256, 64),
     "delta": (128, 64),
+    "delta, per key": (128, 64),
+    "prepared": (128, 64),
+    "readings": (128, 64),
 }
 
 

@@ -1,0 +1,104 @@
+"""The delta rule with a decay per key (KDA) on GPUs, over segments (``kernels/triton/delta_per_key.py``).
+
+    made     all of the chunks that needs no state, and what each segment does to the state
+    total    what all of them together do; walking back its matrices are those of the forward, transposed
+    finish   forward the states before each segment, and outputs; what is written goes nowhere else
+
+The backward finds in ``local`` what the forward has written and its states before chunks, and in ``finish``
+walks back, with the gradients of the states behind chunks; all else then is chunks side by side.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spcompile.kernels.linear import kda_ops  # noqa: F401  (registers the operators)
+from spcompile.kernels.linear.chain import Chain
+from spcompile.kernels.linear.fused import gradient_of_state, refused
+from spcompile.kernels.linear.operands import Operands, Options
+
+__all__ = ["AGAIN", "Backward", "Forward", "refuses"]
+
+ops = torch.ops.spcompile
+AGAIN = frozenset({ops.kda_prepared.default, ops.kda_written.default})
+
+
+def refuses(x: Operands, options: Options) -> str:
+    """Why the kernels do not take such operands, for the report; empty if they do."""
+    if options.exclusive:
+        return "a query that sees the tokens before its own only"
+    return refused(x, 128)
+
+
+class _Walk:
+    """The forward's way through the tokens."""
+
+    def __init__(self, x: Operands, options: Options, trained: bool) -> None:
+        assert x.beta is not None and x.log_decay is not None
+        gate = x.log_decay if x.log_decay.dtype.itemsize <= 4 else x.log_decay.float()
+        self.gate, self.how = gate.expand(x.k.shape), (options.reverse, trained)
+        given = x.q, x.k, self.gate, x.beta, options.scale
+        self.prepared = ops.kda_prepared(*given, *self.how)
+        self.of = x.k, x.v, x.beta, self.prepared
+        states, matrices, self.back = ops.kda_summaries(*self.of, *self.how)
+        self.chain = Chain(x.k.shape[:2], states, matrices=matrices)
+
+    def written(self, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :func:`spcompile.kernels.linear.kda_ops.kda_written`."""
+        return ops.kda_written(*self.of, before, *self.how)
+
+
+class Forward:
+    """See :class:`spcompile.kernels.linear.kernel.Forward`."""
+
+    def __init__(self, x: Operands, options: Options) -> None:
+        self.walk = _Walk(x, options, trained=False)
+
+    def total(self) -> tuple[Tensor, ...]:
+        """What the tokens do to the state."""
+        return self.walk.chain.total()
+
+    def local(self) -> None:
+        """Nothing: what the segments do together is told by the states before each of them."""
+
+    def finish(self, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Outputs, and the state after the last token."""
+        before, final = self.walk.chain.before(carry)
+        return self.walk.written(before)[0], final
+
+
+class Backward:
+    """See :class:`spcompile.kernels.linear.kernel.Backward`."""
+
+    def __init__(self, x: Operands, options: Options, grad: Tensor, carry: Tensor | None) -> None:
+        self.x, self.options, self.carry = x, options, carry
+        self.walk = walk = _Walk(x, options, trained=True)
+        self.of = x.k, grad.to(x.q.dtype), x.beta, walk.prepared
+        states = ops.kda_summaries_back(*self.of, options.reverse)
+        self.chain = Chain(x.k.shape[:2], states, matrices=walk.back)
+
+    def total(self) -> tuple[Tensor, ...]:
+        """What the tokens do to the gradient of the state."""
+        return self.chain.total()
+
+    def local(self) -> None:
+        """What the forward wrote, and its states."""
+        self.walk.chain.exchanged = self.chain.exchanged
+        before, _ = self.walk.chain.before(self.carry)
+        self.n, self.errors, self.states = self.walk.written(before)
+
+    def finish(self, carry: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients."""
+        x, walk, reverse = self.x, self.walk, self.options.reverse
+        behind, initial = self.chain.before(carry)
+        dv, dbeta, grads = ops.kda_corrected(*self.of, behind, self.errors, reverse)
+        given = x.q, x.k, walk.gate
+        both = self.n, self.of[1], dv, self.states, grads
+        parts = ops.kda_readings(*given, *both, self.options.scale, reverse)
+        dq, dk, decay = ops.kda_gradients(*given, parts, reverse)
+        assert x.log_decay is not None and x.beta is not None
+        decay = decay.sum_to_size(x.log_decay.shape).to(x.log_decay.dtype).contiguous()
+        dbeta = self.chain.heads(dbeta).unsqueeze(-1)
+        dbeta = dbeta.sum_to_size(x.beta.shape).to(x.beta.dtype).contiguous()
+        return dq, dk, dv, decay, dbeta, gradient_of_state(x, initial)
