@@ -51,12 +51,15 @@ class Variant(NamedTuple):
 
 # Kernels that are launched as another one is.
 _LIKE = {"diagonal.columns": "outputs, per key", "diagonal.outputs": "outputs, per key"}
+_LIKE |= {"delta_per_key_back.pairs": "within"}
+_LIKE |= {f"delta_per_key.{x}": "delta, per key" for x in ("summaries", "summaries_back", "written", "corrected")}
 AMD = "gfx942"
 # Bytes of shared memory that a block may have.
 SHARED: dict[int | str, int] = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, AMD: 64 << 10}
 
 _BACK = {"READ": 2, "REVERSE": True}
 # OF_GATE, the part in a decay's gradient: 0 none, 1 READS, 2 WRITES.
+_TRAINED = {"TRAINED": True}
 _DQ, _DK = {"OF_GATE": 1}, {"OF_GATE": 2, "SCALED": True, **_BACK}
 VARIANTS = {
     "summaries": Variant("segments.summaries"),
@@ -79,6 +82,16 @@ VARIANTS = {
     "per key, dv": Variant("diagonal.outputs", {"SCALED": True, "MIRRORED": True, **_BACK}),
     "per key, dq": Variant("diagonal.columns", stack=8),
     "per key, dk": Variant("diagonal.columns", {"ROLE": 2, **_BACK}, 8),
+    "delta per key, prepared": Variant("delta_per_key.prepared", wide=False),
+    "delta per key, prepared twice": Variant("delta_per_key.prepared", _TRAINED, wide=False),
+    "delta per key, summaries": Variant("delta_per_key.summaries"),
+    "delta per key, summaries twice": Variant("delta_per_key.summaries", _TRAINED),
+    "delta per key, summaries back": Variant("delta_per_key.summaries_back"),
+    "delta per key, outputs": Variant("delta_per_key.written"),
+    "delta per key, writes": Variant("delta_per_key.written", _TRAINED),
+    "delta per key, gradients": Variant("delta_per_key.corrected"),
+    "delta per key, readings": Variant("delta_per_key_back.readings"),
+    "delta per key, pairs": Variant("delta_per_key_back.pairs", wide=False),
 }
 _DEFAULTS: dict[str, Any] = {
     "READ": 0,
@@ -88,11 +101,14 @@ _DEFAULTS: dict[str, Any] = {
     "OF_GATE": 0,
     "STRICT": False,
 }
-_DEFAULTS |= {"LESS": False, "SOURCE": False, "GRADS": False, "MIRRORED": False, "ROLE": 1}
+_DEFAULTS |= {"TRAINED": False, "LESS": False, "SOURCE": False, "GRADS": False, "MIRRORED": False, "ROLE": 1}
 _FLOATS = {"g", "beta", "states", "matrices", "logs", "before", "inner", "sums", "plus", "given"}
-_FLOATS |= {"of_gate", "dq", "dk", "dg"}
-_OPERANDS = {"q", "k", "v", "do", "other", "kept", "out", "less_k", "less_v", "errors", "inverses"}
-_OPERANDS |= {"mate", "scores"}
+_FLOATS |= {"of_gate", "dq", "dk", "dg", "through", "turned", "behind", "plus_q", "plus_k", "plus_g"}
+_OPERANDS = {"q", "k", "v", "do", "other", "kept", "out", "less_k", "less_v", "errors"}
+_OPERANDS |= {"mate", "scores", "queries", "readers", "writers", "written", "dv", "kept_back"}
+_OPERANDS |= {"of_queries", "of_keys", "out_q", "out_k"}
+# Inverses, in float16 where operands are bf16.
+_SYSTEMS = {"inverses", "systems", "adjoints"}
 _POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float16: "*fp16"}
 
 
@@ -114,8 +130,8 @@ def compiled(variant: Variant, size: int, dtype: torch.dtype, arch: int | str) -
             signature[name] = "constexpr"
             continue
         pointer = _POINTERS[dtype] if name in _OPERANDS else "*fp32" if name in _FLOATS else None
-        if name == "inverses" and dtype == torch.bfloat16:
-            pointer = "*fp16"
+        if name in _SYSTEMS:
+            pointer = "*fp16" if dtype == torch.bfloat16 else "*fp32"
         signature[name] = pointer or ("fp32" if name == "scale" else "i32")
         if pointer or (name[-1] in "bht" and name[0] in "qkvdxolm" and len(name) == 2) or name == "segment":
             aligned[(index,)] = [["tt.divisibility", 16]]

@@ -38,7 +38,7 @@ __all__ = ["pairs", "readings"]
 
 @triton.jit
 def readings(
-    q, k, g, n, do, dv, states, grads, of_queries, of_keys, dq, dk, dg, scale,
+    q, k, g, written, do, dv, kept, kept_back, of_queries, of_keys, dq, dk, dg, scale,
     qb, qh, qt, kb, kh, kt, gb, gh, gt, db, dh, dt,
     H, T, N, n_chunks,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
@@ -46,14 +46,14 @@ def readings(
 ):  # fmt: skip
     """``of_queries, of_keys [N, steps, C]``, the weights; ``dq, dk, dg [N, T, K]`` float32, from outside.
 
-    ``n, dv [N, T, V]``; ``states, grads [N, chunks, K, V]``: S and R. One program for a chunk.
+    ``written, dv [N, T, V]``; ``kept, kept_back [N, chunks, K, V]``: S and R. One program for a chunk.
     """
     pid = tl.program_id(0)
     chunk, head = pid % n_chunks, (pid // n_chunks).to(tl.int64)
     i, d = tl.arange(0, C), tl.arange(0, BK)
     first = chunk * C + skipped(T, N, C, REVERSE)
     step = first + i
-    n += head * T * V
+    written += head * T * V
     dv += head * T * V
     do += offset(head, H, db, dh)
     by_query = tl.zeros((C, C), tl.float32)
@@ -66,17 +66,17 @@ def readings(
         e = begin + tl.arange(0, BV)
         at = (head * n_chunks + chunk) * (K * V) + d[:, None] * V + e[None, :]
         whole = (d < K)[:, None] & (e < V)[None, :]
-        values = _load(n, step, True, e, V, T, N, V, REVERSE, WIDE)
-        given = _load(do, step, True, e, dt, T, N, V, REVERSE, WIDE)
-        taken = _load(dv, step, True, e, V, T, N, V, REVERSE, WIDE)
-        before = tl.load(states + at, mask=whole, other=0.0)
-        behind = tl.load(grads + at, mask=whole, other=0.0)
-        by_query = tl.dot(given, tl.trans(values), by_query, input_precision=PRECISION)
-        by_key = tl.dot(taken, tl.trans(values), by_key, input_precision=PRECISION)
-        asked = tl.dot(given, tl.trans(before), asked, input_precision=PRECISION)
-        read = tl.dot(taken, tl.trans(before), read, input_precision=PRECISION)
-        wrote = tl.dot(values, tl.trans(behind), wrote, input_precision=PRECISION)
+        before = tl.load(kept + at, mask=whole, other=0.0)
+        behind = tl.load(kept_back + at, mask=whole, other=0.0)
         across += tl.sum(before.to(tl.float32) * behind.to(tl.float32), 1)
+        values = _load(written, step, True, e, V, T, N, V, REVERSE, WIDE)
+        wrote = tl.dot(values, tl.trans(behind), wrote, input_precision=PRECISION)
+        given = _load(do, step, True, e, dt, T, N, V, REVERSE, WIDE)
+        by_query = tl.dot(given, tl.trans(values), by_query, input_precision=PRECISION)
+        asked = tl.dot(given, tl.trans(before), asked, input_precision=PRECISION)
+        taken = _load(dv, step, True, e, V, T, N, V, REVERSE, WIDE)
+        by_key = tl.dot(taken, tl.trans(values), by_key, input_precision=PRECISION)
+        read = tl.dot(taken, tl.trans(before), read, input_precision=PRECISION)
     at = (head * n_chunks * C + chunk * C + i)[:, None] * C + i[None, :]
     by_query = tl.where(i[:, None] >= i[None, :], by_query * scale, 0.0)
     tl.store(of_queries + at, by_query.to(of_queries.dtype.element_ty))
@@ -84,33 +84,35 @@ def readings(
     tl.store(of_keys + at, by_key.to(of_keys.dtype.element_ty))
 
     g += offset(head, H, gb, gh)
+    made = head * T * K
     start, through = _from_start(g, first, d, gt, T, N, C, K, INCLUSIVE, REVERSE)
     asked *= start * scale
     read *= -start
-    end, _ = _to_end(g, first, d, gt, T, N, C, K, INCLUSIVE, REVERSE)
-    wrote *= end
-    made = head * T * K
     p, inside = tile(dq + made, step, d, K, T, N, K, REVERSE)
     tl.store(p, asked, mask=inside)
+    end, _ = _to_end(g, first, d, gt, T, N, C, K, INCLUSIVE, REVERSE)
+    wrote *= end
     p, inside = tile(dk + made, step, d, K, T, N, K, REVERSE)
     tl.store(p, read + wrote, mask=inside)
+    asked *= _load(q + offset(head, H, qb, qh), step, True, d, qt, T, N, K, REVERSE, True)
     keys = _load(k + offset(head, H, kb, kh), step, True, d, kt, T, N, K, REVERSE, True)
-    queries = _load(q + offset(head, H, qb, qh), step, True, d, qt, T, N, K, REVERSE, True)
-    total = _later(asked * queries + read * keys, C, True, False, 3 if WIDE else 2)
-    total += _later(wrote * keys, C, False, True, 3 if WIDE else 2)
+    asked += read * keys
+    wrote *= keys
+    total = _later(asked, C, True, False, 3 if WIDE else 2) + (across * tl.exp(through))[None, :]
+    total += _later(wrote, C, False, True, 3 if WIDE else 2)
     p, inside = tile(dg + made, step, d, K, T, N, K, REVERSE)
-    tl.store(p, total + (across * tl.exp(through))[None, :], mask=inside)
+    tl.store(p, total, mask=inside)
 
 
 @triton.jit
 def pairs(
-    q, k, g, of_queries, of_keys, plus_q, plus_k, plus_g, dq, dk, dg,
+    q, k, g, of_queries, of_keys, plus_q, plus_k, plus_g, out_q, out_k, dg,
     qb, qh, qt, kb, kh, kt, gb, gh, gt,
     H, T, N, n_chunks,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
     REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``dq, dk, dg [N, T, K]``: ``plus_*``, which lie alike, and what pairs of a chunk add to them.
+    """``out_q, out_k, dg [N, T, K]``: ``plus_*``, which lie alike, and what pairs of a chunk add to them.
 
     One program for 16 steps.
     """
@@ -183,12 +185,12 @@ def pairs(
 
     p, inside = tile(plus_q + n * T * K, step, d, K, T, N, K, REVERSE)
     total = tl.load(p, mask=inside, other=0.0) + asked + from_q
-    p, inside = tile(dq + n * T * K, step, d, K, T, N, K, REVERSE)
-    tl.store(p, total.to(dq.dtype.element_ty), mask=inside)
+    p, inside = tile(out_q + n * T * K, step, d, K, T, N, K, REVERSE)
+    tl.store(p, total.to(out_q.dtype.element_ty), mask=inside)
     p, inside = tile(plus_k + n * T * K, step, d, K, T, N, K, REVERSE)
     total = tl.load(p, mask=inside, other=0.0) + read + wrote + from_k + behind
-    p, inside = tile(dk + n * T * K, step, d, K, T, N, K, REVERSE)
-    tl.store(p, total.to(dk.dtype.element_ty), mask=inside)
+    p, inside = tile(out_k + n * T * K, step, d, K, T, N, K, REVERSE)
+    tl.store(p, total.to(out_k.dtype.element_ty), mask=inside)
     queries = _load(q, step, True, d, qt, T, N, K, REVERSE, True)
     # Rows of of_gate are those of the step behind.
     total = _later(from_q * queries + from_k * keys, BLOCK, True, False, 3)
