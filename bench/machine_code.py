@@ -90,7 +90,7 @@ VARIANTS = {
     "delta per key, outputs": Variant("delta_per_key.written"),
     "delta per key, writes": Variant("delta_per_key.written", _TRAINED),
     "delta per key, gradients": Variant("delta_per_key.corrected"),
-    "delta per key, readings": Variant("delta_per_key_back.readings"),
+    "delta per key, readings": Variant("delta_per_key_back.readings", stack=32),
     "delta per key, pairs": Variant("delta_per_key_back.pairs", wide=False),
 }
 _DEFAULTS: dict[str, Any] = {
@@ -120,7 +120,8 @@ def compiled(variant: Variant, size: int, dtype: torch.dtype, arch: int | str) -
     function = getattr(importlib.import_module(f"spcompile.kernels.triton.{file}"), name)
     heads = torch.empty(1, 1, 1, size, dtype=dtype)
     name += ", less" if variant.constants.get("LESS") else ""
-    constants = tiles("delta" if file == "delta" else _LIKE.get(variant.kernel, name), heads, heads)
+    kind = "delta" if file == "delta" else _LIKE.get(variant.kernel, name)
+    constants = tiles(kind, heads, heads, amd=not isinstance(arch, int))
     launch = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     constants |= {**_DEFAULTS, **variant.constants}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}

@@ -49,21 +49,26 @@ _BLOCKS = {
     "prepared": (128, 64),
     "readings": (128, 64),
 }
+# The same of V for float32, whose products are three of TF32 each.
+_OF_FLOAT32 = {"delta, per key": 32, "readings": 16}
 
 
 # kernel -> loads that are under way at once, for heads of up to 256 bytes, 512 and more: with more the delta
 # rule spills less, but shared memory has 163 KB on sm_80 and 227 KB on sm_90.
 _SMALL = dict.fromkeys(_BLOCKS, 2) | {"delta": 3}
 _LARGE = dict.fromkeys(_BLOCKS, 2) | {"outputs, less": 1, "outputs, per key": 1}
+_LARGE |= {"delta, per key": 1, "readings": 1}
 _LARGEST = dict.fromkeys(_BLOCKS, 1)
 
 
-def tiles(kernel: str, k: Tensor, v: Tensor) -> dict[str, Any]:
+def tiles(kernel: str, k: Tensor, v: Tensor, amd: bool = torch.version.hip is not None) -> dict[str, Any]:
     """How a kernel of linear attention is compiled for keys and values: sizes, precision and warps."""
     block_k, block_v = (max(16, triton.next_power_of_2(x.shape[3])) for x in (k, v))
     most_k, most_v = _BLOCKS[kernel]
     halved = kernel.startswith("outputs") and block_k > 128
     row = min(block_k, most_k) * k.dtype.itemsize
+    if k.dtype == torch.float32:
+        most_v = _OF_FLOAT32.get(kernel, most_v)
     stages = _SMALL if row <= 256 else _LARGE if row <= 512 else _LARGEST
     return {
         "K": k.shape[3],
@@ -74,5 +79,6 @@ def tiles(kernel: str, k: Tensor, v: Tensor) -> dict[str, Any]:
         "WIDE": k.dtype != torch.bfloat16,
         "PRECISION": "tf32x3" if k.dtype == torch.float32 else "tf32",
         "num_warps": 4 if block_k <= (64 if kernel in ("summaries", "pairs") else 32) else 8,
-        "num_stages": stages[kernel],
+        # AMD's have 64 KB of shared memory, which more tiles of a delta rule's would not fit into.
+        "num_stages": 1 if amd and kernel.startswith("delta") else stages[kernel],
     }
