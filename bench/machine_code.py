@@ -52,7 +52,9 @@ class Variant(NamedTuple):
 # Kernels that are launched as another one is.
 _LIKE = {"diagonal.columns": "outputs, per key", "diagonal.outputs": "outputs, per key"}
 _LIKE |= {"delta_per_key_back.pairs": "within"}
-_LIKE |= {f"delta_per_key.{x}": "delta, per key" for x in ("summaries", "summaries_back", "written", "corrected")}
+_LIKE |= {
+    f"delta_per_key.{x}": "delta, per key" for x in ("summaries", "summaries_back", "written", "corrected")
+}
 AMD = "gfx942"
 # Bytes of shared memory that a block may have.
 SHARED: dict[int | str, int] = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, AMD: 64 << 10}
@@ -82,10 +84,8 @@ VARIANTS = {
     "per key, dv": Variant("diagonal.outputs", {"SCALED": True, "MIRRORED": True, **_BACK}),
     "per key, dq": Variant("diagonal.columns", stack=8),
     "per key, dk": Variant("diagonal.columns", {"ROLE": 2, **_BACK}, 8),
-    "delta per key, prepared": Variant("delta_per_key.prepared", wide=False),
-    "delta per key, prepared twice": Variant("delta_per_key.prepared", _TRAINED, wide=False),
+    "delta per key, prepared": Variant("delta_per_key.prepared"),
     "delta per key, summaries": Variant("delta_per_key.summaries"),
-    "delta per key, summaries twice": Variant("delta_per_key.summaries", _TRAINED),
     "delta per key, summaries back": Variant("delta_per_key.summaries_back"),
     "delta per key, outputs": Variant("delta_per_key.written"),
     "delta per key, writes": Variant("delta_per_key.written", _TRAINED),
@@ -103,7 +103,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 _DEFAULTS |= {"TRAINED": False, "LESS": False, "SOURCE": False, "GRADS": False, "MIRRORED": False, "ROLE": 1}
 _FLOATS = {"g", "beta", "states", "matrices", "logs", "before", "inner", "sums", "plus", "given"}
-_FLOATS |= {"of_gate", "dq", "dk", "dg", "through", "turned", "behind", "plus_q", "plus_k", "plus_g"}
+_FLOATS |= {"of_gate", "dq", "dk", "dg", "through", "behind", "plus_q", "plus_k", "plus_g"}
 _OPERANDS = {"q", "k", "v", "do", "other", "kept", "out", "less_k", "less_v", "errors"}
 _OPERANDS |= {"mate", "scores", "queries", "readers", "writers", "written", "dv", "kept_back"}
 _OPERANDS |= {"of_queries", "of_keys", "out_q", "out_k"}

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spcompile.attention import reference
-from spcompile.kernels.linear import chunked, fused, fused_delta, fused_diagonal
+from spcompile.kernels.linear import chunked, fused, fused_delta, fused_diagonal, fused_kda
 from spcompile.kernels.linear.kernel import Kernel
 from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.scan import scan as loop
@@ -35,11 +35,12 @@ from tests.variants import KINDS, cotangents, draw, options_of, references
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GATES = ("none", "constant", "mild", "strong")
 DIAGONAL = ("constant per key", "mild per key", "strong per key")
-DELTA = ("delta rule", "mild, delta rule", "strong, delta rule")
+KDA = tuple(f"{kind}, delta rule" for kind in DIAGONAL)
+DELTA = ("delta rule", "mild, delta rule", "strong, delta rule", *KDA)
 SIZES = {"one token": (1, 16, 16), "two chunks": (65, 24, 16), "two segments": (530, 16, 40)}
 ORDERS = {"": (False, False), "exclusive": (True, False), "reverse": (False, True), "both": (True, True)}
-FUSED = ("linear_llama3", "retention", "simple_gla", "gla", "rwkv6", "deltanet", "gated_deltanet")
-KERNELS = (fused, fused_diagonal, fused_delta)
+FUSED = ("linear_llama3", "retention", "simple_gla", "gla", "rwkv6", "deltanet", "gated_deltanet", "kda")
+KERNELS = (fused, fused_diagonal, fused_delta, fused_kda)
 NAMES = ("out", "final", "dq", "dk", "dv", "dlog_decay", "dbeta", "dinitial_state")
 
 
@@ -58,9 +59,15 @@ def cases() -> list[str]:
     found += [f"fp32, mild per key, two chunks, {o}" for o in ("exclusive", "reverse", "both")]
     found += [f"{dtype}, {kind}, two chunks, " for dtype in ("bf16", "fp16") for kind in DIAGONAL]
     # Those of a delta rule take longest.
-    found += [f"fp32, {kind}, {size}, " for kind in DELTA for size in ("two chunks", "two segments")]
+    found += [f"fp32, {kind}, {size}, " for kind in DELTA[:3] for size in ("two chunks", "two segments")]
     found += ["fp32, mild, delta rule, one token, ", "fp32, mild, delta rule, two chunks, reverse"]
+    found += [f"fp32, {kind}, two chunks, " for kind in KDA] + [f"fp32, {KDA[1]}, one token, "]
+    found += [f"fp32, {KDA[1]}, two chunks, reverse", f"fp32, {KDA[2]}, two segments, reverse"]
+    found += [
+        f"{dtype}, {kind}, two chunks, " for dtype, kind in zip(("bf16", "fp16", "bf16"), KDA, strict=True)
+    ]
     narrow = ("bf16, delta rule", "bf16, mild, delta rule", "fp16, mild, delta rule")
+    narrow += ("bf16, mild per key, delta rule",)
     return found + [f"{kind}, two segments, " for kind in narrow]
 
 
@@ -68,9 +75,9 @@ def parsed(case: str) -> tuple[torch.dtype, str, bool, tuple[int, int, int], Opt
     """Dtype, gate, whether there is a delta rule, sizes and options of a case."""
     dtype, *kinds, size, order = case.split(", ")
     delta, (t, k, v) = "delta rule" in kinds, SIZES[size]
-    # What a delta rule writes depends on all that it has written: with few keys, roundings add up.
-    k = 64 if delta and t > 64 else k
     kind = kinds[0] if kinds[0] in GATES + DIAGONAL else "none"
+    # What a delta rule writes depends on all that it has written: with few keys, roundings add up.
+    k = 64 if delta and t > 64 and (dtype != "fp32" or kind not in DIAGONAL[1:]) else k
     return DTYPES[dtype], kind, delta, (t, k, v), Options(True, 0.3, *ORDERS[order])
 
 
@@ -88,9 +95,10 @@ def draw_case(case: str) -> Operands:
 
 def kernel_for(x: Operands) -> ModuleType:
     """The fused kernel that takes such operands."""
+    per_key = x.log_decay is not None and x.log_decay.shape[3] > 1
     if x.beta is not None:
-        return fused_delta
-    return fused if x.log_decay is None or x.log_decay.shape[3] == 1 else fused_diagonal
+        return fused_kda if per_key else fused_delta
+    return fused_diagonal if per_key else fused
 
 
 def surrounded(x: Tensor) -> Tensor:
@@ -214,11 +222,11 @@ def traffic() -> dict[str, dict[str, float]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("spcompile.kernels.scan.scan", scan.scan)
         # Without a decay a delta rule has the same kernels: the gates are a few bytes.
-        kinds = ("no decay", "decay", "decay per key", "delta rule, decay")
+        kinds = ("no decay", "decay", "decay per key", "delta rule, decay", "delta rule, decay per key")
         for size, kind in itertools.product((64, 128), kinds):
             x = Operands(*(torch.randn(1, 1, 1024, size).bfloat16() for _ in range(3)))
             if kind != "no decay":
-                x = x._replace(log_decay=-torch.rand(1, 1, 1024, size if kind == "decay per key" else 1))
+                x = x._replace(log_decay=-torch.rand(1, 1, 1024, size if "per key" in kind else 1))
             if kind.startswith("delta"):
                 x = x._replace(k=F.normalize(x.k, dim=-1), beta=torch.rand(1, 1, 1024, 1))
             kernel = kernel_for(x)
@@ -285,6 +293,17 @@ def opchecks() -> None:
     opcheck(ops.diagonal_outputs, (*x[:3], g, scores, before, 0.3, True, 2, True, True))
     for states in (None, kept):
         opcheck(ops.diagonal_columns, (*x[:3], g, before, wrong, x[3], states, wrong, 0.3, 0, False))
+    opcheck(ops.kda_prepared, (x[0], x[1], g, beta, 0.3, True))
+    prepared = ops.kda_prepared(x[0], x[1], g, beta, 0.3, True)
+    given, chunks = (*x[1:3], beta, prepared), torch.randn(2, 2, 16, 16)
+    opcheck(ops.kda_summaries, (*given, True))
+    opcheck(ops.kda_summaries_back, (*given, True))
+    for trained in (False, True):
+        opcheck(ops.kda_written, (*given, before, True, trained))
+    opcheck(ops.kda_corrected, (*given, before, wrong, True))
+    both = x[2], x[3], wrong, chunks, chunks
+    opcheck(ops.kda_readings, (*x[:2], g, *both, 0.3, True))
+    opcheck(ops.kda_gradients, (*x[:2], g, ops.kda_readings(*x[:2], g, *both, 0.3, True), True))
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 import spcompile.kernels.triton
-from spcompile.kernels.linear import delta_ops, diagonal_ops, segment_ops
+from spcompile.kernels.linear import delta_ops, diagonal_ops, kda_ops, segment_ops
 from tests import fused_worker, triton_interpreter
 
 END = "to_end(g, own, step, gt, T, N, C, READ, REVERSE)[:, None]"
@@ -26,7 +26,11 @@ DOT = "input_precision=PRECISION)"
 PLAIN = ("fp32, mild, two chunks, ", "fp32, none, two chunks, ")
 PER_KEY = ("fp32, mild per key, two chunks, ", "fp32, mild per key, two chunks, both")
 DELTA = ("fp32, mild, delta rule, two chunks, ",)
+KDA = ("fp32, mild per key, delta rule, two chunks, reverse",)
+KDA_SEGMENTS = ("fp32, strong per key, delta rule, two segments, reverse",)
 DELTA_SEGMENTS = ("fp32, delta rule, two segments, ",)
+
+KEYS, BACK = "delta_per_key", "delta_per_key_back"
 
 # kernel -> (source file, what is there, what is put there), the first place where it stands.
 FAULTS = {
@@ -137,6 +141,85 @@ FAULTS = {
         ("delta", "scores.to(given.dtype), given, read", "scores.to(given.dtype), given, read * 0.0"),
         ("delta", "given = (given * end[:, None]).to(given.dtype)", "given = given"),
     ],
+    "kda, prepared": [
+        (KEYS, "skipped(T, N, C, REVERSE)\n    q +=", "0\n    q +="),
+        (KEYS, "tl.where(mine, 1.0, decays * decay)", "tl.where(mine, 1.0, decays)"),
+        (KEYS, "tl.where(i[:, None] > i[None, :], ours", "tl.where(i[:, None] >= i[None, :], ours"),
+        (KEYS, "keys = _load(k, step, True, d, kt, T, N, K", "keys = _load(k, step, True, d, kt, T, N, BK"),
+        (KEYS, "between += gone", "between = gone"),
+        (KEYS, "precision=PRECISION), b, b - back, C)", "precision=PRECISION), b, 0, C)"),
+        (KEYS, "start = tl.exp(between)[None, :]", "start = 1.0"),
+        (KEYS, "behind += here", "behind = here"),
+        (KEYS, "end * tl.exp(behind)[None, :]", "end"),
+        (KEYS, "system * strengths[None, :], C", "system * strengths[:, None], C"),
+        (KEYS, "for r in range(1, 16)", "for r in range(1, 15)"),
+        (KEYS, "1.0, -inverse)", "1.0, inverse)"),
+    ],
+    "kda, summaries": [
+        (KEYS, "state * decay[:, None], input", "state, input"),
+        (KEYS, "(errors * strengths[:, None])", "(errors)"),
+        (KEYS, "_load(v, step, column < parts", "_load(v, step, True"),
+        (KEYS, "1.0, 0.0)\n    N = ", "0.0, 0.0)\n    N = "),
+        (KEYS, "matrices + at * (K * K) + dk[:, None] * K + dv[None, :]",
+         "matrices + at * (K * K) + dk[:, None] + dv[None, :] * K"),
+        (KEYS, "errors = given - tl.dot", "errors = given + tl.dot"),
+    ],
+    "kda, summaries back": [
+        (KEYS, "first = begin + (count - 1 - passed) * C", "first = begin + passed * C"),
+        (KEYS, "_square(scores, row, C, True)", "_square(scores, row, C, False)"),
+        (KEYS, "_square(adjoints, row, C, True)", "_square(adjoints, row, C, False)"),
+        (KEYS, "(-writes).to(reading", "writes.to(reading"),
+        (KEYS, "+ n_segments - 1 - which\n    p = states", "+ which\n    p = states"),
+        (KEYS, "queries), given, state * decay[:, None]", "queries), given, state"),
+        (KEYS, "weights, given, found,", "weights, given, found * 0.0,"),
+    ],
+    "kda, written": [
+        (KEYS, "if TRAINED:\n            at = kept + row // C", "if TRAINED:\n            at = kept + 0 * row // C"),
+        (KEYS, "errors += n.to(tl.int64) * T * V\n    whole", "errors += 0\n    whole"),
+        (KEYS, "read = tl.dot(asking, state", "read = tl.dot(reading, state"),
+        (KEYS, "tl.dot(weights, writes, read,", "tl.dot(weights, writes, read * 0.0,"),
+        (KEYS, "_square(scores, row, C, False)", "_square(scores, row, C, True)"),
+        (KEYS, "tl.store(p, wrong.to(", "tl.store(p, writes.to("),
+    ],
+    "kda, corrected": [
+        (KEYS, "(n_segments - 1 - which).to(tl.int64) * ss", "which.to(tl.int64) * ss"),
+        (KEYS, "tl.sum(found * wrong, 1)", "tl.sum(grads * wrong, 1)"),
+        (KEYS, "tl.store(p, grads.to(", "tl.store(p, found.to("),
+        (KEYS, "token = N - 1 - step if REVERSE else step\n        tl.store(sums", "token = step\n        tl.store(sums"),
+        (KEYS, "sums += (of_v * heads + n)", "sums += (0 * heads + n)"),
+        (KEYS, "at = kept + row // C * (K * V) + dk[:, None] * V + dv[None, :]\n        tl.store(at, state.to("
+         "kept.dtype.element_ty), mask=whole)\n        asking",
+         "at = kept + row // C * (K * V) + dk[:, None] * V + dv[None, :]\n        tl.store(at, 0.0 * state.to("
+         "kept.dtype.element_ty), mask=whole)\n        asking"),
+    ],
+    "kda, readings": [
+        (BACK, "tl.where(i[:, None] >= i[None, :], by_query", "tl.where(i[:, None] > i[None, :], by_query"),
+        (BACK, "tl.where(i[:, None] > i[None, :], -by_key", "tl.where(i[:, None] >= i[None, :], -by_key"),
+        (BACK, "by_query * scale", "by_query"),
+        (BACK, "asked *= start * scale", "asked *= scale"),
+        (BACK, "wrote *= end", "wrote *= 1.0"),
+        (BACK, "read *= -start", "read *= start"),
+        (BACK, "tl.store(p, read + wrote", "tl.store(p, wrote"),
+        (BACK, "across * tl.exp(through)", "across"),
+        (BACK, "_later(asked, C, True", "_later(asked, C, False"),
+        (BACK, "_later(wrote, C, False, True", "_later(wrote, C, True, True"),
+        (BACK, "tl.sum(before.to(tl.float32) * behind", "tl.sum(before.to(tl.float32) * before"),
+    ],
+    "kda, pairs": [
+        (BACK, "tl.where(mine, 1.0, decays *", "tl.where(mine, 1.0, 1.0 *"),
+        (BACK, "(i < r)[:, None]", "(i <= r)[:, None]"),
+        (BACK, "wrote += both * decays", "wrote += both"),
+        (BACK, "read = tl.where(mine, tl.sum(weight * decayed", "read = tl.where(mine, 0.0 * tl.sum(weight * decayed"),
+        (BACK, "from_q *= start", "from_q *= 1.0"),
+        (BACK, "from_k *= start", "from_k *= 1.0"),
+        (BACK, "from_start *= tl.exp(between)", "from_start *= tl.exp(0.0 * between)"),
+        (BACK, "gone += here", "gone = here"),
+        (BACK, "over *= tl.exp(through)", "over *= 0.0"),
+        (BACK, "* reading, 0)", "* asking, 0)"),
+        (BACK, "behind *= end", "behind *= 1.0"),
+        (BACK, "+ _shifted(of_gate)", "+ of_gate"),
+        (BACK, "c * BLOCK + i[:, None]).to", "c * BLOCK + i[:, None] * 0).to"),
+    ],
 }  # fmt: skip
 
 
@@ -146,7 +229,7 @@ def planted(number: int, fault: tuple[str, str, str], folder: Path) -> None:
     package, source = f"faulty{number}", Path(spcompile.kernels.triton.__file__).parent
     (folder / package).mkdir()
     (folder / package / "__init__.py").touch()
-    for name in ("tiles", "segments", "delta", "diagonal"):
+    for name in ("tiles", "segments", "delta", "diagonal", KEYS, BACK):
         text = (source / f"{name}.py").read_text()
         if name == file:
             assert old in text, fault
@@ -156,6 +239,8 @@ def planted(number: int, fault: tuple[str, str, str], folder: Path) -> None:
     segment_ops.segments = importlib.import_module(f"{package}.segments")
     delta_ops.delta = importlib.import_module(f"{package}.delta")
     diagonal_ops.diagonal = importlib.import_module(f"{package}.diagonal")
+    kda_ops.delta_per_key = importlib.import_module(f"{package}.{KEYS}")
+    kda_ops.delta_per_key_back = importlib.import_module(f"{package}.{BACK}")
 
 
 def worst(cases: tuple[str, ...]) -> float:
@@ -180,6 +265,8 @@ def _worst(cases: tuple[str, ...], answer: Any) -> None:
         except Exception:
             errors = {"": math.inf}
         found = max(found, *(math.inf if math.isnan(e) else e for e in errors.values()))
+        if found > 1e-4:  # caught
+            break
     answer.send(found)
 
 
@@ -187,6 +274,8 @@ def cases_of(kernel: str) -> tuple[str, ...]:
     """Cases that run a kernel."""
     if kernel == "tiles":
         return *PLAIN, "fp32, mild, two chunks, reverse"
+    if kernel.startswith("kda"):
+        return KDA + KDA_SEGMENTS if kernel in ("kda, summaries", "kda, corrected") else KDA
     if "per key" in kernel or kernel in ("columns", "within"):
         return PER_KEY
     if kernel == "delta summaries":
@@ -197,7 +286,8 @@ def cases_of(kernel: str) -> tuple[str, ...]:
 def main() -> int:
     triton_interpreter.install()
     found: dict[str, float] = {}
-    every = [(kernel, fault) for kernel, faults in FAULTS.items() for fault in faults]
+    only = sys.argv[1:] or [*FAULTS]
+    every = [(kernel, fault) for kernel in only for fault in FAULTS[kernel]]
     with tempfile.TemporaryDirectory() as folder:
         sys.path.insert(0, folder)
         for number, (kernel, fault) in enumerate(tqdm(every, desc="faults")):

@@ -78,12 +78,16 @@ def test_which_kernel_takes_a_call() -> None:
             "float64, not bfloat16, float16 or float32": fake(torch.float64, 64),
             "keys of 273 numbers, more than 256": fake(bf16, 273),
             largest: fake(torch.float32, 256, 256),
-            "a delta rule with a decay per key": fake(bf16, 64, 64, beta=True),
         }
         assert {kernel_of(x, causal).name for x in fused} == {"Triton, segments"}
         assert kernel_of(fake(bf16, 64, 1, beta=True), causal).name == "Triton, delta rule"
         assert kernel_of(fake(bf16, 256, 1, beta=True), causal)[::3] == ("ATen chunks", largest)
         assert kernel_of(fake(bf16, 256, 256), causal).name == "Triton, decay per key"
+        kda = fake(bf16, 64, 64, beta=True)
+        assert kernel_of(kda, causal).name == "Triton, delta rule, decay per key"
+        assert kernel_of(fake(bf16, 256, 256, beta=True), causal)[::3] == ("ATen chunks", largest)
+        why = "a query that sees the tokens before its own only"
+        assert kernel_of(kda, causal._replace(exclusive=True))[::3] == ("ATen chunks", why)
         for why, x in left.items():
             assert kernel_of(x, causal)[::3] == ("ATen chunks", why)
         assert kernel_of(fake(bf16, 64), Options(False, 0.3)).name == "one memory state"
@@ -100,7 +104,7 @@ def test_triton_is_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
         assert without_triton(torch.device("cuda")) == "SPCOMPILE_TRITON=0"
 
 
-@pytest.mark.parametrize(("gate", "delta"), [(1, False), (64, False), (1, True)])
+@pytest.mark.parametrize(("gate", "delta"), [(1, False), (64, False), (1, True), (64, True)])
 def test_shapes_on_a_gpu(gate: int, delta: bool) -> None:
     """Forward and backward of fake tensors, as a graph for a GPU is traced."""
     with FakeTensorMode():
@@ -144,8 +148,8 @@ def test_scans(found: dict[str, dict[str, float]]) -> None:
 
 
 def test_on_ranks(found: dict[str, dict[str, float]]) -> None:
-    """The sharded operator is the same over these kernels; the summaries of seven variants cross."""
-    assert len(found["ranks"]) == 14
+    """The sharded operator is the same over these kernels; the summaries of eight variants cross."""
+    assert len(found["ranks"]) == 16
     for case, error in found["ranks"].items():
         assert error < 1e-6, case
 
@@ -160,11 +164,14 @@ ABOVE = {
     "backward, 64, delta rule, decay": 1.3,
     "forward, 128, delta rule, decay": 1.1,
     "backward, 128, delta rule, decay": 1.3,
+    "backward, 64, delta rule, decay per key": 1.1,
+    "backward, 128, delta rule, decay per key": 1.1,
 }
 
 
 # Launches of the kernels over segments and of the scans between them, forward and backward.
 LAUNCHES = {"no decay": (3, 7), "decay": (3, 8), "decay per key": (4, 8), "delta rule, decay": (5, 13)}
+LAUNCHES["delta rule, decay per key"] = (4, 9)
 
 
 def test_launches(found: dict[str, dict[str, float]]) -> None:

@@ -34,26 +34,25 @@ def refuses(x: Operands, options: Options) -> str:
 class _Walk:
     """The forward's way through the tokens."""
 
-    def __init__(self, x: Operands, options: Options, trained: bool) -> None:
+    def __init__(self, x: Operands, options: Options) -> None:
         assert x.beta is not None and x.log_decay is not None
         gate = x.log_decay if x.log_decay.dtype.itemsize <= 4 else x.log_decay.float()
-        self.gate, self.how = gate.expand(x.k.shape), (options.reverse, trained)
-        given = x.q, x.k, self.gate, x.beta, options.scale
-        self.prepared = ops.kda_prepared(*given, *self.how)
+        self.gate, self.reverse = gate.expand(x.k.shape), options.reverse
+        self.prepared = ops.kda_prepared(x.q, x.k, self.gate, x.beta, options.scale, self.reverse)
         self.of = x.k, x.v, x.beta, self.prepared
-        states, matrices, self.back = ops.kda_summaries(*self.of, *self.how)
-        self.chain = Chain(x.k.shape[:2], states, matrices=matrices)
+        states, self.matrices = ops.kda_summaries(*self.of, self.reverse)
+        self.chain = Chain(x.k.shape[:2], states, matrices=self.matrices)
 
-    def written(self, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def written(self, before: Tensor, *, trained: bool) -> tuple[Tensor, Tensor, Tensor]:
         """See :func:`spcompile.kernels.linear.kda_ops.kda_written`."""
-        return ops.kda_written(*self.of, before, *self.how)
+        return ops.kda_written(*self.of, before, self.reverse, trained)
 
 
 class Forward:
     """See :class:`spcompile.kernels.linear.kernel.Forward`."""
 
     def __init__(self, x: Operands, options: Options) -> None:
-        self.walk = _Walk(x, options, trained=False)
+        self.walk = _Walk(x, options)
 
     def total(self) -> tuple[Tensor, ...]:
         """What the tokens do to the state."""
@@ -65,7 +64,7 @@ class Forward:
     def finish(self, carry: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs, and the state after the last token."""
         before, final = self.walk.chain.before(carry)
-        return self.walk.written(before)[0], final
+        return self.walk.written(before, trained=False)[0], final
 
 
 class Backward:
@@ -73,10 +72,10 @@ class Backward:
 
     def __init__(self, x: Operands, options: Options, grad: Tensor, carry: Tensor | None) -> None:
         self.x, self.options, self.carry = x, options, carry
-        self.walk = walk = _Walk(x, options, trained=True)
+        self.walk = walk = _Walk(x, options)
         self.of = x.k, grad.to(x.q.dtype), x.beta, walk.prepared
         states = ops.kda_summaries_back(*self.of, options.reverse)
-        self.chain = Chain(x.k.shape[:2], states, matrices=walk.back)
+        self.chain = Chain(x.k.shape[:2], states, matrices=walk.matrices.flip(1).mT)
 
     def total(self) -> tuple[Tensor, ...]:
         """What the tokens do to the gradient of the state."""
@@ -86,7 +85,7 @@ class Backward:
         """What the forward wrote, and its states."""
         self.walk.chain.exchanged = self.chain.exchanged
         before, _ = self.walk.chain.before(self.carry)
-        self.n, self.errors, self.states = self.walk.written(before)
+        self.n, self.errors, self.states = self.walk.written(before, trained=True)
 
     def finish(self, carry: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients."""

@@ -44,18 +44,18 @@ def _narrow(k: Tensor) -> torch.dtype:
 
 @torch.library.custom_op("spcompile::kda_prepared", mutates_args=())
 def kda_prepared(
-    q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, scale: float, reverse: bool, trained: bool
+    q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, scale: float, reverse: bool
 ) -> list[Tensor]:
-    """All that the chunks need that needs no state, of the walk forward, and if ``trained`` of that back too.
+    """All that the chunks need that needs no state, of the walk forward and of that back.
 
     Returns:
-        scores; systems and adjoints, X and Y^T (float16 where k is bf16, else float32), or ``[0]``;
+        scores; systems and adjoints, X and Y^T (float16 where k is bf16, else float32);
         scale q and k decayed from the chunk's start, k decayed to its end ``[B*H, T, K]``, and the decay of
         each chunk ``[B*H, chunks, K]`` float32.
     """
     b, h, t, _ = k.shape
     q, k, log_decay = rows(q), rows(k), rows(log_decay)
-    found = _prepared(k, trained)
+    found = _prepared(k)
     options = tiles("prepared", k, k)
     for name in ("V", "BV", "WIDE"):
         del options[name]
@@ -63,71 +63,64 @@ def kda_prepared(
     with torch.cuda.device_of(k):
         delta_per_key.prepared[(b * h * _chunks(k),)](
             q, k, log_decay, beta, *found, scale, *strides, h, t, _steps(k), _chunks(k),
-            REVERSE=reverse, TRAINED=trained, **options,
+            REVERSE=reverse, **options,
         )  # fmt: skip
     return found
 
 
 @kda_prepared.register_fake
-def _(
-    q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, scale: float, reverse: bool, trained: bool
-) -> list[Tensor]:
-    return _prepared(k, trained)
+def _(q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, scale: float, reverse: bool) -> list[Tensor]:
+    return _prepared(k)
 
 
-def _prepared(k: Tensor, trained: bool) -> list[Tensor]:
+def _prepared(k: Tensor) -> list[Tensor]:
     b, h, t, d = k.shape
     kind = torch.float16 if k.dtype == torch.bfloat16 else _WIDE
-    found = [_square(k, _narrow(k)), _square(k, kind)]
-    found.append(_square(k, kind) if trained else k.new_empty(0, dtype=kind))
+    found = [_square(k, _narrow(k)), _square(k, kind), _square(k, kind)]
     found += [k.new_empty(b * h, t, d, dtype=_narrow(k)) for _ in range(3)]
     return [*found, k.new_empty(b * h, _chunks(k), d, dtype=_WIDE)]
 
 
 @torch.library.custom_op("spcompile::kda_summaries", mutates_args=())
 def kda_summaries(
-    k: Tensor, v: Tensor, beta: Tensor, prepared: Sequence[Tensor], reverse: bool, trained: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    k: Tensor, v: Tensor, beta: Tensor, prepared: Sequence[Tensor], reverse: bool
+) -> tuple[Tensor, Tensor]:
     """What each segment of the forward does to the state, ``U_after = A U_before + S``.
 
     Args:
         k: for its sizes alone.
         prepared: of :func:`kda_prepared`.
     Returns:
-        S ``[B*H, segments, K, V]`` and A ``[B*H, segments, K, K]``, in the order of the walk; if ``trained``
-        the matrices of the walk back, in its order, else ``[0]``; float32.
+        S ``[B*H, segments, K, V]`` and A ``[B*H, segments, K, K]``, in the order of the walk,
+        float32. The matrices of the walk back are A transposed.
     """
     b, h, t, _ = k.shape
     v = rows(v)
     _, systems, _, _, readers, writers, through = prepared
     count, size = segment(t)
-    found = _summaries(k, v, trained)
+    found = _summaries(k, v)
     options = tiles("delta, per key", k, v)
     columns = sum(triton.cdiv(x.shape[3], options["BV"]) for x in (k, v))
     with torch.cuda.device_of(k):
         delta_per_key.summaries[(b * h * count * columns,)](
             readers, writers, v, systems, beta, through, *found,
-            *strides_of(v), *strides_of(beta), h, t, _chunks(k), count, size,
-            REVERSE=reverse, TRAINED=trained, **options,
+            *strides_of(v), *strides_of(beta), h, t, _chunks(k), count, size, REVERSE=reverse, **options,
         )  # fmt: skip
     return found
 
 
 @kda_summaries.register_fake
-def _(
-    k: Tensor, v: Tensor, beta: Tensor, prepared: Sequence[Tensor], reverse: bool, trained: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _summaries(k, v, trained)
+def _(k: Tensor, v: Tensor, beta: Tensor, prepared: Sequence[Tensor], reverse: bool) -> tuple[Tensor, Tensor]:
+    return _summaries(k, v)
 
 
 def _states(k: Tensor, v: Tensor, count: int, kind: torch.dtype) -> Tensor:
     return k.new_empty(k.shape[0] * k.shape[1], count, k.shape[3], v.shape[3], dtype=kind)
 
 
-def _summaries(k: Tensor, v: Tensor, trained: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _summaries(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     count, _ = segment(k.shape[2])
-    turned = _states(k, k, count, _WIDE) if trained else k.new_empty(0, dtype=_WIDE)
-    return _states(k, v, count, _WIDE), _states(k, k, count, _WIDE), turned
+    return _states(k, v, count, _WIDE), _states(k, k, count, _WIDE)
 
 
 @torch.library.custom_op("spcompile::kda_summaries_back", mutates_args=())

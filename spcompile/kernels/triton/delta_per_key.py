@@ -45,9 +45,9 @@ def prepared(
     qb, qh, qt, kb, kh, kt, gb, gh, gt, bb, bh, bt,
     H, T, N, n_chunks,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, TRAINED: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``scores``, ``systems`` (X) and, if TRAINED, ``adjoints`` (Y^T), ``[N, steps, C]``; one program a chunk.
+    """``scores``, ``systems`` (X) and ``adjoints`` (Y^T), ``[N, steps, C]``; one program for a chunk.
 
     ``queries``, ``readers``, ``writers [N, T, K]``: scale q and k, decayed from the chunk's start, and k to
     its end. ``through [N, chunks, K]``: the decay of a chunk.
@@ -112,10 +112,10 @@ def prepared(
     inverse = _inverse(system * strengths[None, :], C, PRECISION)
     at = (row + i)[:, None] * C + i[None, :]
     tl.store(systems + at, inverse.to(systems.dtype.element_ty))
-    if TRAINED:  # (I + beta A)^-1 = I - beta X A
-        inverse = tl.dot(inverse, system, input_precision=PRECISION) * strengths[:, None]
-        inverse = tl.where(i[:, None] == i[None, :], 1.0, -inverse)
-        tl.store(adjoints + at, inverse.to(adjoints.dtype.element_ty))
+    # (I + beta A)^-1 = I - beta X A
+    inverse = tl.dot(inverse, system, input_precision=PRECISION) * strengths[:, None]
+    inverse = tl.where(i[:, None] == i[None, :], 1.0, -inverse)
+    tl.store(adjoints + at, inverse.to(adjoints.dtype.element_ty))
 
 
 @triton.jit
@@ -187,15 +187,14 @@ def _backward(
 
 @triton.jit
 def summaries(
-    readers, writers, v, systems, beta, through, states, matrices, turned,
+    readers, writers, v, systems, beta, through, states, matrices,
     vb, vh, vt, bb, bh, bt,
     H, T, n_chunks, n_segments, segment,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, TRAINED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``states [N, segments, K, V]`` and ``matrices [N, segments, K, K]``: U' = matrix U + state.
 
-    ``turned``, if TRAINED: the matrices of the way back, which are transposed and from the last to the first.
     One program for BV columns of either of a segment; those of the matrix start as the identity's.
     """
     pid = tl.program_id(0)
@@ -224,11 +223,8 @@ def summaries(
         _, _, state = _forward(state, reading, writing, given, systems, row, strengths, decay, C, PRECISION)
     at = n.to(tl.int64) * n_segments + which
     if of_matrix:
-        inside = (dk < K)[:, None] & (dv < K)[None, :]
-        tl.store(matrices + at * (K * K) + dk[:, None] * K + dv[None, :], state, mask=inside)
-        if TRAINED:
-            at = n.to(tl.int64) * n_segments + n_segments - 1 - which
-            tl.store(turned + at * (K * K) + dk[:, None] + dv[None, :] * K, state, mask=inside)
+        p = matrices + at * (K * K) + dk[:, None] * K + dv[None, :]
+        tl.store(p, state, mask=(dk < K)[:, None] & (dv < K)[None, :])
     else:
         p = states + at * (K * V) + dk[:, None] * V + dv[None, :]
         tl.store(p, state, mask=(dk < K)[:, None] & (dv < V)[None, :])
