@@ -62,6 +62,7 @@ def cases() -> list[str]:
     found += [f"fp32, {kind}, {size}, " for kind in DELTA[:3] for size in ("two chunks", "two segments")]
     found += ["fp32, mild, delta rule, one token, ", "fp32, mild, delta rule, two chunks, reverse"]
     found += [f"fp32, {kind}, two chunks, " for kind in KDA] + [f"fp32, {KDA[1]}, one token, "]
+    found += [f"fp32, {kind}, two chunks, both" for kind in ("delta rule", "mild, delta rule", KDA[1])]
     found += [f"fp32, {KDA[1]}, two chunks, reverse", f"fp32, {KDA[2]}, two segments, reverse"]
     found += [
         f"{dtype}, {kind}, two chunks, " for dtype, kind in zip(("bf16", "fp16", "bf16"), KDA, strict=True)
@@ -93,11 +94,11 @@ def draw_case(case: str) -> Operands:
     return Operands(*(x.to(dtype) for x in (q, keys, values)), decay, strength, state)
 
 
-def kernel_for(x: Operands) -> ModuleType:
+def kernel_for(x: Operands, exclusive: bool = False) -> ModuleType:
     """The fused kernel that takes such operands."""
     per_key = x.log_decay is not None and x.log_decay.shape[3] > 1
     if x.beta is not None:
-        return fused_kda if per_key else fused_delta
+        return fused_kda if per_key or exclusive else fused_delta
     return fused_diagonal if per_key else fused
 
 
@@ -141,7 +142,7 @@ def errors(case: str) -> dict[str, float]:
     want = [out, final, *(None if y is None else next(pulled) for y in leaves)]
 
     apart = Operands(*(None if y is None else surrounded(y) for y in x[:5]), x.initial_state)
-    kernel = kernel_for(x)
+    kernel = kernel_for(x, options.exclusive)
     forward = kernel.Forward(apart, options)
     forward.local()
     got = [*forward.finish(apart.initial_state)]
@@ -168,7 +169,7 @@ def totals(case: str) -> float:
     """
     *_, (t, _, v), options = parsed(case)
     x = draw_case(case)
-    grad, kernel = torch.randn(1, 2, t, v), kernel_for(x)
+    grad, kernel = torch.randn(1, 2, t, v), kernel_for(x, options.exclusive)
     ours = *kernel.Forward(x, options).total(), *kernel.Backward(x, options, grad, None).total()
     wide = Operands(*(None if y is None else y.double() for y in x))
     theirs = (
@@ -201,7 +202,7 @@ def on_ranks() -> dict[str, float]:
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         kernels = {k: Kernel("fused", k.Forward, k.Backward) for k in KERNELS}
-        patch.setattr(linear, "kernel_of", lambda x, options: kernels[kernel_for(x)])
+        patch.setattr(linear, "kernel_of", lambda x, options: kernels[kernel_for(x, options.exclusive)])
         # One launch at a time: the interpreter changes Triton's language while it runs a kernel.
         one = threading.Lock()
         patch.setattr(torch.cuda, "device_of", lambda x: one)
@@ -293,8 +294,8 @@ def opchecks() -> None:
     opcheck(ops.diagonal_outputs, (*x[:3], g, scores, before, 0.3, True, 2, True, True))
     for states in (None, kept):
         opcheck(ops.diagonal_columns, (*x[:3], g, before, wrong, x[3], states, wrong, 0.3, 0, False))
-    opcheck(ops.kda_prepared, (x[0], x[1], g, beta, 0.3, True))
-    prepared = ops.kda_prepared(x[0], x[1], g, beta, 0.3, True)
+    opcheck(ops.kda_prepared, (x[0], x[1], g, beta, 0.3, 1, True))
+    prepared = ops.kda_prepared(x[0], x[1], g, beta, 0.3, 1, True)
     given, chunks = (*x[1:3], beta, prepared), torch.randn(2, 2, 16, 16)
     opcheck(ops.kda_summaries, (*given, True))
     opcheck(ops.kda_summaries_back, (*given, True))
@@ -302,8 +303,8 @@ def opchecks() -> None:
         opcheck(ops.kda_written, (*given, before, True, trained))
     opcheck(ops.kda_corrected, (*given, before, wrong, True))
     both = x[2], x[3], wrong, chunks, chunks
-    opcheck(ops.kda_readings, (*x[:2], g, *both, 0.3, True))
-    opcheck(ops.kda_gradients, (*x[:2], g, ops.kda_readings(*x[:2], g, *both, 0.3, True), True))
+    opcheck(ops.kda_readings, (*x[:2], g, *both, 0.3, 1, True))
+    opcheck(ops.kda_gradients, (*x[:2], g, ops.kda_readings(*x[:2], g, *both, 0.3, 1, True), 1, True))
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ the largest error that the cases found (infinity: not a number, or an exception)
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -26,7 +27,7 @@ DOT = "input_precision=PRECISION)"
 PLAIN = ("fp32, mild, two chunks, ", "fp32, none, two chunks, ")
 PER_KEY = ("fp32, mild per key, two chunks, ", "fp32, mild per key, two chunks, both")
 DELTA = ("fp32, mild, delta rule, two chunks, ",)
-KDA = ("fp32, mild per key, delta rule, two chunks, reverse",)
+KDA = ("fp32, mild per key, delta rule, two chunks, ",)
 KDA_SEGMENTS = ("fp32, strong per key, delta rule, two segments, reverse",)
 DELTA_SEGMENTS = ("fp32, delta rule, two segments, ",)
 
@@ -174,7 +175,7 @@ FAULTS = {
         (KEYS, "weights, given, found,", "weights, given, found * 0.0,"),
     ],
     "kda, written": [
-        (KEYS, "if TRAINED:\n            at = kept + row // C", "if TRAINED:\n            at = kept + 0 * row // C"),
+        (KEYS, "TRAINED:\n            at = kept + row // C", "TRAINED:\n            at = kept + 0 * row"),
         (KEYS, "errors += n.to(tl.int64) * T * V\n    whole", "errors += 0\n    whole"),
         (KEYS, "read = tl.dot(asking, state", "read = tl.dot(reading, state"),
         (KEYS, "tl.dot(weights, writes, read,", "tl.dot(weights, writes, read * 0.0,"),
@@ -185,12 +186,10 @@ FAULTS = {
         (KEYS, "(n_segments - 1 - which).to(tl.int64) * ss", "which.to(tl.int64) * ss"),
         (KEYS, "tl.sum(found * wrong, 1)", "tl.sum(grads * wrong, 1)"),
         (KEYS, "tl.store(p, grads.to(", "tl.store(p, found.to("),
-        (KEYS, "token = N - 1 - step if REVERSE else step\n        tl.store(sums", "token = step\n        tl.store(sums"),
+        (KEYS, "token = N - 1 - step if REVERSE else step\n        tl.st", "token = step\n        tl.st"),
         (KEYS, "sums += (of_v * heads + n)", "sums += (0 * heads + n)"),
-        (KEYS, "at = kept + row // C * (K * V) + dk[:, None] * V + dv[None, :]\n        tl.store(at, state.to("
-         "kept.dtype.element_ty), mask=whole)\n        asking",
-         "at = kept + row // C * (K * V) + dk[:, None] * V + dv[None, :]\n        tl.store(at, 0.0 * state.to("
-         "kept.dtype.element_ty), mask=whole)\n        asking"),
+        (KEYS, "kept.dtype.element_ty), mask=whole)\n        asking",
+         "kept.dtype.element_ty), mask=whole & (first < 0))\n        asking"),
     ],
     "kda, readings": [
         (BACK, "tl.where(i[:, None] >= i[None, :], by_query", "tl.where(i[:, None] > i[None, :], by_query"),
@@ -205,14 +204,27 @@ FAULTS = {
         (BACK, "_later(wrote, C, False, True", "_later(wrote, C, True, True"),
         (BACK, "tl.sum(before.to(tl.float32) * behind", "tl.sum(before.to(tl.float32) * before"),
     ],
+    "kda, exclusive": [
+        (KEYS, "if READ == INCLUSIVE:\n                seen", "if READ != INCLUSIVE:\n                seen"),
+        (KEYS, "if READ == EXCLUSIVE:\n            start", "if READ == INCLUSIVE:\n            start"),
+        (BACK, "gap = 0 if READ", "gap = 0 if READ + 1"),
+        (BACK, "if READ == EXCLUSIVE:\n        start, _ = _from_start(g, first, d, gt, T, N, C", "if READ == "
+         "INCLUSIVE:\n        start, _ = _from_start(g, first, d, gt, T, N, C"),
+        (BACK, "_later(asked, C, False, False", "_later(asked, C, True, False"),
+        (BACK, "if READ == INCLUSIVE:\n            seen", "if READ != INCLUSIVE:\n            seen"),
+        (BACK, "wrote += both * seen", "wrote += both * decays"),
+        (BACK, "(i + 1 < r)[:, None]", "(i < r)[:, None]"),
+        (BACK, "if READ == EXCLUSIVE:\n            from_start", "if READ == INCLUSIVE:\n            from_start"),
+        (BACK, "_later(from_q * queries, BLOCK, False", "_later(from_q * queries, BLOCK, True"),
+    ],
     "kda, pairs": [
         (BACK, "tl.where(mine, 1.0, decays *", "tl.where(mine, 1.0, 1.0 *"),
         (BACK, "(i < r)[:, None]", "(i <= r)[:, None]"),
         (BACK, "wrote += both * decays", "wrote += both"),
-        (BACK, "read = tl.where(mine, tl.sum(weight * decayed", "read = tl.where(mine, 0.0 * tl.sum(weight * decayed"),
+        (BACK, "read = tl.where(mine, tl.sum(weight *", "read = tl.where(mine, 0.0 * tl.sum(weight *"),
         (BACK, "from_q *= start", "from_q *= 1.0"),
         (BACK, "from_k *= start", "from_k *= 1.0"),
-        (BACK, "from_start *= tl.exp(between)", "from_start *= tl.exp(0.0 * between)"),
+        (BACK, "gap = tl.exp(between)[None, :]", "gap = 1.0"),
         (BACK, "gone += here", "gone = here"),
         (BACK, "over *= tl.exp(through)", "over *= 0.0"),
         (BACK, "* reading, 0)", "* asking, 0)"),
@@ -259,9 +271,9 @@ def worst(cases: tuple[str, ...]) -> float:
 
 def _worst(cases: tuple[str, ...], answer: Any) -> None:
     found = 0.0
-    for case in cases:
+    for case, function in itertools.product(cases, (fused_worker.errors, _totals)):
         try:
-            errors = fused_worker.errors(case) | {"total": fused_worker.totals(case)}
+            errors = function(case)
         except Exception:
             errors = {"": math.inf}
         found = max(found, *(math.inf if math.isnan(e) else e for e in errors.values()))
@@ -270,12 +282,19 @@ def _worst(cases: tuple[str, ...], answer: Any) -> None:
     answer.send(found)
 
 
+def _totals(case: str) -> dict[str, float]:
+    return {"total": fused_worker.totals(case)}
+
+
 def cases_of(kernel: str) -> tuple[str, ...]:
     """Cases that run a kernel."""
     if kernel == "tiles":
         return *PLAIN, "fp32, mild, two chunks, reverse"
+    if kernel == "kda, exclusive":
+        return (f"{KDA[0]}both",)
     if kernel.startswith("kda"):
-        return KDA + KDA_SEGMENTS if kernel in ("kda, summaries", "kda, corrected") else KDA
+        one = (f"{KDA[0]}reverse",)
+        return one + KDA_SEGMENTS if kernel in ("kda, summaries", "kda, corrected") else one
     if "per key" in kernel or kernel in ("columns", "within"):
         return PER_KEY
     if kernel == "delta summaries":

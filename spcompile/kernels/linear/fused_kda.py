@@ -1,5 +1,7 @@
 """The delta rule with a decay per key (KDA) on GPUs, over segments (``kernels/triton/delta_per_key.py``).
 
+Exclusive ones are taken with any decay, which then is one per key, or 0.
+
     made     all of the chunks that needs no state, and what each segment does to the state
     total    what all of them together do; walking back its matrices are those of the forward, transposed
     finish   forward the states before each segment, and outputs; what is written goes nowhere else
@@ -17,6 +19,7 @@ from spcompile.kernels.linear import kda_ops  # noqa: F401  (registers the opera
 from spcompile.kernels.linear.chain import Chain
 from spcompile.kernels.linear.fused import gradient_of_state, refused
 from spcompile.kernels.linear.operands import Operands, Options
+from spcompile.kernels.triton.tiles import EXCLUSIVE, INCLUSIVE
 
 __all__ = ["AGAIN", "Backward", "Forward", "refuses"]
 
@@ -24,10 +27,8 @@ ops = torch.ops.spcompile
 AGAIN = frozenset({ops.kda_prepared.default, ops.kda_written.default})
 
 
-def refuses(x: Operands, options: Options) -> str:
+def refuses(x: Operands) -> str:
     """Why the kernels do not take such operands, for the report; empty if they do."""
-    if options.exclusive:
-        return "a query that sees the tokens before its own only"
     return refused(x, 128)
 
 
@@ -35,10 +36,13 @@ class _Walk:
     """The forward's way through the tokens."""
 
     def __init__(self, x: Operands, options: Options) -> None:
-        assert x.beta is not None and x.log_decay is not None
-        gate = x.log_decay if x.log_decay.dtype.itemsize <= 4 else x.log_decay.float()
-        self.gate, self.reverse = gate.expand(x.k.shape), options.reverse
-        self.prepared = ops.kda_prepared(x.q, x.k, self.gate, x.beta, options.scale, self.reverse)
+        assert x.beta is not None
+        self.reverse, read = options.reverse, EXCLUSIVE if options.exclusive else INCLUSIVE
+        self.how = read.value, self.reverse
+        gate = x.k.new_zeros(1, 1, 1, 1, dtype=torch.float32) if x.log_decay is None else x.log_decay
+        gate = gate if gate.dtype.itemsize <= 4 else gate.float()
+        self.gate = gate.expand(x.k.shape)
+        self.prepared = ops.kda_prepared(x.q, x.k, self.gate, x.beta, options.scale, *self.how)
         self.of = x.k, x.v, x.beta, self.prepared
         states, self.matrices = ops.kda_summaries(*self.of, self.reverse)
         self.chain = Chain(x.k.shape[:2], states, matrices=self.matrices)
@@ -94,10 +98,13 @@ class Backward:
         dv, dbeta, grads = ops.kda_corrected(*self.of, behind, self.errors, reverse)
         given = x.q, x.k, walk.gate
         both = self.n, self.of[1], dv, self.states, grads
-        parts = ops.kda_readings(*given, *both, self.options.scale, reverse)
-        dq, dk, decay = ops.kda_gradients(*given, parts, reverse)
-        assert x.log_decay is not None and x.beta is not None
-        decay = decay.sum_to_size(x.log_decay.shape).to(x.log_decay.dtype).contiguous()
+        parts = ops.kda_readings(*given, *both, self.options.scale, *walk.how)
+        dq, dk, decay = ops.kda_gradients(*given, parts, *walk.how)
+        if x.log_decay is None:
+            decay = None
+        else:
+            decay = decay.sum_to_size(x.log_decay.shape).to(x.log_decay.dtype).contiguous()
+        assert x.beta is not None
         dbeta = self.chain.heads(dbeta).unsqueeze(-1)
         dbeta = dbeta.sum_to_size(x.beta.shape).to(x.beta.dtype).contiguous()
         return dq, dk, dv, decay, dbeta, gradient_of_state(x, initial)

@@ -28,8 +28,12 @@ def _chunks(k: Tensor) -> int:
     return (k.shape[2] + CHUNK - 1) // CHUNK
 
 
+def _segments(k: Tensor) -> tuple[int, int]:
+    return segment(k.shape[2])
+
+
 def _steps(k: Tensor) -> int:
-    count, size = segment(k.shape[2])
+    count, size = _segments(k)
     return count * size
 
 
@@ -44,10 +48,12 @@ def _narrow(k: Tensor) -> torch.dtype:
 
 @torch.library.custom_op("spcompile::kda_prepared", mutates_args=())
 def kda_prepared(
-    q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, scale: float, reverse: bool
+    q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, scale: float, read: int, reverse: bool
 ) -> list[Tensor]:
     """All that the chunks need that needs no state, of the walk forward and of that back.
 
+    Args:
+        read: how queries read, INCLUSIVE or EXCLUSIVE (``kernels/triton/tiles.py``); keys read INCLUSIVE.
     Returns:
         scores; systems and adjoints, X and Y^T (float16 where k is bf16, else float32);
         scale q and k decayed from the chunk's start, k decayed to its end ``[B*H, T, K]``, and the decay of
@@ -63,7 +69,7 @@ def kda_prepared(
     with torch.cuda.device_of(k):
         delta_per_key.prepared[(b * h * _chunks(k),)](
             q, k, log_decay, beta, *found, scale, *strides, h, t, _steps(k), _chunks(k),
-            REVERSE=reverse, **options,
+            READ=read, REVERSE=reverse, **options,
         )  # fmt: skip
     return found
 
@@ -97,7 +103,7 @@ def kda_summaries(
     b, h, t, _ = k.shape
     v = rows(v)
     _, systems, _, _, readers, writers, through = prepared
-    count, size = segment(t)
+    count, size = _segments(k)
     found = _summaries(k, v)
     options = tiles("delta, per key", k, v)
     columns = sum(triton.cdiv(x.shape[3], options["BV"]) for x in (k, v))
@@ -119,7 +125,7 @@ def _states(k: Tensor, v: Tensor, count: int, kind: torch.dtype) -> Tensor:
 
 
 def _summaries(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    count, _ = segment(k.shape[2])
+    count, _ = _segments(k)
     return _states(k, v, count, _WIDE), _states(k, k, count, _WIDE)
 
 
@@ -136,7 +142,7 @@ def kda_summaries_back(
     b, h, t, _ = k.shape
     grad = rows(grad)
     scores, _, adjoints, *decayed, through = prepared
-    count, size = segment(t)
+    count, size = _segments(k)
     states = _states(k, grad, count, _WIDE)
     options = tiles("delta, per key", k, grad)
     with torch.cuda.device_of(k):
@@ -149,7 +155,7 @@ def kda_summaries_back(
 
 @kda_summaries_back.register_fake
 def _(k: Tensor, grad: Tensor, beta: Tensor, prepared: Sequence[Tensor], reverse: bool) -> Tensor:
-    return _states(k, grad, segment(k.shape[2])[0], _WIDE)
+    return _states(k, grad, _segments(k)[0], _WIDE)
 
 
 @torch.library.custom_op("spcompile::kda_written", mutates_args=())
@@ -174,7 +180,7 @@ def kda_written(
     b, h, t, _ = k.shape
     v = rows(v)
     scores, systems, _, *decayed, through = prepared
-    count, size = segment(t)
+    count, size = _segments(k)
     found = _written(k, v, trained)
     options = tiles("delta, per key", k, v)
     with torch.cuda.device_of(k):
@@ -228,7 +234,7 @@ def kda_corrected(
     b, h, t, _ = k.shape
     grad = rows(grad)
     scores, _, adjoints, *decayed, through = prepared
-    count, size = segment(t)
+    count, size = _segments(k)
     options = tiles("delta, per key", k, grad)
     parts = triton.cdiv(grad.shape[3], options["BV"])
     out, of_beta, kept = _corrected(k, grad)
@@ -272,6 +278,7 @@ def kda_readings(
     states: Tensor,
     grads: Tensor,
     scale: float,
+    read: int,
     reverse: bool,
 ) -> list[Tensor]:
     """Weights of the pairs of chunks, and what comes from outside of a chunk.
@@ -292,7 +299,7 @@ def kda_readings(
     with torch.cuda.device_of(k):
         delta_per_key_back.readings[(b * h * _chunks(k),)](
             q, k, log_decay, written, grad, dv, states, grads, *found, scale, *strides,
-            h, t, _steps(k), _chunks(k), REVERSE=reverse, **options,
+            h, t, _steps(k), _chunks(k), READ=read, REVERSE=reverse, **options,
         )  # fmt: skip
     return found
 
@@ -308,6 +315,7 @@ def _(
     states: Tensor,
     grads: Tensor,
     scale: float,
+    read: int,
     reverse: bool,
 ) -> list[Tensor]:
     return _readings(k)
@@ -321,7 +329,7 @@ def _readings(k: Tensor) -> list[Tensor]:
 
 @torch.library.custom_op("spcompile::kda_gradients", mutates_args=())
 def kda_gradients(
-    q: Tensor, k: Tensor, log_decay: Tensor, parts: Sequence[Tensor], reverse: bool
+    q: Tensor, k: Tensor, log_decay: Tensor, parts: Sequence[Tensor], read: int, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and log_decay, ``[B, H, T, K]`` contiguous; that of log_decay float32.
 
@@ -338,14 +346,14 @@ def kda_gradients(
     with torch.cuda.device_of(k):
         delta_per_key_back.pairs[(b * h * _chunks(k) * (CHUNK // 16),)](
             q, k, log_decay, *parts, *found, *strides, h, t, _steps(k), _chunks(k),
-            REVERSE=reverse, **options,
+            READ=read, REVERSE=reverse, **options,
         )  # fmt: skip
     return found
 
 
 @kda_gradients.register_fake
 def _(
-    q: Tensor, k: Tensor, log_decay: Tensor, parts: Sequence[Tensor], reverse: bool
+    q: Tensor, k: Tensor, log_decay: Tensor, parts: Sequence[Tensor], read: int, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients(q, k)
 

@@ -93,10 +93,10 @@ def kernel_of(x: Operands, options: Options) -> Kernel:
         from spcompile.kernels.linear import fused, fused_delta, fused_diagonal, fused_kda
 
         per_key = x.log_decay is not None and x.log_decay.shape[3] != 1
-        if x.beta is not None and per_key:
+        if x.beta is not None and (per_key or options.exclusive):
             kernel = Kernel("Triton, delta rule, decay per key", fused_kda.Forward, fused_kda.Backward)
             kernel = kernel._replace(again=fused_kda.AGAIN)
-            refused = fused_kda.refuses(x, options)
+            refused = fused_kda.refuses(x)
         elif x.beta is not None:
             kernel = Kernel("Triton, delta rule", fused_delta.Forward, fused_delta.Backward)
             kernel = kernel._replace(again=fused_delta.AGAIN)

@@ -11,15 +11,15 @@ and walking back, with R the gradient of the state behind the chunk and do that 
     dn = Y (D k R + scores^T do)          dv = beta dn           Y = (I + A^T beta)^-1
     dbeta = e . dn                        R' = D R + (D q)^T do - (D k)^T dv
 
-    prepared    all of a chunk that needs no state: X, Y, scores, and q and k decayed to either end of it
-    summaries   what each segment does to the state: a matrix, from the columns of the identity, and a state
-    summaries_back   and to its gradient: a state. Its matrix is the other one, transposed
-    written     from the state before each segment: the outputs; or n, e and the states before chunks
-    corrected   from the gradient behind each segment: dv, dbeta, and the gradients of the states behind chunks
+    prepared        what needs no state: X, Y, scores, and q and k decayed to either end of the chunk
+    summaries       what each segment does to the state: a matrix, from columns of the identity, and a state
+    summaries_back  and to its gradient: a state; the matrix is the other one transposed
+    written         from the state before each segment: the outputs; or n, e and the states before chunks
+    corrected       from the gradient behind each segment: dv, dbeta, and the gradients behind chunks
 
 A key is decayed from the chunk's start where it reads and to its end where it writes, and walking back the
 other way round: both ways read the same tensors. So no walk looks at a gate, and either goes by the steps of
-the forward. What is summed runs over exactly the steps between, and no exponent is positive (``diagonal.py``).
+the forward. Queries may be EXCLUSIVE (``tiles.py``); keys read behind their step's decay. Sums run over exactly the steps between, and no exponent is positive (``diagonal.py``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from spcompile.kernels.triton.diagonal import BLOCK, _from_start, _load, _past, _row, _to_end
-from spcompile.kernels.triton.tiles import INCLUSIVE, chunks, gates, offset, tile
+from spcompile.kernels.triton.tiles import EXCLUSIVE, INCLUSIVE, chunks, gates, offset, tile
 
 __all__ = ["corrected", "prepared", "skipped", "summaries", "summaries_back", "written"]
 
@@ -45,7 +45,7 @@ def prepared(
     qb, qh, qt, kb, kh, kt, gb, gh, gt, bb, bh, bt,
     H, T, N, n_chunks,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    READ: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``scores``, ``systems`` (X) and ``adjoints`` (Y^T), ``[N, steps, C]``; one program for a chunk.
 
@@ -76,9 +76,12 @@ def prepared(
         for r in range(BLOCK):
             mine = (i == r)[:, None]
             decay = tl.exp(_row(g, begin + r, d, gt, T, N, K, REVERSE))[None, :]
+            seen = decays
             decays = tl.where(mine, 1.0, decays * decay)
+            if READ == INCLUSIVE:
+                seen = decays
             query = _row(q, begin + r, d, qt, T, N, K, REVERSE)[None, :]
-            own = tl.where(mine, tl.sum(decays * keys * query, 1)[None, :], own)
+            own = tl.where(mine, tl.sum(seen * keys * query, 1)[None, :], own)
             key = _row(k, begin + r, d, kt, T, N, K, REVERSE)[None, :]
             ours = tl.where(mine, tl.sum(decays * keys * key, 1)[None, :], ours)
         tl.store(at + b * BLOCK, (own * scale).to(scores.dtype.element_ty))
@@ -87,8 +90,10 @@ def prepared(
             tl.store(at + c * BLOCK, tl.zeros((BLOCK, BLOCK), scores.dtype.element_ty))
 
         start, here = _from_start(g, begin, d, gt, T, N, BLOCK, K, INCLUSIVE, REVERSE)
-        reading = _load(q, step, True, d, qt, T, N, K, REVERSE, True) * start * scale
         key = keys * start
+        if READ == EXCLUSIVE:
+            start, _ = _from_start(g, begin, d, gt, T, N, BLOCK, K, READ, REVERSE)
+        reading = _load(q, step, True, d, qt, T, N, K, REVERSE, True) * start * scale
         between = tl.zeros((BK,), tl.float32)
         for back in range(1, b + 1):
             past, gone = _past(k, g, begin - back * BLOCK, d, between, kt, gt, T, N, K, INCLUSIVE, REVERSE)
@@ -238,7 +243,7 @@ def summaries_back(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     REVERSE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``states [N, segments, K, V]``, from the last segment to the first; one program for BV columns of one."""
+    """``states [N, segments, K, V]``, from the last segment on; one program for BV columns of one."""
     pid = tl.program_id(0)
     of_v, pid = pid % tl.cdiv(V, BV), pid // tl.cdiv(V, BV)
     which, n = pid % n_segments, pid // n_segments
@@ -338,7 +343,7 @@ def corrected(
     """The way back from ``behind [N, segments, K, V]``, which begins with the last segment.
 
     ``out [N, T, V]``: the gradients of values; ``sums [parts, N, T]``: those of beta, of the values that a
-    program has; ``kept [N, chunks, K, V]``: the gradients of the states behind chunks, in the forward's order.
+    program has; ``kept [N, chunks, K, V]``: those of the states behind chunks, in the forward's order.
     One program for BV of a segment's values.
     """
     pid = tl.program_id(0)

@@ -12,7 +12,7 @@ once. The pair of a reader i and a writer j of a chunk weighs
 and the log decay of each step and key has all such products that the step stands between (``gate.py``).
 
     readings    weights, and what comes from outside of the chunk
-    pairs       what comes from pairs of the chunk, in blocks of 16 steps as ``diagonal.within``, and all of it
+    pairs       what comes from pairs of the chunk, in blocks of 16 steps as ``diagonal.within``; and the sum
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from spcompile.kernels.triton.diagonal import (
     _shifted,
     _to_end,
 )
-from spcompile.kernels.triton.tiles import INCLUSIVE, offset, tile
+from spcompile.kernels.triton.tiles import EXCLUSIVE, INCLUSIVE, offset, tile
 
 __all__ = ["pairs", "readings"]
 
@@ -42,7 +42,7 @@ def readings(
     qb, qh, qt, kb, kh, kt, gb, gh, gt, db, dh, dt,
     H, T, N, n_chunks,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    READ: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``of_queries, of_keys [N, steps, C]``, the weights; ``dq, dk, dg [N, T, K]`` float32, from outside.
 
@@ -78,7 +78,8 @@ def readings(
         by_key = tl.dot(taken, tl.trans(values), by_key, input_precision=PRECISION)
         read = tl.dot(taken, tl.trans(before), read, input_precision=PRECISION)
     at = (head * n_chunks * C + chunk * C + i)[:, None] * C + i[None, :]
-    by_query = tl.where(i[:, None] >= i[None, :], by_query * scale, 0.0)
+    gap = 0 if READ == INCLUSIVE else 1
+    by_query = tl.where(i[:, None] >= i[None, :] + gap, by_query * scale, 0.0)
     tl.store(of_queries + at, by_query.to(of_queries.dtype.element_ty))
     by_key = tl.where(i[:, None] > i[None, :], -by_key, 0.0)
     tl.store(of_keys + at, by_key.to(of_keys.dtype.element_ty))
@@ -86,8 +87,10 @@ def readings(
     g += offset(head, H, gb, gh)
     made = head * T * K
     start, through = _from_start(g, first, d, gt, T, N, C, K, INCLUSIVE, REVERSE)
-    asked *= start * scale
     read *= -start
+    if READ == EXCLUSIVE:
+        start, _ = _from_start(g, first, d, gt, T, N, C, K, READ, REVERSE)
+    asked *= start * scale
     p, inside = tile(dq + made, step, d, K, T, N, K, REVERSE)
     tl.store(p, asked, mask=inside)
     end, _ = _to_end(g, first, d, gt, T, N, C, K, INCLUSIVE, REVERSE)
@@ -96,9 +99,14 @@ def readings(
     tl.store(p, read + wrote, mask=inside)
     asked *= _load(q + offset(head, H, qb, qh), step, True, d, qt, T, N, K, REVERSE, True)
     keys = _load(k + offset(head, H, kb, kh), step, True, d, kt, T, N, K, REVERSE, True)
-    asked += read * keys
+    if READ == EXCLUSIVE:
+        read = _later(asked, C, False, False, 3 if WIDE else 2) + _later(
+            read * keys, C, True, False, 3 if WIDE else 2
+        )
+    else:
+        read = _later(asked + read * keys, C, True, False, 3 if WIDE else 2)
     wrote *= keys
-    total = _later(asked, C, True, False, 3 if WIDE else 2) + (across * tl.exp(through))[None, :]
+    total = read + (across * tl.exp(through))[None, :]
     total += _later(wrote, C, False, True, 3 if WIDE else 2)
     p, inside = tile(dg + made, step, d, K, T, N, K, REVERSE)
     tl.store(p, total, mask=inside)
@@ -110,7 +118,7 @@ def pairs(
     qb, qh, qt, kb, kh, kt, gb, gh, gt,
     H, T, N, n_chunks,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    READ: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``out_q, out_k, dg [N, T, K]``: ``plus_*``, which lie alike, and what pairs of a chunk add to them.
 
@@ -135,16 +143,22 @@ def pairs(
     decays = tl.zeros((BLOCK, BK), tl.float32)  # from each step of the block to the row's reading
     for r in range(BLOCK):
         mine = (i == r)[:, None]
+        seen = decays
         decays = tl.where(mine, 1.0, decays * tl.exp(_row(g, first + r, d, gt, T, N, K, REVERSE))[None, :])
-        decayed = decays * keys
+        if READ == INCLUSIVE:
+            seen = decays
         weight = tl.sum(tl.where(mine, by_query, 0.0), 0)[:, None]
-        asked = tl.where(mine, tl.sum(weight * decayed, 0)[None, :], asked)
+        asked = tl.where(mine, tl.sum(weight * seen * keys, 0)[None, :], asked)
         both = weight * _row(q, first + r, d, qt, T, N, K, REVERSE)[None, :]
+        if READ == EXCLUSIVE:
+            wrote += both * seen
+            of_gate += tl.where((i + 1 < r)[:, None], tl.cumsum(both * seen * keys, 0), 0.0)
+            both = tl.zeros((BLOCK, BK), tl.float32)
         weight = tl.sum(tl.where(mine, by_key, 0.0), 0)[:, None]
-        read = tl.where(mine, tl.sum(weight * decayed, 0)[None, :], read)
+        read = tl.where(mine, tl.sum(weight * decays * keys, 0)[None, :], read)
         both += weight * _row(k, first + r, d, kt, T, N, K, REVERSE)[None, :]
         wrote += both * decays
-        of_gate += tl.where((i < r)[:, None], tl.cumsum(both * decayed, 0), 0.0)
+        of_gate += tl.where((i < r)[:, None], tl.cumsum(both * decays * keys, 0), 0.0)
 
     start, through = _from_start(g, first, d, gt, T, N, BLOCK, K, INCLUSIVE, REVERSE)
     from_q = tl.zeros((BLOCK, BK), tl.float32)
@@ -156,18 +170,22 @@ def pairs(
         weight = _weights(of_queries, b, b - back, C)
         from_q = tl.dot(weight, past, from_q, input_precision=PRECISION)
         from_k = tl.dot(_weights(of_keys, b, b - back, C), past, from_k, input_precision=PRECISION)
-    from_q *= start
     from_k *= start
+    if READ == EXCLUSIVE:
+        start, _ = _from_start(g, first, d, gt, T, N, BLOCK, K, READ, REVERSE)
+    from_q *= start
     behind = tl.zeros((BLOCK, BK), tl.float32)
     over = tl.zeros((BK,), tl.float32)  # of pairs on either side of the block
     between = tl.zeros((BK,), tl.float32)
     for ahead in range(1, blocks - b):
         later = first + ahead * BLOCK
         from_start, here = _from_start(g, later, d, gt, T, N, BLOCK, K, INCLUSIVE, REVERSE)
-        from_start *= tl.exp(between)[None, :]
+        gap = tl.exp(between)[None, :]
         between += here
-        asking = _load(q, later + i, True, d, qt, T, N, K, REVERSE, True) * from_start
-        reading = _load(k, later + i, True, d, kt, T, N, K, REVERSE, True) * from_start
+        reading = _load(k, later + i, True, d, kt, T, N, K, REVERSE, True) * from_start * gap
+        if READ == EXCLUSIVE:
+            from_start, _ = _from_start(g, later, d, gt, T, N, BLOCK, K, READ, REVERSE)
+        asking = _load(q, later + i, True, d, qt, T, N, K, REVERSE, True) * from_start * gap
         c = b + ahead
         behind = tl.dot(_mirrored(of_queries, c, b, C), asking, behind, input_precision=PRECISION)
         behind = tl.dot(_mirrored(of_keys, c, b, C), reading, behind, input_precision=PRECISION)
@@ -193,7 +211,12 @@ def pairs(
     tl.store(p, total.to(out_k.dtype.element_ty), mask=inside)
     queries = _load(q, step, True, d, qt, T, N, K, REVERSE, True)
     # Rows of of_gate are those of the step behind.
-    total = _later(from_q * queries + from_k * keys, BLOCK, True, False, 3)
+    if READ == EXCLUSIVE:
+        total = _later(from_q * queries, BLOCK, False, False, 3) + _later(
+            from_k * keys, BLOCK, True, False, 3
+        )
+    else:
+        total = _later(from_q * queries + from_k * keys, BLOCK, True, False, 3)
     total += _later(behind * keys, BLOCK, False, True, 3) + over[None, :] + _shifted(of_gate)
     p, inside = tile(plus_g + n * T * K, step, d, K, T, N, K, REVERSE)
     total += tl.load(p, mask=inside, other=0.0)
