@@ -207,14 +207,13 @@ FAULTS = {
     "kda, exclusive": [
         (KEYS, "if READ == INCLUSIVE:\n                seen", "if READ != INCLUSIVE:\n                seen"),
         (KEYS, "if READ == EXCLUSIVE:\n            start", "if READ == INCLUSIVE:\n            start"),
-        (BACK, "gap = 0 if READ", "gap = 0 if READ + 1"),
-        (BACK, "if READ == EXCLUSIVE:\n        start, _ = _from_start(g, first, d, gt, T, N, C", "if READ == "
-         "INCLUSIVE:\n        start, _ = _from_start(g, first, d, gt, T, N, C"),
+        (BACK, "gap = 0 if READ == INCLUSIVE else 1", "gap = 0"),
+        (BACK, "if READ == EXCLUSIVE:\n        start, _", "if READ == INCLUSIVE:\n        start, _"),
         (BACK, "_later(asked, C, False, False", "_later(asked, C, True, False"),
         (BACK, "if READ == INCLUSIVE:\n            seen", "if READ != INCLUSIVE:\n            seen"),
         (BACK, "wrote += both * seen", "wrote += both * decays"),
         (BACK, "(i + 1 < r)[:, None]", "(i < r)[:, None]"),
-        (BACK, "if READ == EXCLUSIVE:\n            from_start", "if READ == INCLUSIVE:\n            from_start"),
+        (BACK, "READ == EXCLUSIVE:\n            from_start", "READ == INCLUSIVE:\n            from_start"),
         (BACK, "_later(from_q * queries, BLOCK, False", "_later(from_q * queries, BLOCK, True"),
     ],
     "kda, pairs": [

@@ -75,7 +75,9 @@ def kda_prepared(
 
 
 @kda_prepared.register_fake
-def _(q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, scale: float, reverse: bool) -> list[Tensor]:
+def _(
+    q: Tensor, k: Tensor, log_decay: Tensor, beta: Tensor, scale: float, read: int, reverse: bool
+) -> list[Tensor]:
     return _prepared(k)
 
 

@@ -19,7 +19,8 @@ and walking back, with R the gradient of the state behind the chunk and do that 
 
 A key is decayed from the chunk's start where it reads and to its end where it writes, and walking back the
 other way round: both ways read the same tensors. So no walk looks at a gate, and either goes by the steps of
-the forward. Queries may be EXCLUSIVE (``tiles.py``); keys read behind their step's decay. Sums run over exactly the steps between, and no exponent is positive (``diagonal.py``).
+the forward. Queries may be EXCLUSIVE (``tiles.py``), while keys read behind the decay of their own step. Sums
+run over exactly the steps between, and no exponent is positive (``diagonal.py``).
 """
 
 from __future__ import annotations
