@@ -192,7 +192,7 @@ FAULTS = {
          "kept.dtype.element_ty), mask=whole & (first < 0))\n        asking"),
     ],
     "kda, readings": [
-        (BACK, "tl.where(i[:, None] >= i[None, :], by_query", "tl.where(i[:, None] > i[None, :], by_query"),
+        (BACK, "i[:, None] >= i[None, :] + gap, by_query", "i[:, None] > i[None, :] + gap, by_query"),
         (BACK, "tl.where(i[:, None] > i[None, :], -by_key", "tl.where(i[:, None] >= i[None, :], -by_key"),
         (BACK, "by_query * scale", "by_query"),
         (BACK, "asked *= start * scale", "asked *= scale"),
@@ -200,7 +200,7 @@ FAULTS = {
         (BACK, "read *= -start", "read *= start"),
         (BACK, "tl.store(p, read + wrote", "tl.store(p, wrote"),
         (BACK, "across * tl.exp(through)", "across"),
-        (BACK, "_later(asked, C, True", "_later(asked, C, False"),
+        (BACK, "_later(asked + read * keys, C, True", "_later(asked + read * keys, C, False"),
         (BACK, "_later(wrote, C, False, True", "_later(wrote, C, True, True"),
         (BACK, "tl.sum(before.to(tl.float32) * behind", "tl.sum(before.to(tl.float32) * before"),
     ],
