@@ -192,7 +192,7 @@ FAULTS = {
          "kept.dtype.element_ty), mask=whole & (first < 0))\n        asking"),
     ],
     "kda, readings": [
-        (BACK, "i[:, None] >= i[None, :] + gap, by_query", "i[:, None] > i[None, :] + gap, by_query"),
+        (BACK, "i[:, None] >= i[None, :], by_query", "i[:, None] > i[None, :], by_query"),
         (BACK, "tl.where(i[:, None] > i[None, :], -by_key", "tl.where(i[:, None] >= i[None, :], -by_key"),
         (BACK, "by_query * scale", "by_query"),
         (BACK, "asked *= start * scale", "asked *= scale"),
@@ -207,29 +207,35 @@ FAULTS = {
     "kda, exclusive": [
         (KEYS, "if READ == INCLUSIVE:\n                seen", "if READ != INCLUSIVE:\n                seen"),
         (KEYS, "if READ == EXCLUSIVE:\n            start", "if READ == INCLUSIVE:\n            start"),
-        (BACK, "gap = 0 if READ == INCLUSIVE else 1", "gap = 0"),
+        (BACK, "READ == EXCLUSIVE:\n        before_q", "READ == INCLUSIVE:\n        before_q"),
+        (BACK, "within & later & (i[:, None] < i", "within & later & (i[:, None] <= i"),
         (BACK, "if READ == EXCLUSIVE:\n        start, _", "if READ == INCLUSIVE:\n        start, _"),
         (BACK, "_later(asked, C, False, False", "_later(asked, C, True, False"),
         (BACK, "if READ == INCLUSIVE:\n            seen", "if READ != INCLUSIVE:\n            seen"),
-        (BACK, "wrote += both * seen", "wrote += both * decays"),
-        (BACK, "(i + 1 < r)[:, None]", "(i < r)[:, None]"),
-        (BACK, "READ == EXCLUSIVE:\n            from_start", "READ == INCLUSIVE:\n            from_start"),
-        (BACK, "_later(from_q * queries, BLOCK, False", "_later(from_q * queries, BLOCK, True"),
+        (BACK, "to_k += both * seen", "to_k += both * decays"),
+        (BACK, "(i + 1 < r)[None, :, None]", "(i < r)[None, :, None]"),
+        (BACK, "READ == EXCLUSIVE:\n            start", "READ == INCLUSIVE:\n            start"),
+        (BACK, "_later(from_q * queries, half, False", "_later(from_q * queries, half, True"),
     ],
     "kda, pairs": [
         (BACK, "tl.where(mine, 1.0, decays *", "tl.where(mine, 1.0, 1.0 *"),
-        (BACK, "(i < r)[:, None]", "(i <= r)[:, None]"),
-        (BACK, "wrote += both * decays", "wrote += both"),
-        (BACK, "read = tl.where(mine, tl.sum(weight *", "read = tl.where(mine, 0.0 * tl.sum(weight *"),
-        (BACK, "from_q *= start", "from_q *= 1.0"),
-        (BACK, "from_k *= start", "from_k *= 1.0"),
-        (BACK, "gap = tl.exp(between)[None, :]", "gap = 1.0"),
-        (BACK, "gone += here", "gone = here"),
-        (BACK, "over *= tl.exp(through)", "over *= 0.0"),
-        (BACK, "* reading, 0)", "* asking, 0)"),
-        (BACK, "behind *= end", "behind *= 1.0"),
-        (BACK, "+ _shifted(of_gate)", "+ of_gate"),
-        (BACK, "c * BLOCK + i[:, None]).to", "c * BLOCK + i[:, None] * 0).to"),
+        (BACK, "(i < r)[None, :, None]", "(i <= r)[None, :, None]"),
+        (BACK, "to_k += both * decays", "to_k += both"),
+        (BACK, "to_k += tl.where(mine", "to_k += 0.0 * tl.where(mine"),
+        (BACK, "(i[:, None] == i[None, :] + 1)", "(i[:, None] == i[None, :])"),
+        (BACK, "((i % size) > 0)[:, None]", "(i > 0)[:, None]"),
+        (BACK, "corner = own.to(tl.int64) * (C + 1)", "corner = own.to(tl.int64) * C"),
+        (BACK, "keys * start, behind", "keys, behind"),
+        (BACK, "behind *= end\n    past", "past"),
+        (BACK, "past = keys * end", "past = keys"),
+        (BACK, "past, input_precision=PRECISION) * before_q", "past, input_precision=PRECISION)"),
+        (BACK, "tl.where(later, i[:, None] <= i[None, :], i", "tl.where(later, i[:, None] < i[None, :], i"),
+        (BACK, "within & summed", "summed"),
+        (BACK, "T, N, K, REVERSE, True) * end", "T, N, K, REVERSE, True)"),
+        (BACK, "_weights(of_keys, half, 0, C), past", "_weights(of_queries, half, 0, C), past"),
+        (BACK, "queries + from_k * keys, half, True", "queries + from_k * keys, half, False"),
+        (BACK, "behind *= end\n        to_k", "to_k"),
+        (BACK, "behind * keys, half, False, True", "behind * keys, half, True, True"),
     ],
 }  # fmt: skip
 
@@ -293,7 +299,11 @@ def cases_of(kernel: str) -> tuple[str, ...]:
         return (f"{KDA[0]}both",)
     if kernel.startswith("kda"):
         one = (f"{KDA[0]}reverse",)
-        return one + KDA_SEGMENTS if kernel in ("kda, summaries", "kda, corrected") else one
+        return (
+            one + KDA_SEGMENTS
+            if kernel in ("kda, summaries", "kda, summaries back", "kda, corrected")
+            else one
+        )
     if "per key" in kernel or kernel in ("columns", "within"):
         return PER_KEY
     if kernel == "delta summaries":

@@ -346,7 +346,7 @@ def kda_gradients(
         del options[name]
     strides = [s for x in (q, k, log_decay) for s in strides_of(x)]
     with torch.cuda.device_of(k):
-        delta_per_key_back.pairs[(b * h * _chunks(k) * (CHUNK // 16),)](
+        delta_per_key_back.pairs[(b * h * _chunks(k) * 2,)](
             q, k, log_decay, *parts, *found, *strides, h, t, _steps(k), _chunks(k),
             READ=read, REVERSE=reverse, **options,
         )  # fmt: skip

@@ -12,7 +12,11 @@ once. The pair of a reader i and a writer j of a chunk weighs
 and the log decay of each step and key has all such products that the step stands between (``gate.py``).
 
     readings    weights, and what comes from outside of the chunk
-    pairs       what comes from pairs of the chunk, in blocks of 16 steps as ``diagonal.within``; and the sum
+    pairs       what comes from pairs of the chunk; and the sum
+
+Between the halves of a chunk, and between two blocks of 16 steps of each, D is split where they meet: so no
+exponent is positive, and the steps that such pairs pass are those behind the writers and up to the readers.
+Within a block pairs are met row by row (``diagonal.py``).
 """
 
 from __future__ import annotations
@@ -22,13 +26,10 @@ import triton.language as tl
 
 from spcompile.kernels.triton.delta_per_key import skipped
 from spcompile.kernels.triton.diagonal import (
-    BLOCK,
     _from_start,
     _later,
     _load,
-    _past,
-    _row,
-    _shifted,
+    _sums,
     _to_end,
 )
 from spcompile.kernels.triton.tiles import EXCLUSIVE, INCLUSIVE, offset, tile
@@ -78,8 +79,7 @@ def readings(
         by_key = tl.dot(taken, tl.trans(values), by_key, input_precision=PRECISION)
         read = tl.dot(taken, tl.trans(before), read, input_precision=PRECISION)
     at = (head * n_chunks * C + chunk * C + i)[:, None] * C + i[None, :]
-    gap = 0 if READ == INCLUSIVE else 1
-    by_query = tl.where(i[:, None] >= i[None, :] + gap, by_query * scale, 0.0)
+    by_query = tl.where(i[:, None] >= i[None, :], by_query * scale, 0.0)  # an EXCLUSIVE one skips its own
     tl.store(of_queries + at, by_query.to(of_queries.dtype.element_ty))
     by_key = tl.where(i[:, None] > i[None, :], -by_key, 0.0)
     tl.store(of_keys + at, by_key.to(of_keys.dtype.element_ty))
@@ -122,14 +122,17 @@ def pairs(
 ):  # fmt: skip
     """``out_q, out_k, dg [N, T, K]``: ``plus_*``, which lie alike, and what pairs of a chunk add to them.
 
-    One program for 16 steps.
+    One program for half a chunk, two blocks of 16 steps.
     """
     pid = tl.program_id(0)
-    blocks: tl.constexpr = C // 16
-    b, pid = pid % blocks, pid // blocks
+    second, pid = pid % 2 == 1, pid // 2
     chunk, n = pid % n_chunks, (pid // n_chunks).to(tl.int64)
-    i, d = tl.arange(0, BLOCK), tl.arange(0, BK)
-    first = chunk * C + skipped(T, N, C, REVERSE) + b * BLOCK
+    half: tl.constexpr = C // 2
+    size: tl.constexpr = C // 4
+    i, d = tl.arange(0, half), tl.arange(0, BK)
+    chunk_first = chunk * C + skipped(T, N, C, REVERSE)
+    own = tl.where(second, half, 0)
+    first = chunk_first + own
     step = first + i
     q += offset(n, H, qb, qh)
     k += offset(n, H, kb, kh)
@@ -137,87 +140,84 @@ def pairs(
     of_queries += (n * n_chunks + chunk) * (C * C)
     of_keys += (n * n_chunks + chunk) * (C * C)
     keys = _load(k, step, True, d, kt, T, N, K, REVERSE, True)
-    by_query, by_key = _weights(of_queries, b, b, C), _weights(of_keys, b, b, C)
-    asked = tl.zeros((BLOCK, BK), tl.float32)
-    read, wrote, of_gate = asked, asked, asked
-    decays = tl.zeros((BLOCK, BK), tl.float32)  # from each step of the block to the row's reading
-    for r in range(BLOCK):
-        mine = (i == r)[:, None]
-        seen = decays
-        decays = tl.where(mine, 1.0, decays * tl.exp(_row(g, first + r, d, gt, T, N, K, REVERSE))[None, :])
-        if READ == INCLUSIVE:
-            seen = decays
-        weight = tl.sum(tl.where(mine, by_query, 0.0), 0)[:, None]
-        asked = tl.where(mine, tl.sum(weight * seen * keys, 0)[None, :], asked)
-        both = weight * _row(q, first + r, d, qt, T, N, K, REVERSE)[None, :]
-        if READ == EXCLUSIVE:
-            wrote += both * seen
-            of_gate += tl.where((i + 1 < r)[:, None], tl.cumsum(both * seen * keys, 0), 0.0)
-            both = tl.zeros((BLOCK, BK), tl.float32)
-        weight = tl.sum(tl.where(mine, by_key, 0.0), 0)[:, None]
-        read = tl.where(mine, tl.sum(weight * decays * keys, 0)[None, :], read)
-        both += weight * _row(k, first + r, d, kt, T, N, K, REVERSE)[None, :]
-        wrote += both * decays
-        of_gate += tl.where((i < r)[:, None], tl.cumsum(both * decays * keys, 0), 0.0)
+    corner = own.to(tl.int64) * (C + 1)
+    asked, to_k, of_gate = _by_rows(q, k, g, keys, of_queries + corner, of_keys + corner, first,
+                                     d, qt, kt, gt, T, N, C, K, BK, READ, REVERSE)  # fmt: skip
+    total = _sums((i[:, None] == i[None, :] + 1) & ((i % size) > 0)[:, None], of_gate, 3)
 
-    start, through = _from_start(g, first, d, gt, T, N, BLOCK, K, INCLUSIVE, REVERSE)
-    from_q = tl.zeros((BLOCK, BK), tl.float32)
-    from_k = tl.zeros((BLOCK, BK), tl.float32)
-    between = tl.zeros((BK,), tl.float32)
-    for back in range(1, b + 1):
-        past, here = _past(k, g, first - back * BLOCK, d, between, kt, gt, T, N, K, INCLUSIVE, REVERSE)
-        between += here
-        weight = _weights(of_queries, b, b - back, C)
-        from_q = tl.dot(weight, past, from_q, input_precision=PRECISION)
-        from_k = tl.dot(_weights(of_keys, b, b - back, C), past, from_k, input_precision=PRECISION)
-    from_k *= start
+    # From the first of the two blocks to the second.
+    later = (i >= size)[:, None]
+    logs = _load(g, step, True, d, gt, T, N, K, REVERSE, True)
+    start = tl.exp(_in_blocks(logs, False))
+    before_q = start
     if READ == EXCLUSIVE:
-        start, _ = _from_start(g, first, d, gt, T, N, BLOCK, K, READ, REVERSE)
-    from_q *= start
-    behind = tl.zeros((BLOCK, BK), tl.float32)
-    over = tl.zeros((BK,), tl.float32)  # of pairs on either side of the block
-    between = tl.zeros((BK,), tl.float32)
-    for ahead in range(1, blocks - b):
-        later = first + ahead * BLOCK
-        from_start, here = _from_start(g, later, d, gt, T, N, BLOCK, K, INCLUSIVE, REVERSE)
-        gap = tl.exp(between)[None, :]
-        between += here
-        reading = _load(k, later + i, True, d, kt, T, N, K, REVERSE, True) * from_start * gap
-        if READ == EXCLUSIVE:
-            from_start, _ = _from_start(g, later, d, gt, T, N, BLOCK, K, READ, REVERSE)
-        asking = _load(q, later + i, True, d, qt, T, N, K, REVERSE, True) * from_start * gap
-        c = b + ahead
-        behind = tl.dot(_mirrored(of_queries, c, b, C), asking, behind, input_precision=PRECISION)
-        behind = tl.dot(_mirrored(of_keys, c, b, C), reading, behind, input_precision=PRECISION)
-        gone = tl.zeros((BK,), tl.float32)
-        for back in range(1, b + 1):
-            past, here = _past(k, g, first - back * BLOCK, d, gone, kt, gt, T, N, K, INCLUSIVE, REVERSE)
-            gone += here
-            weight = _weights(of_queries, c, b - back, C)
-            over += tl.sum(tl.dot(weight, past, input_precision=PRECISION) * asking, 0)
-            weight = _weights(of_keys, c, b - back, C)
-            over += tl.sum(tl.dot(weight, past, input_precision=PRECISION) * reading, 0)
-    over *= tl.exp(through)
-    end, _ = _to_end(g, first, d, gt, T, N, BLOCK, K, INCLUSIVE, REVERSE)
+        before_q = _load(g, step - 1, (i % size > 0)[:, None], d, gt, T, N, K, REVERSE, True)
+        before_q = tl.exp(_in_blocks(before_q, False))
+    queries = _load(q, step, True, d, qt, T, N, K, REVERSE, True)
+    across = (i < size)[:, None] & (i >= size)[None, :]
+    weight = tl.where(across, _mirrored(of_queries, own, own, C), 0.0)
+    behind = tl.dot(weight, queries * before_q, input_precision=PRECISION)
+    weight = tl.where(across, _mirrored(of_keys, own, own, C), 0.0)
+    behind = tl.dot(weight, keys * start, behind, input_precision=PRECISION)
+    end = _load(g, step + 1, ((i + 1) % size > 0)[:, None], d, gt, T, N, K, REVERSE, True)
+    end = tl.exp(_in_blocks(end, True))
     behind *= end
+    past = keys * end
+    across = later & (i < size)[None, :]
+    weight = tl.where(across, _weights(of_queries, own, own, C), 0.0)
+    from_q = tl.dot(weight, past, input_precision=PRECISION) * before_q
+    weight = tl.where(across, _weights(of_keys, own, own, C), 0.0)
+    from_k = tl.dot(weight, past, input_precision=PRECISION) * start
+    asked += from_q
+    from_k += behind
+    to_k += from_k
+    within = (i // size)[:, None] == (i // size)[None, :]
+    # Readers are in the second block alone, and writers in the first.
+    if READ == EXCLUSIVE:
+        total += _sums(within & later & (i[:, None] < i[None, :]), from_q * queries, 3)
+        from_q *= 0.0
+    summed = tl.where(later, i[:, None] <= i[None, :], i[:, None] > i[None, :])
+    total += _sums(within & summed, from_q * queries + from_k * keys, 3)
+
+    # From the first half to the second.
+    other = chunk_first + half - own
+    if second:
+        end, _ = _to_end(g, other, d, gt, T, N, half, K, INCLUSIVE, REVERSE)
+        past = _load(k, other + i, True, d, kt, T, N, K, REVERSE, True) * end
+        start, _ = _from_start(g, first, d, gt, T, N, half, K, INCLUSIVE, REVERSE)
+        from_k = tl.dot(_weights(of_keys, half, 0, C), past, input_precision=PRECISION) * start
+        if READ == EXCLUSIVE:
+            start, _ = _from_start(g, first, d, gt, T, N, half, K, READ, REVERSE)
+        from_q = tl.dot(_weights(of_queries, half, 0, C), past, input_precision=PRECISION) * start
+        asked += from_q
+        to_k += from_k
+        if READ == EXCLUSIVE:
+            total += _later(from_q * queries, half, False, False, 3) + _later(
+                from_k * keys, half, True, False, 3
+            )
+        else:
+            total += _later(from_q * queries + from_k * keys, half, True, False, 3)
+    else:
+        start, _ = _from_start(g, other, d, gt, T, N, half, K, INCLUSIVE, REVERSE)
+        reading = _load(k, other + i, True, d, kt, T, N, K, REVERSE, True) * start
+        behind = tl.dot(_mirrored(of_keys, half, 0, C), reading, input_precision=PRECISION)
+        if READ == EXCLUSIVE:
+            start, _ = _from_start(g, other, d, gt, T, N, half, K, READ, REVERSE)
+        asking = _load(q, other + i, True, d, qt, T, N, K, REVERSE, True) * start
+        behind = tl.dot(_mirrored(of_queries, half, 0, C), asking, behind, input_precision=PRECISION)
+        end, _ = _to_end(g, first, d, gt, T, N, half, K, INCLUSIVE, REVERSE)
+        behind *= end
+        to_k += behind
+        total += _later(behind * keys, half, False, True, 3)
 
     p, inside = tile(plus_q + n * T * K, step, d, K, T, N, K, REVERSE)
-    total = tl.load(p, mask=inside, other=0.0) + asked + from_q
+    asked += tl.load(p, mask=inside, other=0.0)
     p, inside = tile(out_q + n * T * K, step, d, K, T, N, K, REVERSE)
-    tl.store(p, total.to(out_q.dtype.element_ty), mask=inside)
+    tl.store(p, asked.to(out_q.dtype.element_ty), mask=inside)
     p, inside = tile(plus_k + n * T * K, step, d, K, T, N, K, REVERSE)
-    total = tl.load(p, mask=inside, other=0.0) + read + wrote + from_k + behind
+    to_k += tl.load(p, mask=inside, other=0.0)
     p, inside = tile(out_k + n * T * K, step, d, K, T, N, K, REVERSE)
-    tl.store(p, total.to(out_k.dtype.element_ty), mask=inside)
-    queries = _load(q, step, True, d, qt, T, N, K, REVERSE, True)
-    # Rows of of_gate are those of the step behind.
-    if READ == EXCLUSIVE:
-        total = _later(from_q * queries, BLOCK, False, False, 3) + _later(
-            from_k * keys, BLOCK, True, False, 3
-        )
-    else:
-        total = _later(from_q * queries + from_k * keys, BLOCK, True, False, 3)
-    total += _later(behind * keys, BLOCK, False, True, 3) + over[None, :] + _shifted(of_gate)
+    tl.store(p, to_k.to(out_k.dtype.element_ty), mask=inside)
     p, inside = tile(plus_g + n * T * K, step, d, K, T, N, K, REVERSE)
     total += tl.load(p, mask=inside, other=0.0)
     p, inside = tile(dg + n * T * K, step, d, K, T, N, K, REVERSE)
@@ -225,14 +225,63 @@ def pairs(
 
 
 @triton.jit
+def _by_rows(
+    q, k, g, keys, of_queries, of_keys, first, d, qt, kt, gt, T, N,
+    C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, READ: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """What pairs of a block add to dq, to dk, and to dg of the step behind.
+
+    ``[32, BK]`` each, of two blocks, of which row after row is met.
+    """
+    half: tl.constexpr = C // 2
+    size: tl.constexpr = C // 4
+    b, i = tl.arange(0, 2), tl.arange(0, size)
+    at = (b * size)[:, None, None] * (C + 1) + i[None, :, None] * C + i[None, None, :]
+    by_query = tl.load(of_queries + at).to(tl.float32)
+    by_key = tl.load(of_keys + at).to(tl.float32)
+    keys = tl.reshape(keys, (2, size, BK))
+    asked = tl.zeros((2, size, BK), tl.float32)
+    to_k, of_gate, decays = asked, asked, asked  # decays from each step to the row's reading
+    for r in range(size):
+        mine = (i == r)[None, :, None]
+        rows = first + r + b * size
+        seen = decays
+        decays = tl.where(
+            mine, 1.0, decays * tl.exp(_load(g, rows, True, d, gt, T, N, K, REVERSE, True))[:, None, :]
+        )
+        if READ == INCLUSIVE:
+            seen = decays
+        weight = tl.sum(tl.where(mine, by_query, 0.0), 1)[:, :, None]
+        asked = tl.where(mine, tl.sum(weight * seen * keys, 1)[:, None, :], asked)
+        both = weight * _load(q, rows, True, d, qt, T, N, K, REVERSE, True)[:, None, :]
+        if READ == EXCLUSIVE:
+            to_k += both * seen
+            of_gate += tl.where((i + 1 < r)[None, :, None], tl.cumsum(both * seen * keys, 1), 0.0)
+            both = tl.zeros((2, size, BK), tl.float32)
+        weight = tl.sum(tl.where(mine, by_key, 0.0), 1)[:, :, None]
+        to_k += tl.where(mine, tl.sum(weight * decays * keys, 1)[:, None, :], 0.0)
+        both += weight * _load(k, rows, True, d, kt, T, N, K, REVERSE, True)[:, None, :]
+        to_k += both * decays
+        of_gate += tl.where((i < r)[None, :, None], tl.cumsum(both * decays * keys, 1), 0.0)
+    return tl.reshape(asked, (half, BK)), tl.reshape(to_k, (half, BK)), tl.reshape(of_gate, (half, BK))
+
+
+@triton.jit
+def _in_blocks(logs, BACK: tl.constexpr):
+    """Sums of rows up to each row of its block of 16, or if BACK from it on."""
+    blocks = tl.reshape(logs, (logs.shape[0] // 16, 16, logs.shape[1]))
+    return tl.reshape(tl.cumsum(blocks, 1, reverse=BACK), logs.shape)
+
+
+@triton.jit
 def _weights(x, b, c, C: tl.constexpr):
-    """The block at row b and column c of ``[C, C]``, float32."""
-    i = tl.arange(0, BLOCK)
-    return tl.load(x + (b * BLOCK + i)[:, None] * C + c * BLOCK + i[None, :]).to(tl.float32)
+    """Half of the rows and columns of ``[C, C]``, from row b and column c on, float32."""
+    i = tl.arange(0, C // 2)
+    return tl.load(x + (b + i)[:, None] * C + c + i[None, :]).to(tl.float32)
 
 
 @triton.jit
 def _mirrored(x, b, c, C: tl.constexpr):
     """The same, transposed."""
-    i = tl.arange(0, BLOCK)
-    return tl.load(x + (b * BLOCK + i)[None, :] * C + c * BLOCK + i[:, None]).to(tl.float32)
+    i = tl.arange(0, C // 2)
+    return tl.load(x + (b + i)[None, :] * C + c + i[:, None]).to(tl.float32)
