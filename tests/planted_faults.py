@@ -218,7 +218,7 @@ FAULTS = {
         (BACK, "_later(from_q * queries, half, False", "_later(from_q * queries, half, True"),
     ],
     "kda, pairs": [
-        (BACK, "tl.where(mine, 1.0, decays *", "tl.where(mine, 1.0, 1.0 *"),
+        (BACK, "tl.where(mine, 1.0, decays * decay)", "tl.where(mine, 1.0, decays)"),
         (BACK, "(i < r)[None, :, None]", "(i <= r)[None, :, None]"),
         (BACK, "to_k += both * decays", "to_k += both"),
         (BACK, "to_k += tl.where(mine", "to_k += 0.0 * tl.where(mine"),

@@ -164,8 +164,8 @@ ABOVE = {
     "backward, 64, delta rule, decay": 1.3,
     "forward, 128, delta rule, decay": 1.1,
     "backward, 128, delta rule, decay": 1.3,
-    "backward, 64, delta rule, decay per key": 1.1,
-    "backward, 128, delta rule, decay per key": 1.1,
+    "backward, 64, delta rule, decay per key": 1.0,
+    "backward, 128, delta rule, decay per key": 1.0,
 }
 
 

@@ -246,9 +246,8 @@ def _by_rows(
         mine = (i == r)[None, :, None]
         rows = first + r + b * size
         seen = decays
-        decays = tl.where(
-            mine, 1.0, decays * tl.exp(_load(g, rows, True, d, gt, T, N, K, REVERSE, True))[:, None, :]
-        )
+        decay = tl.exp(_load(g, rows, True, d, gt, T, N, K, REVERSE, True))[:, None, :]
+        decays = tl.where(mine, 1.0, decays * decay)
         if READ == INCLUSIVE:
             seen = decays
         weight = tl.sum(tl.where(mine, by_query, 0.0), 1)[:, :, None]
