@@ -62,7 +62,7 @@ def cases() -> list[str]:
     found += [f"fp32, {kind}, {size}, " for kind in DELTA[:3] for size in ("two chunks", "two segments")]
     found += ["fp32, mild, delta rule, one token, ", "fp32, mild, delta rule, two chunks, reverse"]
     found += [f"fp32, {kind}, two chunks, " for kind in KDA] + [f"fp32, {KDA[2]}, two segments, reverse"]
-    found += [f"fp32, {KDA[1]}, one token, ", f"fp32, {KDA[1]}, two chunks, both"]
+    found += [f"fp32, {kind}, one token, " for kind in KDA[:2]] + [f"fp32, {KDA[1]}, two chunks, both"]
     found += ["fp32, mild, delta rule, two chunks, exclusive"]
     found += [f"bf16, {KDA[2]}, two chunks, ", f"fp16, {KDA[1]}, two chunks, "]
     narrow = ("bf16, delta rule", "bf16, mild, delta rule", "fp16, mild, delta rule")

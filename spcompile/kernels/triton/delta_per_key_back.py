@@ -143,7 +143,7 @@ def pairs(
     corner = own.to(tl.int64) * (C + 1)
     asked, to_k, of_gate = _by_rows(q, k, g, keys, of_queries + corner, of_keys + corner, first,
                                      d, qt, kt, gt, T, N, C, K, BK, READ, REVERSE)  # fmt: skip
-    total = _sums((i[:, None] == i[None, :] + 1) & ((i % size) > 0)[:, None], of_gate, 3)
+    total = _sums(i[:, None] == i[None, :] + 1, of_gate, 3)  # of the last step of a block it is zero
 
     # From the first of the two blocks to the second.
     later = (i >= size)[:, None]
@@ -171,13 +171,12 @@ def pairs(
     asked += from_q
     from_k += behind
     to_k += from_k
-    within = (i // size)[:, None] == (i // size)[None, :]
     # Readers are in the second block alone, and writers in the first.
     if READ == EXCLUSIVE:
-        total += _sums(within & later & (i[:, None] < i[None, :]), from_q * queries, 3)
+        total += _sums(later & (i[:, None] < i[None, :]), from_q * queries, 3)
         from_q *= 0.0
     summed = tl.where(later, i[:, None] <= i[None, :], i[:, None] > i[None, :])
-    total += _sums(within & summed, from_q * queries + from_k * keys, 3)
+    total += _sums(summed, from_q * queries + from_k * keys, 3)
 
     # From the first half to the second.
     other = chunk_first + half - own
