@@ -57,6 +57,11 @@ _LIKE = {
     "delta.prologue": "delta, back",
     "segments.prologue": "summaries",
     "diagonal.prologue": "summaries",
+    "delta_per_key_back.pairs": "within",
+    "delta_per_key.summaries": "delta, per key",
+    "delta_per_key.summaries_back": "delta, per key",
+    "delta_per_key.written": "delta, per key",
+    "delta_per_key.corrected": "delta, per key",
 }
 AMD = "gfx942"
 # Bytes of shared memory that a block may have.
@@ -65,6 +70,7 @@ SHARED: dict[int | str, int] = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, AM
 _BACK = {"READ": 2, "REVERSE": True}
 # OF_GATE, the part in a decay's gradient: 0 none, 1 READS, 2 WRITES.
 _DQ, _DK = {"OF_GATE": 1, "final": None}, {"OF_GATE": 2, "SCALED": True, "final": None, **_BACK}
+_TRAINED = {"TRAINED": True}
 # Where a segment is not the first of a run, FOLD: a few states of earlier ones are read before.
 VARIANTS = {
     "summaries": Variant("segments.summaries"),
@@ -93,6 +99,14 @@ VARIANTS = {
     "per key, dv": Variant("diagonal.outputs", {"SCALED": True, "MIRRORED": True, **_BACK}),
     "per key, dq": Variant("diagonal.columns", stack=16),
     "per key, dk": Variant("diagonal.columns", {"ROLE": 2, **_BACK}, 8),
+    "delta per key, prepared": Variant("delta_per_key.prepared"),
+    "delta per key, summaries": Variant("delta_per_key.summaries"),
+    "delta per key, summaries back": Variant("delta_per_key.summaries_back"),
+    "delta per key, outputs": Variant("delta_per_key.written"),
+    "delta per key, writes": Variant("delta_per_key.written", _TRAINED),
+    "delta per key, gradients": Variant("delta_per_key.corrected"),
+    "delta per key, readings": Variant("delta_per_key_back.readings", stack=32),
+    "delta per key, pairs": Variant("delta_per_key_back.pairs", wide=False),
 }
 _DEFAULTS: dict[str, Any] = {
     "READ": 0,
@@ -103,11 +117,15 @@ _DEFAULTS: dict[str, Any] = {
     "STRICT": False,
     "FOLD": True,
 }
-_DEFAULTS |= {"LESS": False, "BACK": False, "GRADS": False, "MIRRORED": False, "ROLE": 1}
+_DEFAULTS |= {"TRAINED": False, "LESS": False, "BACK": False, "GRADS": False, "MIRRORED": False, "ROLE": 1}
 _FLOATS = {"g", "beta", "states", "matrices", "logs", "carry", "before", "final", "inner", "sums", "plus"}
 _FLOATS |= {"given", "of_gate", "dq", "dk", "dg", "back", "back_logs", "back_matrices"}
-_OPERANDS = {"q", "k", "v", "do", "other", "kept", "out", "less_k", "less_v", "errors", "systems"}
-_OPERANDS |= {"mate", "scores", "less"}
+_FLOATS |= {"through", "behind", "plus_q", "plus_k", "plus_g"}
+_OPERANDS = {"q", "k", "v", "do", "other", "kept", "out", "less_k", "less_v", "errors"}
+_OPERANDS |= {"mate", "scores", "less", "queries", "readers", "writers", "written", "dv", "kept_back"}
+_OPERANDS |= {"of_queries", "of_keys", "out_q", "out_k"}
+# Inverses, in float16 where operands are bf16.
+_SYSTEMS = {"systems", "adjoints"}
 _POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float16: "*fp16"}
 
 
@@ -121,7 +139,7 @@ def compiled(variant: Variant, size: int, dtype: torch.dtype, arch: int | str) -
     name += ", less" if variant.constants.get("LESS") else ""
     if variant.kernel in ("delta.summaries", "delta.corrected"):
         name = "delta, back" if variant.constants.get("BACK") else "delta"
-    constants = tiles(_LIKE.get(variant.kernel, name), heads, heads)
+    constants = tiles(_LIKE.get(variant.kernel, name), heads, heads, amd=not isinstance(arch, int))
     small = tiles("pairs", heads, heads)
     launch = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     constants |= {**_DEFAULTS, "PK": small["BK"], "PV": small["BV"], **variant.constants}
@@ -134,8 +152,8 @@ def compiled(variant: Variant, size: int, dtype: torch.dtype, arch: int | str) -
             signature[name] = "constexpr"
             continue
         pointer = _POINTERS[dtype] if name in _OPERANDS else "*fp32" if name in _FLOATS else None
-        if name == "systems" and dtype == torch.bfloat16:
-            pointer = "*fp16"
+        if name in _SYSTEMS:
+            pointer = "*fp16" if dtype == torch.bfloat16 else "*fp32"
         signature[name] = pointer or ("fp32" if name == "scale" else "i32")
         if pointer or (name[-1] in "bht" and name[0] in "qkvdxolm" and len(name) == 2) or name == "segment":
             aligned[(index,)] = [["tt.divisibility", 16]]

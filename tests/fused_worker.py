@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spcompile.attention import reference
-from spcompile.kernels.linear import chunked, fused, fused_delta, fused_diagonal, launch
+from spcompile.kernels.linear import chunked, fused, fused_delta, fused_diagonal, fused_kda, launch
 from spcompile.kernels.linear.kernel import Kernel
 from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.scan import scan as loop
@@ -36,14 +36,15 @@ from tests.variants import KINDS, cotangents, draw, options_of, references
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GATES = ("none", "constant", "mild", "strong")
 DIAGONAL = ("constant per key", "mild per key", "strong per key")
-DELTA = ("delta rule", "mild, delta rule", "strong, delta rule")
+KDA = tuple(f"{kind}, delta rule" for kind in DIAGONAL)
+DELTA = ("delta rule", "mild, delta rule", "strong, delta rule", *KDA)
 # Segments are made short: 530 tokens are five.
 SEGMENT, LEAST = 128, launch._LEAST
 SIZES = {"one token": (1, 16, 16), "two chunks": (65, 24, 16), "five segments": (530, 16, 40)}
 SIZES["wide"] = (260, 128, 16)  # of a matrix of 128 x 128 halves are read
 ORDERS = {"": (False, False), "exclusive": (True, False), "reverse": (False, True), "both": (True, True)}
-FUSED = ("linear_llama3", "retention", "simple_gla", "gla", "rwkv6", "deltanet", "gated_deltanet")
-KERNELS = (fused, fused_diagonal, fused_delta)
+FUSED = ("linear_llama3", "retention", "simple_gla", "gla", "rwkv6", "deltanet", "gated_deltanet", "kda")
+KERNELS = (fused, fused_diagonal, fused_delta, fused_kda)
 NAMES = ("out", "final", "dq", "dk", "dv", "dlog_decay", "dbeta", "dinitial_state")
 
 
@@ -62,13 +63,14 @@ def cases() -> list[str]:
     found += [f"fp32, mild per key, two chunks, {o}" for o in ("exclusive", "reverse", "both")]
     found += [f"{dtype}, {kind}, two chunks, " for dtype in ("bf16", "fp16") for kind in DIAGONAL]
     # Those of a delta rule take longest.
-    found += [f"fp32, {kind}, {size}, " for kind in DELTA for size in ("two chunks", "five segments")]
-    found += [
-        "fp32, delta rule, wide, ",
-        "fp32, mild, delta rule, one token, ",
-        "fp32, mild, delta rule, two chunks, reverse",
-    ]
+    found += [f"fp32, {kind}, {size}, " for kind in DELTA[:3] for size in ("two chunks", "five segments")]
+    found += ["fp32, delta rule, wide, ", "fp32, mild, delta rule, one token, "]
+    found += [f"fp32, mild, delta rule, two chunks, {order}" for order in ("reverse", "exclusive")]
+    found += [f"fp32, {kind}, two chunks, " for kind in KDA] + [f"fp32, {KDA[2]}, five segments, reverse"]
+    found += [f"fp32, {kind}, one token, " for kind in KDA[:2]] + [f"fp32, {KDA[1]}, two chunks, both"]
+    found += [f"bf16, {KDA[2]}, two chunks, ", f"fp16, {KDA[1]}, two chunks, "]
     narrow = ("bf16, delta rule", "bf16, mild, delta rule", "fp16, mild, delta rule")
+    narrow += ("bf16, mild per key, delta rule",)
     return found + [f"{kind}, five segments, " for kind in narrow]
 
 
@@ -76,9 +78,9 @@ def parsed(case: str) -> tuple[torch.dtype, str, bool, tuple[int, int, int], Opt
     """Dtype, gate, whether there is a delta rule, sizes and options of a case."""
     dtype, *kinds, size, order = case.split(", ")
     delta, (t, k, v) = "delta rule" in kinds, SIZES[size]
-    # What a delta rule writes depends on all that it has written: with few keys, roundings add up.
-    k = max(64, k) if delta and t > 64 else k
     kind = kinds[0] if kinds[0] in GATES + DIAGONAL else "none"
+    # What a delta rule writes depends on all that it has written: with few keys, roundings add up.
+    k = max(k, 64) if delta and t > 64 and (dtype != "fp32" or kind not in DIAGONAL[1:]) else k
     return DTYPES[dtype], kind, delta, (t, k, v), Options(True, 0.3, *ORDERS[order])
 
 
@@ -94,11 +96,12 @@ def draw_case(case: str) -> Operands:
     return Operands(*(x.to(dtype) for x in (q, keys, values)), decay, strength, state)
 
 
-def kernel_for(x: Operands) -> ModuleType:
+def kernel_for(x: Operands, exclusive: bool = False) -> ModuleType:
     """The fused kernel that takes such operands."""
+    per_key = x.log_decay is not None and x.log_decay.shape[3] > 1
     if x.beta is not None:
-        return fused_delta
-    return fused if x.log_decay is None or x.log_decay.shape[3] == 1 else fused_diagonal
+        return fused_kda if per_key or exclusive else fused_delta
+    return fused_diagonal if per_key else fused
 
 
 def surrounded(x: Tensor) -> Tensor:
@@ -141,7 +144,7 @@ def errors(case: str) -> dict[str, float]:
     want = [out, final, *(None if y is None else next(pulled) for y in leaves)]
 
     apart = Operands(*(None if y is None else surrounded(y) for y in x[:5]), x.initial_state)
-    kernel = kernel_for(x)
+    kernel = kernel_for(x, options.exclusive)
     forward = kernel.Forward(apart, options)
     forward.local()
     got = [*forward.finish(apart.initial_state)]
@@ -168,7 +171,7 @@ def totals(case: str) -> float:
     """
     *_, (t, _, v), options = parsed(case)
     x = draw_case(case)
-    grad, kernel = torch.randn(1, 2, t, v), kernel_for(x)
+    grad, kernel = torch.randn(1, 2, t, v), kernel_for(x, options.exclusive)
     ours = *kernel.Forward(x, options).total(), *kernel.Backward(x, options, grad, None).total()
     wide = Operands(*(None if y is None else y.double() for y in x))
     theirs = (
@@ -201,7 +204,7 @@ def on_ranks() -> dict[str, float]:
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         kernels = {k: Kernel("fused", k.Forward, k.Backward) for k in KERNELS}
-        patch.setattr(linear, "kernel_of", lambda x, options: kernels[kernel_for(x)])
+        patch.setattr(linear, "kernel_of", lambda x, options: kernels[kernel_for(x, options.exclusive)])
         # One launch at a time: the interpreter changes Triton's language while it runs a kernel.
         one = threading.Lock()
         patch.setattr(torch.cuda, "device_of", lambda x: one)
@@ -216,7 +219,7 @@ def on_ranks() -> dict[str, float]:
     return found
 
 
-COUNTED = ("no decay", "decay", "decay per key", "delta rule, decay")
+COUNTED = ("no decay", "decay", "decay per key", "delta rule, decay", "delta rule, decay per key")
 
 
 def counted(kind: str, heads: int, tokens: int, size: int) -> Operands:
@@ -224,8 +227,8 @@ def counted(kind: str, heads: int, tokens: int, size: int) -> Operands:
     q, k, v = (torch.randn(1, heads, tokens, size).bfloat16() for _ in range(3))
     decay = beta = None
     if kind != "no decay":
-        decay = -torch.rand(1, heads, tokens, size if kind == "decay per key" else 1)
-        decay = decay.bfloat16() if kind == "decay per key" else decay
+        decay = -torch.rand(1, heads, tokens, size if "per key" in kind else 1)
+        decay = decay.bfloat16() if "per key" in kind else decay
     if kind.startswith("delta"):
         k, beta = F.normalize(k, dim=-1), torch.rand(1, heads, tokens, 1)
     return Operands(q, k, v, decay, beta)
@@ -246,6 +249,7 @@ def traffic() -> dict[str, dict[str, float]]:
     found: dict[str, float] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "_LEAST", LEAST)
+        patch.setattr("spcompile.kernels.scan.scan", scan.scan)
         for size, kind in itertools.product((64, 128), COUNTED):
             triton_interpreter.moved[0] = 0
             for way in ways(counted(kind, 1, 1024, size)):
@@ -263,6 +267,7 @@ def ledger() -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {"launches": {}, "operands": {}, "programs": {}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "_LEAST", LEAST)
+        patch.setattr("spcompile.kernels.scan.scan", scan.scan)
         patch.setattr(triton_interpreter, "dry", [True])
         for (name, (heads, tokens)), kind in itertools.product(HEADS.items(), COUNTED):
             triton_interpreter.launches.clear()
@@ -334,6 +339,17 @@ def opchecks() -> None:
     opcheck(ops.diagonal_outputs, (*x[:3], g, scores, *before, 0.3, True, 2, True, True))
     for states in (None, kept):
         opcheck(ops.diagonal_columns, (*x[:3], g, *folded, wrong, x[3], states, wrong, 0.3, 0, False))
+    opcheck(ops.kda_prepared, (x[0], x[1], g, beta, 0.3, 1, True))
+    prepared = ops.kda_prepared(x[0], x[1], g, beta, 0.3, 1, True)
+    given, chunks = (*x[1:3], beta, prepared), torch.randn(2, 2, 16, 16)
+    opcheck(ops.kda_summaries, (*given, True))
+    opcheck(ops.kda_summaries_back, (*given, True))
+    for trained in (False, True):
+        opcheck(ops.kda_written, (*given, zeros, True, trained))
+    opcheck(ops.kda_corrected, (*given, zeros, wrong, True))
+    both = x[2], x[3], wrong, chunks, chunks
+    opcheck(ops.kda_readings, (*x[:2], g, *both, 0.3, 1, True))
+    opcheck(ops.kda_gradients, (*x[:2], g, ops.kda_readings(*x[:2], g, *both, 0.3, 1, True), 1, True))
 
 
 def main() -> int:

@@ -75,6 +75,16 @@ def test_a_delta_rule(code: dict[str, dict[str, Any]]) -> None:
     assert [ours(x).count("delta_systems") for x in steps] == [2, 0]
 
 
+def test_a_delta_rule_with_a_decay_per_key(code: dict[str, dict[str, Any]]) -> None:
+    """One all-gather each way; what the forward made of q and k is made again, and not saved."""
+    steps = code["delta per key"]["forward"], code["delta per key"]["backward"]
+    forward, backward = (between(x, "all_gather_into_tensor") for x in steps)
+    assert len(forward) == len(backward) == 2
+    assert sum(ours(x).count("kda_written") for x in backward) == 2
+    for name in ("kda_prepared", "kda_written"):
+        assert [ours(x).count(name) for x in steps] == [2, 2]
+
+
 def test_what_is_sent_is_the_same_on_a_cpu(code: dict[str, dict[str, Any]]) -> None:
     for model, found in code.items():
         assert found["sent"] == found["sent on cpu"], model

@@ -121,6 +121,16 @@ class Chain:
             return Before(states, logs if matrices is None else matrices, start, True)
         return Before(self._before(start), None, None, False)
 
+    def states(self, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The states ``[N, segments, K, V]`` before each segment and ``[N, K, V]`` after the last, made by an
+        operator, for kernels that fold nothing; ``carry`` as of :meth:`before`."""
+        start = None if carry is None else carry.flatten(0, 1).float().contiguous()
+        if not self.exchanged:
+            return self._scan(self.made.states, start)
+        assert self.made.matrices is not None
+        before, final = self._before(start), self._alone[1]
+        return before, final if start is None else final + self._through[1] @ start
+
     def _before(self, start: Tensor | None) -> Tensor:
         self.local()
         before = self._alone[0]

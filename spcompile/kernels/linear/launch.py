@@ -67,9 +67,15 @@ _BLOCKS = {
     "systems": (128, 64),
     "delta": (128, 64),
     "delta, back": (128, 32),
+    "delta, per key": (128, 64),
+    "prepared": (128, 64),
+    "readings": (128, 64),
 }
+# The same of V for float32, whose products are three of TF32 each.
+_OF_FLOAT32 = {"delta, per key": 32, "readings": 16}
 # Kernels with keys of up to so many numbers have four warps, others eight.
-_NARROW = dict.fromkeys(_BLOCKS, 32) | dict.fromkeys(("summaries", "pairs", "delta, back", "outputs, less"), 64)
+_NARROW = dict.fromkeys(_BLOCKS, 32)
+_NARROW |= dict.fromkeys(("summaries", "pairs", "delta, back", "outputs, less"), 64)
 
 
 # kernel -> loads that are under way at once, for heads of up to 128 bytes, 256, 512 and more: some spill less
@@ -77,15 +83,18 @@ _NARROW = dict.fromkeys(_BLOCKS, 32) | dict.fromkeys(("summaries", "pairs", "del
 _SMALLEST = dict.fromkeys(_BLOCKS, 2) | {"outputs, less": 3}
 _SMALL = dict.fromkeys(_BLOCKS, 2)
 _LARGE = dict.fromkeys(_BLOCKS, 2) | {"outputs, less": 1, "outputs, per key": 1}
+_LARGE |= {"delta, per key": 1, "readings": 1}
 _STAGES = ((128, _SMALLEST), (256, _SMALL), (512, _LARGE), (1 << 30, dict.fromkeys(_BLOCKS, 1)))
 
 
-def tiles(kernel: str, k: Tensor, v: Tensor) -> dict[str, Any]:
+def tiles(kernel: str, k: Tensor, v: Tensor, amd: bool = torch.version.hip is not None) -> dict[str, Any]:
     """How a kernel of linear attention is compiled for keys and values: sizes, precision and warps."""
     block_k, block_v = (max(16, triton.next_power_of_2(x.shape[3])) for x in (k, v))
     most_k, most_v = _BLOCKS[kernel]
     halved = kernel.startswith("outputs") and block_k > 128
     row = min(block_k, most_k) * k.dtype.itemsize
+    if k.dtype == torch.float32:
+        most_v = _OF_FLOAT32.get(kernel, most_v)
     stages = next(x for most, x in _STAGES if row <= most)
     return {
         "K": k.shape[3],
@@ -96,5 +105,6 @@ def tiles(kernel: str, k: Tensor, v: Tensor) -> dict[str, Any]:
         "WIDE": k.dtype != torch.bfloat16,
         "PRECISION": "tf32x3" if k.dtype == torch.float32 else "tf32",
         "num_warps": 4 if block_k <= _NARROW[kernel] else 8,
-        "num_stages": stages[kernel],
+        # AMD's have 64 KB of shared memory, which more tiles of a delta rule's would not fit into.
+        "num_stages": 1 if amd and kernel.startswith("delta") else stages[kernel],
     }
