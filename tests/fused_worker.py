@@ -249,7 +249,6 @@ def traffic() -> dict[str, dict[str, float]]:
     found: dict[str, float] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "_LEAST", LEAST)
-        patch.setattr("spcompile.kernels.scan.scan", scan.scan)
         for size, kind in itertools.product((64, 128), COUNTED):
             triton_interpreter.moved[0] = 0
             for way in ways(counted(kind, 1, 1024, size)):
@@ -267,7 +266,6 @@ def ledger() -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {"launches": {}, "operands": {}, "programs": {}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "_LEAST", LEAST)
-        patch.setattr("spcompile.kernels.scan.scan", scan.scan)
         patch.setattr(triton_interpreter, "dry", [True])
         for (name, (heads, tokens)), kind in itertools.product(HEADS.items(), COUNTED):
             triton_interpreter.launches.clear()
@@ -345,8 +343,8 @@ def opchecks() -> None:
     opcheck(ops.kda_summaries, (*given, True))
     opcheck(ops.kda_summaries_back, (*given, True))
     for trained in (False, True):
-        opcheck(ops.kda_written, (*given, zeros, True, trained))
-    opcheck(ops.kda_corrected, (*given, zeros, wrong, True))
+        opcheck(ops.kda_written, (*given, *matrices, True, trained))
+    opcheck(ops.kda_corrected, (*given, *matrices, wrong, True))
     both = x[2], x[3], wrong, chunks, chunks
     opcheck(ops.kda_readings, (*x[:2], g, *both, 0.3, 1, True))
     opcheck(ops.kda_gradients, (*x[:2], g, ops.kda_readings(*x[:2], g, *both, 0.3, 1, True), 1, True))

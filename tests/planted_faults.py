@@ -138,7 +138,7 @@ FAULTS = {
         ("delta", "read = tl.dot(scores, writes.to", "read = tl.dot(scores, y.to"),
         ("delta", "writes = y * -strength[:, None]", "writes = -y"),
         ("delta", "for earlier in range(which)", "for earlier in range(which - 1)"),
-        ("delta", "tl.load(p + HALF", "tl.load(p"),
+        ("delta", "tl.load(p + HALF * of_column", "tl.load(p"),
         ("delta", "if carry is not None", "if carry is None"),
         ("delta", "tl.cumsum(mine, 0))[:, None]", "0.0 * mine)[:, None]"),
         ("delta", f"keys.dtype), read, {DOT} * scale", f"keys.dtype), read, {DOT}"),
@@ -213,7 +213,7 @@ FAULTS = {
         (KEYS, "behind += here", "behind = here"),
         (KEYS, "end * tl.exp(behind)[None, :]", "end"),
         (KEYS, "system * strengths[None, :], C", "system * strengths[:, None], C"),
-        (KEYS, "for r in range(1, 16)", "for r in range(1, 15)"),
+        ("delta", "for r in range(1, 16)", "for r in range(1, 15)"),
         (KEYS, "1.0, -inverse)", "1.0, inverse)"),
     ],
     "kda, summaries": [
@@ -243,7 +243,7 @@ FAULTS = {
         (KEYS, "tl.store(p, wrong.to(", "tl.store(p, writes.to("),
     ],
     "kda, corrected": [
-        (KEYS, "(n_segments - 1 - which).to(tl.int64) * ss", "which.to(tl.int64) * ss"),
+        (KEYS, "behind = n_segments - 1 - which", "behind = which"),
         (KEYS, "tl.sum(found * wrong, 1)", "tl.sum(grads * wrong, 1)"),
         (KEYS, "tl.store(p, grads.to(", "tl.store(p, found.to("),
         (KEYS, "token = N - 1 - step if REVERSE else step\n        tl.st", "token = step\n        tl.st"),

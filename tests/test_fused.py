@@ -162,8 +162,8 @@ ABOVE = {
     "backward, 64, delta rule, decay": 1.55,
     "forward, 128, delta rule, decay": 1.0,
     "backward, 128, delta rule, decay": 1.6,
-    "backward, 64, delta rule, decay per key": 1.0,
-    "backward, 128, delta rule, decay per key": 1.0,
+    "backward, 64, delta rule, decay per key": 0.9,
+    "backward, 128, delta rule, decay per key": 0.9,
 }
 
 
@@ -174,8 +174,12 @@ LEDGER = {
     "decay": ((2, 4), (1700, 6000), (None, 3700)),
     "decay per key": ((3, 5), (3500, 13130), (None, 8000)),
     "delta rule, decay": ((3, 8), (2500, 11950), (None, 7000)),
-    "delta rule, decay per key": ((4, 9), (5500, 18600), (None, 11000)),
+    "delta rule, decay per key": ((3, 7), (4650, 17170), (None, 11000)),
 }
+
+
+# Launches that are for summaries alone, where that is not one: pairs share it, or either way has its own.
+SUMMARIES = {("backward", "decay"): 0, ("backward", "delta rule, decay per key"): 2}
 
 
 def test_ledger(found: dict[str, dict[str, float]]) -> None:
@@ -184,7 +188,7 @@ def test_ledger(found: dict[str, dict[str, float]]) -> None:
         way, heads, kind = case.split(", ", 2)
         launches, operands, _ = (of[way == "backward"] for of in LEDGER[kind])
         # Where heads are programs enough nothing is cut, and no summaries are made.
-        assert count == launches - (heads == "128 heads" and (way, kind) != ("backward", "decay")), case
+        assert count == launches - (SUMMARIES.get((way, kind), 1) if heads == "128 heads" else 0), case
         assert found["operands"][case] <= operands, case
         assert found["programs"][case] >= 132, case
 

@@ -29,6 +29,7 @@ class Made(NamedTuple):
     states: Tensor  # S, [N, segments, K, V], float32
     logs: Tensor | None = None  # A as logarithms of factors, [N, segments] or, one per key, [N, segments, K]
     matrices: Tensor | None = None  # A as matrices, [N, segments, K, K], in place of logs
+    turned: bool = False  # these are those of the walk the other way, from the last segment on, transposed
 
 
 class Before(NamedTuple):
@@ -81,7 +82,7 @@ class Chain:
 
     def _total(self) -> tuple[Tensor, ...]:
         self.exchanged = True
-        states, logs, matrices = self.made
+        states, logs, matrices, _ = self.made
         if matrices is not None:
             self.local()
             return self._through[1], self._alone[1]
@@ -96,7 +97,7 @@ class Chain:
         """Run from zero; where nothing is exchanged the carry is known, and nothing is to be done before."""
         if not self.exchanged or hasattr(self, "_alone"):
             return
-        states, _, matrices = self.made
+        states, _, matrices, _ = self.made
         if matrices is None:
             self._alone = self._scan(states, None)
             return
@@ -117,26 +118,16 @@ class Chain:
         if self.alone:
             return Before(None, None, start, True)
         if not self.exchanged:
-            states, logs, matrices = self.made
+            states, logs, matrices, _ = self.made
             return Before(states, logs if matrices is None else matrices, start, True)
         return Before(self._before(start), None, None, False)
-
-    def states(self, carry: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The states ``[N, segments, K, V]`` before each segment and ``[N, K, V]`` after the last, made by an
-        operator, for kernels that fold nothing; ``carry`` as of :meth:`before`."""
-        start = None if carry is None else carry.flatten(0, 1).float().contiguous()
-        if not self.exchanged:
-            return self._scan(self.made.states, start)
-        assert self.made.matrices is not None
-        before, final = self._before(start), self._alone[1]
-        return before, final if start is None else final + self._through[1] @ start
 
     def _before(self, start: Tensor | None) -> Tensor:
         self.local()
         before = self._alone[0]
         if start is None:
             return before
-        states, logs, matrices = self.made
+        states, logs, matrices, _ = self.made
         if matrices is not None:
             return before + self._through[0] @ start.unsqueeze(1)
         if logs is None:
@@ -146,8 +137,9 @@ class Chain:
         return before + earlier.cumsum(1).exp() * start.unsqueeze(1)
 
     def _scan(self, states: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
-        _, logs, matrices = self.made
+        _, logs, matrices, turned = self.made
         if matrices is not None:
+            matrices = matrices.flip(1).mT if turned else matrices
             return ops.affine_scan(matrices, states, start, True)
         factors = None if logs is None else logs.reshape(*states.shape[:2], -1, 1).exp()
         return ops.affine_scan(factors, states, start, False)

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from spcompile.kernels.linear.launch import CHUNK, blank, rows, segment, strides_of, tiles
+from spcompile.kernels.linear.launch import CHUNK, blank, dense, rows, segment, strides_of, tiles
 from spcompile.kernels.triton import delta
 
 __all__ = ["delta_corrected", "delta_outputs", "delta_prologue", "delta_summaries", "delta_systems"]
@@ -189,7 +189,7 @@ def delta_outputs(
     out, final = _outputs(q, k, v)
     with torch.cuda.device_of(k):
         delta.outputs[(b * h * count * triton.cdiv(v.shape[3], options["BV"]),)](
-            q, k, v, systems, beta, log_decay, *_dense(states, matrices, carry), out, final, scale,
+            q, k, v, systems, beta, log_decay, *dense(states, matrices, carry), out, final, scale,
             *_strides(q, k, v, beta, log_decay), h, t, count, size,
             FOLD=fold, GATED=log_decay is not None, REVERSE=reverse, **options,
         )  # fmt: skip
@@ -220,10 +220,6 @@ def _outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def _final(k: Tensor, v: Tensor) -> Tensor:
     return k.new_empty(k.shape[0] * k.shape[1], k.shape[3], v.shape[3], dtype=_WIDE)
-
-
-def _dense(*given: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous() for x in given]
 
 
 @torch.library.custom_op("spcompile::delta_corrected", mutates_args=())
@@ -262,7 +258,7 @@ def delta_corrected(
     wrong = second if errors is None else errors.contiguous()
     with torch.cuda.device_of(k):
         delta.corrected[(b * h * count * triton.cdiv(v.shape[3], options["BV"]),)](
-            q, k, v, systems, beta, log_decay, *_dense(states, matrices, carry),
+            q, k, v, systems, beta, log_decay, *dense(states, matrices, carry),
             before if before.numel() else None, out, wrong, second, final, scale,
             *_strides(q, k, v, beta, log_decay), h, t, count, size, b * h,
             FOLD=fold, GATED=log_decay is not None, REVERSE=reverse, BACK=source is not None, **options,

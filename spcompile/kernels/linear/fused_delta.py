@@ -34,12 +34,8 @@ ops = torch.ops.spcompile
 AGAIN = frozenset({ops.delta_corrected.default})
 
 
-def refuses(x: Operands, options: Options) -> str:
+def refuses(x: Operands) -> str:
     """Why the kernels do not take such operands, for the report; empty if they do."""
-    if options.exclusive:
-        return "a query that sees the tokens before its own only"
-    if x.log_decay is not None and x.log_decay.shape[3] != 1:
-        return "a delta rule with a decay per key"
     return refused(x, 128)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from spcompile.kernels.linear import kda_ops  # noqa: F401  (registers the operators)
-from spcompile.kernels.linear.chain import Chain, Made
+from spcompile.kernels.linear.chain import Before, Chain, Made
 from spcompile.kernels.linear.fused import gradient_of_state, refused
 from spcompile.kernels.linear.launch import segment
 from spcompile.kernels.linear.operands import Operands, Options
@@ -59,9 +59,9 @@ class _Walk:
         states, matrices = ops.kda_summaries(*self.of, self.reverse)
         return Made(states, matrices=matrices)
 
-    def written(self, before: Tensor, *, trained: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def written(self, before: Before, *, trained: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See :func:`spcompile.kernels.linear.kda_ops.kda_written`."""
-        return ops.kda_written(*self.of, before, self.reverse, trained)
+        return ops.kda_written(*self.of, *before, self.reverse, trained)
 
 
 class Forward:
@@ -79,8 +79,9 @@ class Forward:
 
     def finish(self, carry: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs, and the state after the last token."""
-        before, final = self.walk.chain.states(carry)
-        return self.walk.written(before, trained=False)[0], self.walk.chain.heads(final)
+        walk = self.walk
+        out, *_, final = walk.written(walk.chain.before(carry), trained=False)
+        return out, walk.chain.heads(final)
 
 
 class Backward:
@@ -96,7 +97,7 @@ class Backward:
         states = ops.kda_summaries_back(*self.of, self.options.reverse)
         matrices = self.walk.chain.made.matrices
         assert matrices is not None
-        return Made(states, matrices=matrices.flip(1).mT)
+        return Made(states, matrices=matrices, turned=True)
 
     def total(self) -> tuple[Tensor, ...]:
         """What the tokens do to the gradient of the state."""
@@ -105,14 +106,14 @@ class Backward:
     def local(self) -> None:
         """What the forward wrote, and its states."""
         self.walk.chain.exchanged = self.chain.exchanged
-        before, _ = self.walk.chain.states(self.carry)
-        self.n, self.errors, self.states = self.walk.written(before, trained=True)
+        before = self.walk.chain.before(self.carry)
+        self.n, self.errors, self.states, _ = self.walk.written(before, trained=True)
 
     def finish(self, carry: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients."""
         x, walk, reverse = self.x, self.walk, self.options.reverse
-        behind, initial = self.chain.states(carry)
-        dv, dbeta, grads = ops.kda_corrected(*self.of, behind, self.errors, reverse)
+        behind = self.chain.before(carry)
+        dv, dbeta, grads, initial = ops.kda_corrected(*self.of, *behind, self.errors, reverse)
         given = x.q, x.k, walk.gate
         both = self.n, self.of[1], dv, self.states, grads
         parts = ops.kda_readings(*given, *both, self.options.scale, *walk.how)

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from spcompile.kernels.linear.launch import CHUNK, rows, segment, strides_of, tiles
+from spcompile.kernels.linear.launch import CHUNK, dense, rows, segment, strides_of, tiles
 from spcompile.kernels.triton import delta_per_key, delta_per_key_back
 
 __all__ = ["kda_corrected", "kda_prepared", "kda_summaries", "kda_summaries_back", "kda_written"]
@@ -166,18 +166,23 @@ def kda_written(
     v: Tensor,
     beta: Tensor,
     prepared: Sequence[Tensor],
-    before: Tensor,
+    states: Tensor | None,
+    matrices: Tensor | None,
+    carry: Tensor | None,
+    fold: bool,
     reverse: bool,
     trained: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The outputs, or if ``trained`` what the tokens write, n = beta e, and the errors of predictions e.
 
     Args:
-        before: the state before each segment, ``[B*H, segments, K, V]``, float32, of any strides.
+        states, matrices, carry, fold: the state before each segment, or what it is made of, a
+            ``chain.Before``.
         k, v, beta, prepared, reverse: as of :func:`kda_summaries`.
     Returns:
         ``[B, H, T, V]`` contiguous; if ``trained`` another of that, and the states before chunks
-        ``[B*H, chunks, K, V]``, bf16 where k is, else float32; or ``[0]``.
+        ``[B*H, chunks, K, V]``, bf16 where k is, else float32; or ``[0]``. Last the state after the last
+        segment ``[B*H, K, V]``, float32.
     """
     b, h, t, _ = k.shape
     v = rows(v)
@@ -187,9 +192,9 @@ def kda_written(
     options = tiles("delta, per key", k, v)
     with torch.cuda.device_of(k):
         delta_per_key.written[(b * h * count * triton.cdiv(v.shape[3], options["BV"]),)](
-            *decayed, v, scores, systems, beta, through, before, *found,
-            *strides_of(v), *strides_of(beta), *before.stride(), h, t, _chunks(k), count, size,
-            REVERSE=reverse, TRAINED=trained, **options,
+            *decayed, v, scores, systems, beta, through, *dense(states, matrices, carry), *found,
+            *strides_of(v), *strides_of(beta), h, t, _chunks(k), count, size,
+            FOLD=fold, REVERSE=reverse, TRAINED=trained, **options,
         )  # fmt: skip
     return found
 
@@ -200,16 +205,23 @@ def _(
     v: Tensor,
     beta: Tensor,
     prepared: Sequence[Tensor],
-    before: Tensor,
+    states: Tensor | None,
+    matrices: Tensor | None,
+    carry: Tensor | None,
+    fold: bool,
     reverse: bool,
     trained: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _written(k, v, trained)
 
 
-def _written(k: Tensor, v: Tensor, trained: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _written(k: Tensor, v: Tensor, trained: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kept = _states(k, v, _chunks(k), _narrow(k)) if trained else k.new_empty(0, dtype=_narrow(k))
-    return v.new_empty(v.shape), v.new_empty(v.shape if trained else (0,)), kept
+    return v.new_empty(v.shape), v.new_empty(v.shape if trained else (0,)), kept, _final(k, v)
+
+
+def _final(k: Tensor, v: Tensor) -> Tensor:
+    return _states(k, v, 1, _WIDE).squeeze(1)
 
 
 @torch.library.custom_op("spcompile::kda_corrected", mutates_args=())
@@ -218,20 +230,24 @@ def kda_corrected(
     grad: Tensor,
     beta: Tensor,
     prepared: Sequence[Tensor],
-    behind: Tensor,
+    states: Tensor | None,
+    matrices: Tensor | None,
+    carry: Tensor | None,
+    fold: bool,
     errors: Tensor,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of v and of beta, and those of the states behind chunks.
 
     Args:
-        behind: the gradient of the state behind each segment, ``[B*H, segments, K, V]``, from the last one,
-            float32, of any strides.
+        states, matrices, carry, fold: the gradient of the state behind each segment, from the last one, or
+            what it is made of (``chain.Before``); the matrices are those of the forward.
         errors: of :func:`kda_written`.
         k, grad, beta, prepared, reverse: as of :func:`kda_summaries_back`.
     Returns:
         ``[B, H, T, V]`` contiguous in the dtype of ``grad``, ``[B*H, T]`` float32, and
-        ``[B*H, chunks, K, V]`` in the order of the forward, bf16 where k is, else float32.
+        ``[B*H, chunks, K, V]`` in the order of the forward, bf16 where k is, else float32. Last the gradient
+        of the state before all tokens ``[B*H, K, V]``, float32.
     """
     b, h, t, _ = k.shape
     grad = rows(grad)
@@ -239,15 +255,16 @@ def kda_corrected(
     count, size = _segments(k)
     options = tiles("delta, per key", k, grad)
     parts = triton.cdiv(grad.shape[3], options["BV"])
-    out, of_beta, kept = _corrected(k, grad)
+    out, of_beta, kept, final = _corrected(k, grad)
     sums = of_beta.new_empty(parts, *of_beta.shape)
     with torch.cuda.device_of(k):
         delta_per_key.corrected[(b * h * count * parts,)](
-            *decayed, grad, scores, adjoints, beta, through, behind, errors, out, sums, kept,
-            *strides_of(grad), *strides_of(beta), *behind.stride(), h, t, _chunks(k), count, size, b * h,
-            REVERSE=reverse, **options,
+            *decayed, grad, scores, adjoints, beta, through, *dense(states, matrices, carry),
+            errors, out, sums, kept, final,
+            *strides_of(grad), *strides_of(beta), h, t, _chunks(k), count, size, b * h,
+            FOLD=fold, REVERSE=reverse, **options,
         )  # fmt: skip
-    return out, sums.sum(0), kept
+    return out, sums.sum(0), kept, final
 
 
 @kda_corrected.register_fake
@@ -256,17 +273,20 @@ def _(
     grad: Tensor,
     beta: Tensor,
     prepared: Sequence[Tensor],
-    behind: Tensor,
+    states: Tensor | None,
+    matrices: Tensor | None,
+    carry: Tensor | None,
+    fold: bool,
     errors: Tensor,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _corrected(k, grad)
 
 
-def _corrected(k: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _corrected(k: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     b, h, t, _ = k.shape
     kept = _states(k, grad, _chunks(k), _narrow(k))
-    return grad.new_empty(grad.shape), k.new_empty(b * h, t, dtype=_WIDE), kept
+    return grad.new_empty(grad.shape), k.new_empty(b * h, t, dtype=_WIDE), kept, _final(k, grad)
 
 
 @torch.library.custom_op("spcompile::kda_readings", mutates_args=())

@@ -100,7 +100,7 @@ def kernel_of(x: Operands, options: Options) -> Kernel:
         elif x.beta is not None:
             kernel = Kernel("Triton, delta rule", fused_delta.Forward, fused_delta.Backward)
             kernel = kernel._replace(again=fused_delta.AGAIN)
-            refused = fused_delta.refuses(x, options)
+            refused = fused_delta.refuses(x)
         elif per_key:
             kernel = Kernel("Triton, decay per key", fused_diagonal.Forward, fused_diagonal.Backward)
             refused = fused_diagonal.refuses(x)

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["CHUNK", "blank", "lie", "rows", "segment", "strides_of", "tiles"]
+__all__ = ["CHUNK", "blank", "dense", "lie", "rows", "segment", "strides_of", "tiles"]
 
 CHUNK = 64
 # Segments of all heads together: each is a program or two, and a GPU has 132 multiprocessors.
@@ -33,6 +33,11 @@ def strides_of(x: Tensor) -> tuple[int, int, int]:
     """Of batch, head and token; of a dim of one entry any will do."""
     assert x.stride(-1) == 1 or x.shape[-1] == 1
     return x.stride(0), x.stride(1), x.stride(2)
+
+
+def dense(*given: Tensor | None) -> list[Tensor | None]:
+    """Each contiguous."""
+    return [None if x is None else x.contiguous() for x in given]
 
 
 def lie(states: Tensor | None, carry: Tensor | None) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ from spcompile.kernels.triton.tiles import (
     to_end,
 )
 
-__all__ = ["corrected", "outputs", "prologue", "summaries", "systems"]
+__all__ = ["corrected", "inverse_of", "outputs", "prologue", "start", "summaries", "systems"]
 
 
 @triton.jit
@@ -49,11 +49,7 @@ def systems(
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, GATED: tl.constexpr, REVERSE: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``systems [N, steps, C]``: Z of each chunk; one program for a chunk.
-
-    Blocks of 16 steps are solved by substitution, which loses nothing; the blocks against each other by
-    (I + M)^-1 = (I - M) (I + M^2), as M has four blocks below its diagonal and its fourth power is zero.
-    """
+    """``systems [N, steps, C]``: Z of each chunk; one program for a chunk."""
     pid = tl.program_id(0)
     chunk, n = pid % n_chunks, pid // n_chunks
     N = n_chunks * C
@@ -74,7 +70,19 @@ def systems(
     lower = tl.where(i[:, None] > i[None, :], lower, 0.0)
     strengths = gates(beta + offset(n, H, bb, bh), step, True, bt, T, N, REVERSE)
     system = lower * strengths[None, :]
+    within = inverse_of(system, C, PRECISION)
+    within = tl.dot(within, lower, input_precision=PRECISION)
+    tl.store(at, within.to(systems.dtype.element_ty))
 
+
+@triton.jit
+def inverse_of(system, C: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + system)^-1 of a strictly lower ``[C, C]``.
+
+    Blocks of 16 steps are solved by substitution, which loses nothing; the blocks against each other by
+    (I + M)^-1 = (I - M) (I + M^2), as M has four blocks below its diagonal and its fourth power is zero.
+    """
+    i = tl.arange(0, C)
     blocks = (i // 16)[:, None] == (i // 16)[None, :]
     small = tl.where(blocks, system, 0.0)
     within = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
@@ -88,8 +96,7 @@ def systems(
     square = tl.dot(system, system, input_precision=PRECISION)
     within += tl.dot(square, within, input_precision=PRECISION)
     within -= tl.dot(system, within, input_precision=PRECISION)
-    within = tl.dot(within, lower, input_precision=PRECISION)
-    tl.store(at, within.to(systems.dtype.element_ty))
+    return within
 
 
 @triton.jit
@@ -272,30 +279,34 @@ def _summary(
 
 
 @triton.jit
-def _mapped(matrix, x, plus, row, K: tl.constexpr):
+def _mapped(matrix, x, plus, row, of_row, of_column, K: tl.constexpr):
     """``matrix x + plus``, matrix ``[K, K]``; by two halves of its columns, as registers hold no more."""
     BK: tl.constexpr = x.shape[0]
     if BK < 128:
-        p = matrix + row[:, None] * K + row[None, :]
+        p = matrix + row[:, None] * of_row + row[None, :] * of_column
         factor = tl.load(p, mask=(row < K)[:, None] & (row < K)[None, :], other=0.0)
         return tl.dot(factor, x, plus, input_precision="tf32x3")
     else:
         HALF: tl.constexpr = BK // 2
         upper, lower = tl.split(tl.permute(tl.reshape(x, (2, HALF, x.shape[1])), (1, 2, 0)))
         column = tl.arange(0, HALF)
-        p = matrix + row[:, None] * K + column[None, :]
+        p = matrix + row[:, None] * of_row + column[None, :] * of_column
         factor = tl.load(p, mask=(row < K)[:, None] & (column < K)[None, :], other=0.0)
         plus = tl.dot(factor, upper, plus, input_precision="tf32x3")
-        factor = tl.load(p + HALF, mask=(row < K)[:, None] & (column + HALF < K)[None, :], other=0.0)
+        valid = (row < K)[:, None] & (column + HALF < K)[None, :]
+        factor = tl.load(p + HALF * of_column, mask=valid, other=0.0)
         return tl.dot(factor, lower, plus, input_precision="tf32x3")
 
 
 @triton.jit
-def _start(
+def start(
     states, matrices, carry, before, n, which, n_segments, dk, dv,
-    K: tl.constexpr, V: tl.constexpr, FOLD: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, FOLD: tl.constexpr, TURNED: tl.constexpr = False,
 ):  # fmt: skip
-    """``[dk, dv]``: the state before a segment (``tiles.start``); ``before`` gets it, None: nobody asked."""
+    """``[dk, dv]``: the state before a segment (``tiles.start``); ``before`` gets it, None: nobody asked.
+
+    TURNED: the matrices are those of the walk the other way, from the last segment on and transposed.
+    """
     n = n.to(tl.int64)
     entry = dk[:, None] * V + dv[None, :]
     inside = (dk < K)[:, None] & (dv < V)[None, :]
@@ -310,7 +321,11 @@ def _start(
             for earlier in range(which):
                 there = n * n_segments + tl.cast(earlier, tl.int64)
                 made = tl.load(states + there * (K * V) + entry, mask=inside, other=0.0)
-                state = _mapped(matrices + there * (K * K), state, made, dk, K)
+                if TURNED:
+                    there = n * n_segments + (n_segments - 1 - tl.cast(earlier, tl.int64))
+                    state = _mapped(matrices + there * (K * K), state, made, dk, 1, K, K)
+                else:
+                    state = _mapped(matrices + there * (K * K), state, made, dk, K, 1, K)
     if before is not None:
         tl.store(before + at * (K * V) + entry, state, mask=inside)
     return state
@@ -331,7 +346,7 @@ def outputs(
     """
     of_v, which, n = place(tl.program_id(0), tl.cdiv(V, BV), n_segments)
     i, dk, dv = tl.arange(0, C), tl.arange(0, BK), of_v * BV + tl.arange(0, BV)
-    state = _start(states, matrices, carry, None, n, which, n_segments, dk, dv, K, V, FOLD)
+    state = start(states, matrices, carry, None, n, which, n_segments, dk, dv, K, V, FOLD)
     q += offset(n, H, qb, qh)
     k += offset(n, H, kb, kh)
     v += offset(n, H, vb, vh)
@@ -389,7 +404,7 @@ def corrected(
     READ: tl.constexpr = SOURCE if BACK else INCLUSIVE
     of_v, which, n = place(tl.program_id(0), tl.cdiv(V, BV), n_segments)
     dk, dv = tl.arange(0, BK), of_v * BV + tl.arange(0, BV)
-    state = _start(states, matrices, carry, before, n, which, n_segments, dk, dv, K, V, FOLD)
+    state = start(states, matrices, carry, before, n, which, n_segments, dk, dv, K, V, FOLD)
     k += offset(n, H, kb, kh)
     v += offset(n, H, vb, vh)
     beta += offset(n, H, bb, bh)

@@ -28,8 +28,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from spcompile.kernels.triton.delta import inverse_of, start
 from spcompile.kernels.triton.diagonal import BLOCK, _from_start, _load, _past, _row, _to_end
-from spcompile.kernels.triton.tiles import EXCLUSIVE, INCLUSIVE, chunks, gates, offset, tile
+from spcompile.kernels.triton.tiles import EXCLUSIVE, INCLUSIVE, chunks, close, gates, offset, tile
 
 __all__ = ["corrected", "prepared", "skipped", "summaries", "summaries_back", "written"]
 
@@ -115,7 +116,7 @@ def prepared(
 
     i = tl.arange(0, C)
     strengths = gates(beta + offset(n, H, bb, bh), first + i, True, bt, T, N, REVERSE)
-    inverse = _inverse(system * strengths[None, :], C, PRECISION)
+    inverse = inverse_of(system * strengths[None, :], C, PRECISION)
     at = (row + i)[:, None] * C + i[None, :]
     tl.store(systems + at, inverse.to(systems.dtype.element_ty))
     # (I + beta A)^-1 = I - beta X A
@@ -132,26 +133,6 @@ def _placed(x, b, c, C: tl.constexpr):
     i = tl.arange(0, C) // size
     whole = tl.reshape(tl.broadcast_to(x[None, :, None, :], (blocks, size, blocks, size)), (C, C))
     return tl.where((i == b)[:, None] & (i == c)[None, :], whole, 0.0)
-
-
-@triton.jit
-def _inverse(system, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + system)^-1 of a strictly lower ``[C, C]``, as ``delta.systems`` has it."""
-    i = tl.arange(0, C)
-    blocks = (i // 16)[:, None] == (i // 16)[None, :]
-    small = tl.where(blocks, system, 0.0)
-    within = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
-    for r in range(1, 16):  # row r of every block at once
-        row = (i % 16 == r)[:, None]
-        known = tl.sum(tl.where(row, small, 0.0), 0)
-        known = tl.sum(known[:, None] * within, 0)
-        within = tl.where(row & blocks, within - known[None, :], within)
-    system = tl.where(blocks, 0.0, system)
-    system = tl.dot(within, system, input_precision=PRECISION)
-    square = tl.dot(system, system, input_precision=PRECISION)
-    within += tl.dot(square, within, input_precision=PRECISION)
-    within -= tl.dot(system, within, input_precision=PRECISION)
-    return within
 
 
 @triton.jit
@@ -277,13 +258,15 @@ def summaries_back(
 
 @triton.jit
 def written(
-    queries, readers, writers, v, scores, systems, beta, through, before, out, errors, kept,
-    vb, vh, vt, bb, bh, bt, sn, ss, sk, sv,
+    queries, readers, writers, v, scores, systems, beta, through,
+    states, matrices, carry, out, errors, kept, final,
+    vb, vh, vt, bb, bh, bt,
     H, T, n_chunks, n_segments, segment,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, TRAINED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    FOLD: tl.constexpr, REVERSE: tl.constexpr, TRAINED: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """From ``before [N, segments, K, V]``, one program for BV of a segment's values.
+    """From the state before each segment (``delta.start``); one program for BV of a segment's values.
 
     ``out [N, T, V]``: the outputs; or if TRAINED what is written, with ``errors``, which lie alike, and
     ``kept [N, chunks, K, V]``, the states before chunks.
@@ -300,9 +283,7 @@ def written(
     out += n.to(tl.int64) * T * V
     errors += n.to(tl.int64) * T * V
     whole = (dk < K)[:, None] & (dv < V)[None, :]
-    entry = before + n.to(tl.int64) * sn + which.to(tl.int64) * ss
-    entry += dk.to(tl.int64)[:, None] * sk + dv.to(tl.int64)[None, :] * sv
-    state = tl.load(entry, mask=whole, other=0.0)
+    state = start(states, matrices, carry, None, n, which, n_segments, dk, dv, K, V, FOLD)
     N = n_segments * segment
     skip = skipped(T, N, C, REVERSE)
     begin, last = chunks(which, segment, T, N, C, REVERSE)
@@ -331,17 +312,19 @@ def written(
             weights = _square(scores, row, C, False).to(writes.dtype)
             read = tl.dot(weights, writes, read, input_precision=PRECISION)
             tl.store(p, read.to(out.dtype.element_ty), mask=inside)
+    close(final, state, n, which, n_segments, dk, dv, K, V)
 
 
 @triton.jit
 def corrected(
-    queries, readers, writers, do, scores, adjoints, beta, through, behind, errors, out, sums, kept,
-    db, dh, dt, bb, bh, bt, sn, ss, sk, sv,
+    queries, readers, writers, do, scores, adjoints, beta, through,
+    states, matrices, carry, errors, out, sums, kept, final,
+    db, dh, dt, bb, bh, bt,
     H, T, n_chunks, n_segments, segment, heads,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    REVERSE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    FOLD: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The way back from ``behind [N, segments, K, V]``, which begins with the last segment.
+    """The way back from the gradient behind each segment (``delta.start``), which begins with the last one.
 
     ``out [N, T, V]``: the gradients of values; ``sums [parts, N, T]``: those of beta, of the values that a
     program has; ``kept [N, chunks, K, V]``: those of the states behind chunks, in the forward's order.
@@ -360,9 +343,8 @@ def corrected(
     errors += n.to(tl.int64) * T * V
     sums += (of_v * heads + n).to(tl.int64) * T
     whole = (dk < K)[:, None] & (dv < V)[None, :]
-    entry = behind + n.to(tl.int64) * sn + (n_segments - 1 - which).to(tl.int64) * ss
-    entry += dk.to(tl.int64)[:, None] * sk + dv.to(tl.int64)[None, :] * sv
-    state = tl.load(entry, mask=whole, other=0.0)
+    behind = n_segments - 1 - which
+    state = start(states, matrices, carry, None, n, behind, n_segments, dk, dv, K, V, FOLD, True)
     N = n_segments * segment
     skip = skipped(T, N, C, REVERSE)
     begin, last = chunks(which, segment, T, N, C, REVERSE)
@@ -386,3 +368,4 @@ def corrected(
         wrong = tl.load(p, mask=inside, other=0.0).to(tl.float32)
         token = N - 1 - step if REVERSE else step
         tl.store(sums + token, tl.sum(found * wrong, 1), mask=token < T)
+    close(final, state, n, behind, n_segments, dk, dv, K, V)
