@@ -2,6 +2,7 @@
 #   make demo    train the tiny model on 2 ranks beside unsharded eager, and compare
 #   make test    lint, types and the test suite
 #   make sweep   the rest of it, before a release: all examples, every model's graphs under three hash seeds
+#   make older-triton   the kernels' machine code by Triton 3.6, which torch 2.11 comes with
 #   make bench   time and memory against sequence length, into bench/results/
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint bench sweep clean
+.PHONY: help setup demo test lint bench sweep older-triton clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -52,6 +53,13 @@ test: lint
 sweep: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m sweep tests $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.hash_seeds --sweep
+
+# Beside the Triton that is installed, which it hides; it needs no torch of its own.
+OLDER := build/triton-3.6.0
+
+older-triton: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --upgrade --target $(OLDER) triton==3.6.0
+	PYTHONPATH=$(OLDER) $(BIN)/python -m pytest -q -m "not sweep" tests/test_machine_code.py
 
 bench: $(STAMP)
 	$(BIN)/python -m bench $(BENCH_ARGS)

@@ -40,7 +40,14 @@ class Call(NamedTuple):
 def plan(options: Options) -> list[Call]:
     tokens = 2048 if options.quick else 16_384
     calls = [Call("copy", 0, 0, 1 << 28), Call("matmul", 0, 0, 8192)]
-    for variant in ("no decay", "decay", "decay per key", "delta rule", "delta rule, decay"):
+    for variant in (
+        "no decay",
+        "decay",
+        "decay per key",
+        "delta rule",
+        "delta rule, decay",
+        "delta rule, decay per key",
+    ):
         calls += [Call(variant, size, heads, tokens) for size in (64, 128) for heads in (4, 32)]
     return calls
 
@@ -120,6 +127,7 @@ _OF_FLA = {
     "decay per key": ("gla", "chunk_gla"),
     "delta rule": ("delta_rule", "chunk_delta_rule"),
     "delta rule, decay": ("gated_delta_rule", "chunk_gated_delta_rule"),
+    "delta rule, decay per key": ("kda", "chunk_kda"),
 }
 
 

@@ -25,6 +25,8 @@ OF_FLA = {
     "backward, 64, decay per key": (10740, 6),
     "forward, 64, delta rule, decay": (2416, 5),
     "backward, 64, delta rule, decay": (6334, 7),
+    "forward, 64, delta rule, decay per key": (7912, 6),
+    "backward, 64, delta rule, decay per key": (13326, 7),
     "forward, 128, no decay": (4096, 2),
     "backward, 128, no decay": (14849, 4),
     "forward, 128, decay": (4173, 3),
@@ -33,6 +35,8 @@ OF_FLA = {
     "backward, 128, decay per key": (30488, 6),
     "forward, 128, delta rule, decay": (6136, 5),
     "backward, 128, delta rule, decay": (17503, 7),
+    "forward, 128, delta rule, decay per key": (16816, 6),
+    "backward, 128, delta rule, decay per key": (30900, 7),
 }
 
 

@@ -50,35 +50,63 @@ class Variant(NamedTuple):
 
 
 # Kernels that are launched as another one is.
-_LIKE = {"diagonal.columns": "outputs, per key", "diagonal.outputs": "outputs, per key"}
+_LIKE = {
+    "diagonal.columns": "outputs, per key",
+    "diagonal.outputs": "outputs, per key",
+    "delta.outputs": "delta, back",
+    "delta.prologue": "delta, back",
+    "segments.prologue": "summaries",
+    "diagonal.prologue": "summaries",
+    "delta_per_key_back.pairs": "within",
+    "delta_per_key.summaries": "delta, per key",
+    "delta_per_key.summaries_back": "delta, per key",
+    "delta_per_key.written": "delta, per key",
+    "delta_per_key.corrected": "delta, per key",
+}
 AMD = "gfx942"
 # Bytes of shared memory that a block may have.
 SHARED: dict[int | str, int] = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, AMD: 64 << 10}
 
 _BACK = {"READ": 2, "REVERSE": True}
 # OF_GATE, the part in a decay's gradient: 0 none, 1 READS, 2 WRITES.
-_DQ, _DK = {"OF_GATE": 1}, {"OF_GATE": 2, "SCALED": True, **_BACK}
+_DQ, _DK = {"OF_GATE": 1, "final": None}, {"OF_GATE": 2, "SCALED": True, "final": None, **_BACK}
+_TRAINED = {"TRAINED": True}
+# Where a segment is not the first of a run, FOLD: a few states of earlier ones are read before.
 VARIANTS = {
     "summaries": Variant("segments.summaries"),
+    "prologue": Variant("segments.prologue", {"GATED": False}),
+    "prologue, decay": Variant("segments.prologue"),
     "outputs": Variant("segments.outputs", {"GATED": False}),
     "outputs, decay": Variant("segments.outputs"),
-    "outputs, decay, dq": Variant("segments.outputs", _DQ, 48),
-    "outputs, decay, dk": Variant("segments.outputs", _DK, 32),
-    "pairs": Variant("segments.pairs"),
+    "outputs, decay, dq": Variant("segments.outputs", _DQ),
+    "outputs, decay, dk": Variant("segments.outputs", _DK, 16),
+    "pairs": Variant("segments.pairs", {"less": None}),
     "delta, systems": Variant("delta.systems"),
     "delta, summaries": Variant("delta.summaries"),
-    "delta, summaries back": Variant("delta.summaries", {"SOURCE": True, **_BACK}, 104),
+    "delta, summaries back": Variant("delta.summaries", {"BACK": True, "REVERSE": True}, 16),
+    "delta, prologue": Variant("delta.prologue", stack=32),
+    "delta, outputs": Variant("delta.outputs", stack=56),
     "delta, writes": Variant("delta.corrected"),
-    "delta, gradients": Variant("delta.corrected", {"SOURCE": True, **_BACK}, 160),
-    "delta, dk of readings": Variant("segments.outputs", {**_DQ, "STRICT": True}, 16),
-    "delta, dk": Variant("segments.outputs", {**_DK, "LESS": True}, 160),
+    "delta, gradients": Variant("delta.corrected", {"BACK": True, "REVERSE": True}, 32),
+    "delta, pairs": Variant("segments.pairs"),
+    "delta, dk of readings": Variant("segments.outputs", {**_DQ, "STRICT": True, "FOLD": False}),
+    "delta, dk": Variant("segments.outputs", {**_DK, "LESS": True, "FOLD": False}),
     "per key, summaries": Variant("diagonal.summaries"),
+    "per key, prologue": Variant("diagonal.prologue"),
     "per key, scores": Variant("diagonal.within", wide=False),
     "per key, pairs back": Variant("diagonal.within", {"GRADS": True}, wide=False),
     "per key, outputs": Variant("diagonal.outputs"),
     "per key, dv": Variant("diagonal.outputs", {"SCALED": True, "MIRRORED": True, **_BACK}),
-    "per key, dq": Variant("diagonal.columns", stack=8),
+    "per key, dq": Variant("diagonal.columns", stack=16),
     "per key, dk": Variant("diagonal.columns", {"ROLE": 2, **_BACK}, 8),
+    "delta per key, prepared": Variant("delta_per_key.prepared"),
+    "delta per key, summaries": Variant("delta_per_key.summaries"),
+    "delta per key, summaries back": Variant("delta_per_key.summaries_back"),
+    "delta per key, outputs": Variant("delta_per_key.written"),
+    "delta per key, writes": Variant("delta_per_key.written", _TRAINED),
+    "delta per key, gradients": Variant("delta_per_key.corrected"),
+    "delta per key, readings": Variant("delta_per_key_back.readings", stack=32),
+    "delta per key, pairs": Variant("delta_per_key_back.pairs", wide=False),
 }
 _DEFAULTS: dict[str, Any] = {
     "READ": 0,
@@ -87,12 +115,17 @@ _DEFAULTS: dict[str, Any] = {
     "SCALED": False,
     "OF_GATE": 0,
     "STRICT": False,
+    "FOLD": True,
 }
-_DEFAULTS |= {"LESS": False, "SOURCE": False, "GRADS": False, "MIRRORED": False, "ROLE": 1}
-_FLOATS = {"g", "beta", "states", "matrices", "logs", "before", "inner", "sums", "plus", "given"}
-_FLOATS |= {"of_gate", "dq", "dk", "dg"}
-_OPERANDS = {"q", "k", "v", "do", "other", "kept", "out", "less_k", "less_v", "errors", "inverses"}
-_OPERANDS |= {"mate", "scores"}
+_DEFAULTS |= {"TRAINED": False, "LESS": False, "BACK": False, "GRADS": False, "MIRRORED": False, "ROLE": 1}
+_FLOATS = {"g", "beta", "states", "matrices", "logs", "carry", "before", "final", "inner", "sums", "plus"}
+_FLOATS |= {"given", "of_gate", "dq", "dk", "dg", "back", "back_logs", "back_matrices"}
+_FLOATS |= {"through", "behind", "plus_q", "plus_k", "plus_g"}
+_OPERANDS = {"q", "k", "v", "do", "other", "kept", "out", "less_k", "less_v", "errors"}
+_OPERANDS |= {"mate", "scores", "less", "queries", "readers", "writers", "written", "dv", "kept_back"}
+_OPERANDS |= {"of_queries", "of_keys", "out_q", "out_k"}
+# Inverses, in float16 where operands are bf16.
+_SYSTEMS = {"systems", "adjoints"}
 _POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float16: "*fp16"}
 
 
@@ -104,9 +137,14 @@ def compiled(variant: Variant, size: int, dtype: torch.dtype, arch: int | str) -
     function = getattr(importlib.import_module(f"spcompile.kernels.triton.{file}"), name)
     heads = torch.empty(1, 1, 1, size, dtype=dtype)
     name += ", less" if variant.constants.get("LESS") else ""
-    constants = tiles("delta" if file == "delta" else _LIKE.get(variant.kernel, name), heads, heads)
+    if variant.kernel in ("delta.summaries", "delta.corrected"):
+        name = "delta, back" if variant.constants.get("BACK") else "delta"
+    constants = tiles(_LIKE.get(variant.kernel, name), heads, heads, amd=not isinstance(arch, int))
+    small = tiles("pairs", heads, heads)
     launch = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-    constants |= {**_DEFAULTS, **variant.constants}
+    constants |= {**_DEFAULTS, "PK": small["BK"], "PV": small["BV"], **variant.constants}
+    if not constants["FOLD"]:
+        constants |= dict.fromkeys(("logs", "carry", "matrices"))
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature, aligned = {}, {}
     for index, name in enumerate(function.arg_names):
@@ -114,8 +152,8 @@ def compiled(variant: Variant, size: int, dtype: torch.dtype, arch: int | str) -
             signature[name] = "constexpr"
             continue
         pointer = _POINTERS[dtype] if name in _OPERANDS else "*fp32" if name in _FLOATS else None
-        if name == "inverses" and dtype == torch.bfloat16:
-            pointer = "*fp16"
+        if name in _SYSTEMS:
+            pointer = "*fp16" if dtype == torch.bfloat16 else "*fp32"
         signature[name] = pointer or ("fp32" if name == "scale" else "i32")
         if pointer or (name[-1] in "bht" and name[0] in "qkvdxolm" and len(name) == 2) or name == "segment":
             aligned[(index,)] = [["tt.divisibility", 16]]

@@ -10,6 +10,7 @@ import itertools
 import json
 import sys
 import threading
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spcompile.attention import reference
-from spcompile.kernels.linear import chunked, fused, fused_delta, fused_diagonal
+from spcompile.kernels.linear import chunked, fused, fused_delta, fused_diagonal, fused_kda, launch
 from spcompile.kernels.linear.kernel import Kernel
 from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.scan import scan as loop
@@ -35,11 +36,15 @@ from tests.variants import KINDS, cotangents, draw, options_of, references
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GATES = ("none", "constant", "mild", "strong")
 DIAGONAL = ("constant per key", "mild per key", "strong per key")
-DELTA = ("delta rule", "mild, delta rule", "strong, delta rule")
-SIZES = {"one token": (1, 16, 16), "two chunks": (65, 24, 16), "two segments": (530, 16, 40)}
+KDA = tuple(f"{kind}, delta rule" for kind in DIAGONAL)
+DELTA = ("delta rule", "mild, delta rule", "strong, delta rule", *KDA)
+# Segments are made short: 530 tokens are five.
+SEGMENT, LEAST = 128, launch._LEAST
+SIZES = {"one token": (1, 16, 16), "two chunks": (65, 24, 16), "five segments": (530, 16, 40)}
+SIZES["wide"] = (260, 128, 16)  # of a matrix of 128 x 128 halves are read
 ORDERS = {"": (False, False), "exclusive": (True, False), "reverse": (False, True), "both": (True, True)}
-FUSED = ("linear_llama3", "retention", "simple_gla", "gla", "rwkv6", "deltanet", "gated_deltanet")
-KERNELS = (fused, fused_diagonal, fused_delta)
+FUSED = ("linear_llama3", "retention", "simple_gla", "gla", "rwkv6", "deltanet", "gated_deltanet", "kda")
+KERNELS = (fused, fused_diagonal, fused_delta, fused_kda)
 NAMES = ("out", "final", "dq", "dk", "dv", "dlog_decay", "dbeta", "dinitial_state")
 
 
@@ -51,26 +56,31 @@ def cases() -> list[str]:
         ", ".join((dtype, *case))
         for dtype, some in orders.items()
         for case in itertools.product(GATES, SIZES, some)
-        if case[1] != "two segments" or case[2] in ("", "both")
+        if case[1] != "wide" and (case[1] != "five segments" or case[2] in ("", "both"))
     ]
     found += [f"fp32, {kind}, {size}, " for kind in DIAGONAL for size in ("one token", "two chunks")]
-    found += ["fp32, mild per key, two segments, ", "fp32, strong per key, two segments, both"]
+    found += ["fp32, mild per key, five segments, ", "fp32, strong per key, five segments, both"]
     found += [f"fp32, mild per key, two chunks, {o}" for o in ("exclusive", "reverse", "both")]
     found += [f"{dtype}, {kind}, two chunks, " for dtype in ("bf16", "fp16") for kind in DIAGONAL]
     # Those of a delta rule take longest.
-    found += [f"fp32, {kind}, {size}, " for kind in DELTA for size in ("two chunks", "two segments")]
-    found += ["fp32, mild, delta rule, one token, ", "fp32, mild, delta rule, two chunks, reverse"]
+    found += [f"fp32, {kind}, {size}, " for kind in DELTA[:3] for size in ("two chunks", "five segments")]
+    found += ["fp32, delta rule, wide, ", "fp32, mild, delta rule, one token, "]
+    found += [f"fp32, mild, delta rule, two chunks, {order}" for order in ("reverse", "exclusive")]
+    found += [f"fp32, {kind}, two chunks, " for kind in KDA] + [f"fp32, {KDA[2]}, five segments, reverse"]
+    found += [f"fp32, {kind}, one token, " for kind in KDA[:2]] + [f"fp32, {KDA[1]}, two chunks, both"]
+    found += [f"bf16, {KDA[2]}, two chunks, ", f"fp16, {KDA[1]}, two chunks, "]
     narrow = ("bf16, delta rule", "bf16, mild, delta rule", "fp16, mild, delta rule")
-    return found + [f"{kind}, two segments, " for kind in narrow]
+    narrow += ("bf16, mild per key, delta rule",)
+    return found + [f"{kind}, five segments, " for kind in narrow]
 
 
 def parsed(case: str) -> tuple[torch.dtype, str, bool, tuple[int, int, int], Options]:
     """Dtype, gate, whether there is a delta rule, sizes and options of a case."""
     dtype, *kinds, size, order = case.split(", ")
     delta, (t, k, v) = "delta rule" in kinds, SIZES[size]
-    # What a delta rule writes depends on all that it has written: with few keys, roundings add up.
-    k = 64 if delta and t > 64 else k
     kind = kinds[0] if kinds[0] in GATES + DIAGONAL else "none"
+    # What a delta rule writes depends on all that it has written: with few keys, roundings add up.
+    k = max(k, 64) if delta and t > 64 and (dtype != "fp32" or kind not in DIAGONAL[1:]) else k
     return DTYPES[dtype], kind, delta, (t, k, v), Options(True, 0.3, *ORDERS[order])
 
 
@@ -86,11 +96,12 @@ def draw_case(case: str) -> Operands:
     return Operands(*(x.to(dtype) for x in (q, keys, values)), decay, strength, state)
 
 
-def kernel_for(x: Operands) -> ModuleType:
+def kernel_for(x: Operands, exclusive: bool = False) -> ModuleType:
     """The fused kernel that takes such operands."""
+    per_key = x.log_decay is not None and x.log_decay.shape[3] > 1
     if x.beta is not None:
-        return fused_delta
-    return fused if x.log_decay is None or x.log_decay.shape[3] == 1 else fused_diagonal
+        return fused_kda if per_key or exclusive else fused_delta
+    return fused_diagonal if per_key else fused
 
 
 def surrounded(x: Tensor) -> Tensor:
@@ -133,7 +144,7 @@ def errors(case: str) -> dict[str, float]:
     want = [out, final, *(None if y is None else next(pulled) for y in leaves)]
 
     apart = Operands(*(None if y is None else surrounded(y) for y in x[:5]), x.initial_state)
-    kernel = kernel_for(x)
+    kernel = kernel_for(x, options.exclusive)
     forward = kernel.Forward(apart, options)
     forward.local()
     got = [*forward.finish(apart.initial_state)]
@@ -160,7 +171,7 @@ def totals(case: str) -> float:
     """
     *_, (t, _, v), options = parsed(case)
     x = draw_case(case)
-    grad, kernel = torch.randn(1, 2, t, v), kernel_for(x)
+    grad, kernel = torch.randn(1, 2, t, v), kernel_for(x, options.exclusive)
     ours = *kernel.Forward(x, options).total(), *kernel.Backward(x, options, grad, None).total()
     wide = Operands(*(None if y is None else y.double() for y in x))
     theirs = (
@@ -193,7 +204,7 @@ def on_ranks() -> dict[str, float]:
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         kernels = {k: Kernel("fused", k.Forward, k.Backward) for k in KERNELS}
-        patch.setattr(linear, "kernel_of", lambda x, options: kernels[kernel_for(x)])
+        patch.setattr(linear, "kernel_of", lambda x, options: kernels[kernel_for(x, options.exclusive)])
         # One launch at a time: the interpreter changes Triton's language while it runs a kernel.
         one = threading.Lock()
         patch.setattr(torch.cuda, "device_of", lambda x: one)
@@ -208,28 +219,62 @@ def on_ranks() -> dict[str, float]:
     return found
 
 
+COUNTED = ("no decay", "decay", "decay per key", "delta rule, decay", "delta rule, decay per key")
+
+
+def counted(kind: str, heads: int, tokens: int, size: int) -> Operands:
+    """bf16 operands of which something is counted. Without a decay a delta rule has the same kernels."""
+    q, k, v = (torch.randn(1, heads, tokens, size).bfloat16() for _ in range(3))
+    decay = beta = None
+    if kind != "no decay":
+        decay = -torch.rand(1, heads, tokens, size if "per key" in kind else 1)
+        decay = decay.bfloat16() if "per key" in kind else decay
+    if kind.startswith("delta"):
+        k, beta = F.normalize(k, dim=-1), torch.rand(1, heads, tokens, 1)
+    return Operands(q, k, v, decay, beta)
+
+
+def ways(x: Operands) -> Iterator[str]:
+    """Run the forward, then the backward, of one rank; says which way is done."""
+    kernel = kernel_for(x)
+    for way, more in (("forward", ()), ("backward", (torch.randn_like(x.v), None))):
+        run = (kernel.Forward if way == "forward" else kernel.Backward)(x, Options(True, 0.3), *more)
+        run.local()
+        run.finish(None)
+        yield way
+
+
 def traffic() -> dict[str, dict[str, float]]:
-    """Bytes that the kernels move, per token and head, of bf16 operands; and how many are launched."""
-    found: dict[str, dict[str, float]] = {"bytes": {}, "launches": {}}
+    """Bytes that the kernels load and store, per token and head: two segments of each of few heads."""
+    found: dict[str, float] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("spcompile.kernels.scan.scan", scan.scan)
-        # Without a decay a delta rule has the same kernels: the gates are a few bytes.
-        kinds = ("no decay", "decay", "decay per key", "delta rule, decay")
-        for size, kind in itertools.product((64, 128), kinds):
-            x = Operands(*(torch.randn(1, 1, 1024, size).bfloat16() for _ in range(3)))
-            if kind != "no decay":
-                x = x._replace(log_decay=-torch.rand(1, 1, 1024, size if kind == "decay per key" else 1))
-            if kind.startswith("delta"):
-                x = x._replace(k=F.normalize(x.k, dim=-1), beta=torch.rand(1, 1, 1024, 1))
-            kernel = kernel_for(x)
-            for name, steps in (("forward", kernel.Forward), ("backward", kernel.Backward)):
-                triton_interpreter.moved[0] = triton_interpreter.launches[0] = 0
-                run = steps(x, Options(True, 0.3), *((x.v, None) if name == "backward" else ()))
-                run.local()
-                run.finish(None)
-                case = f"{name}, {size}, {kind}"
-                found["bytes"][case] = triton_interpreter.moved[0] / 1024
-                found["launches"][case] = triton_interpreter.launches[0]
+        patch.setattr(launch, "_LEAST", LEAST)
+        for size, kind in itertools.product((64, 128), COUNTED):
+            triton_interpreter.moved[0] = 0
+            for way in ways(counted(kind, 1, 1024, size)):
+                found[f"{way}, {size}, {kind}"] = triton_interpreter.moved[0] / 1024
+                triton_interpreter.moved[0] = 0
+    return {"bytes": found} | ledger()
+
+
+# Few heads, of which segments make programs enough; and as many as programs are wanted.
+HEADS = {"4 heads": (4, 32768), "128 heads": (128, 1024)}
+
+
+def ledger() -> dict[str, dict[str, float]]:
+    """What is launched for heads of 128: how often, operand bytes per token and head, programs at least."""
+    found: dict[str, dict[str, float]] = {"launches": {}, "operands": {}, "programs": {}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "_LEAST", LEAST)
+        patch.setattr(triton_interpreter, "dry", [True])
+        for (name, (heads, tokens)), kind in itertools.product(HEADS.items(), COUNTED):
+            triton_interpreter.launches.clear()
+            for way in ways(counted(kind, heads, tokens, 128)):
+                done, case = [*triton_interpreter.launches], f"{way}, {name}, {kind}"
+                found["launches"][case] = len(done)
+                found["operands"][case] = sum(x.operands for x in done) / (heads * tokens)
+                found["programs"][case] = min(x.programs for x in done)
+                triton_interpreter.launches.clear()
     return found
 
 
@@ -266,29 +311,51 @@ def opchecks() -> None:
     """Every operator's schema and fake results; raises."""
     x = [torch.randn(1, 2, 65, 16) for _ in range(4)]
     g, ops, opcheck = -torch.rand(1, 2, 65, 1), torch.ops.spcompile, torch.library.opcheck
-    before, kept = torch.zeros(2, 1, 16, 16), torch.zeros(2, 8, 16, 16)
+    zeros, kept = torch.zeros(2, 1, 16, 16), torch.zeros(2, 8, 16, 16)
+    before, folded = (zeros, None, None, False), (zeros, torch.zeros(2, 1), zeros[:, 0], True)
     opcheck(ops.segment_summaries, (x[0], x[1], g, 0.3, 0, True))
-    opcheck(ops.segment_outputs, (*x[:3], g, before, x[3], None, 0.3, False, 0, False, False, ()))
-    opcheck(ops.segment_outputs, (*x[:3], g, before, x[3], kept, 0.3, True, 2, True, False, x[1:]))
-    opcheck(ops.segment_pairs, (*x, g, 0.3, 0, False))
+    opcheck(ops.segment_prologue, (*x, g, 0.3, 0, True))
+    opcheck(ops.segment_outputs, (*x[:3], g, *folded, x[3], None, 0.3, False, 0, False, False, (), True))
+    opcheck(ops.segment_outputs, (*x[:3], g, *before, x[3], kept, 0.3, True, 2, True, False, x[1:], False))
+    for less in (None, x[0]):
+        opcheck(ops.segment_pairs, (*x, less, g, 0.3, 0, False))
     beta, wrong = torch.rand(1, 2, 65, 1), torch.randn(1, 2, 65, 16)
-    opcheck(ops.delta_systems, (x[1], beta, g, 0, False))
-    source = (None, x[1], x[2], ops.delta_systems(x[1], beta, g, 0, False), beta, g)
-    opcheck(ops.delta_summaries, (*source, 0.3, 0, False))
-    opcheck(ops.delta_corrected, (*source, before, None, 0.3, 0, False, True))
-    opcheck(ops.delta_corrected, (x[0], *source[1:], before, wrong, 0.3, 2, True, False))
+    opcheck(ops.delta_systems, (x[1], beta, g, False))
+    source = (None, x[1], x[2], ops.delta_systems(x[1], beta, g, False), beta, g)
+    opcheck(ops.delta_summaries, (*source, 0.3, False))
+    opcheck(ops.delta_prologue, (*x, *source[3:], 0.3, False))
+    matrices = (zeros, zeros, zeros[:, 0], True)
+    opcheck(ops.delta_outputs, (x[0], *source[1:], *matrices, 0.3, False))
+    opcheck(ops.delta_corrected, (*source, *matrices, None, 0.3, False))
+    opcheck(ops.delta_corrected, (x[0], *source[1:], *before, wrong, 0.3, True))
     g = -torch.rand(1, 2, 65, 16)
     opcheck(ops.diagonal_summaries, (x[0], x[1], g, 0.3, 0, True))
+    opcheck(ops.diagonal_prologue, (*x, g, 0.3, 0, True))
     for grad in (None, x[3]):
         opcheck(ops.diagonal_within, (*x[:3], grad, g, 0.3, 0, False))
-    scores = torch.zeros(2, 512, 64)
-    opcheck(ops.diagonal_outputs, (*x[:3], g, scores, before, 0.3, True, 2, True, True))
+    scores, folded = torch.zeros(2, 512, 64), (zeros, torch.zeros(2, 1, 16), zeros[:, 0], True)
+    opcheck(ops.diagonal_outputs, (*x[:3], g, scores, *before, 0.3, True, 2, True, True))
     for states in (None, kept):
-        opcheck(ops.diagonal_columns, (*x[:3], g, before, wrong, x[3], states, wrong, 0.3, 0, False))
+        opcheck(ops.diagonal_columns, (*x[:3], g, *folded, wrong, x[3], states, wrong, 0.3, 0, False))
+    opcheck(ops.kda_prepared, (x[0], x[1], g, beta, 0.3, 1, True))
+    prepared = ops.kda_prepared(x[0], x[1], g, beta, 0.3, 1, True)
+    given, chunks = (*x[1:3], beta, prepared), torch.randn(2, 2, 16, 16)
+    opcheck(ops.kda_summaries, (*given, True))
+    opcheck(ops.kda_summaries_back, (*given, True))
+    for trained in (False, True):
+        opcheck(ops.kda_written, (*given, *matrices, True, trained))
+    opcheck(ops.kda_corrected, (*given, *matrices, wrong, True))
+    both = x[2], x[3], wrong, chunks, chunks
+    opcheck(ops.kda_readings, (*x[:2], g, *both, 0.3, 1, True))
+    opcheck(ops.kda_gradients, (*x[:2], g, ops.kda_readings(*x[:2], g, *both, 0.3, 1, True), 1, True))
 
 
 def main() -> int:
     triton_interpreter.install()
+    launch._LEAST = SEGMENT
+    if sys.argv[1:] == ["ledger"]:
+        print("FOUND", json.dumps(ledger()), flush=True)
+        return 0
     if sys.argv[1:] == ["traffic"]:  # of `python -m bench kernels`
         print("FOUND", json.dumps(traffic()), flush=True)
         return 0

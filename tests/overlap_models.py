@@ -34,8 +34,8 @@ class Layer(nn.Module):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         if self.kind == "plain":
             return (q @ k.mT).tril() @ v
-        decay = F.logsigmoid(k.float()) if self.kind == "per key" else decay
-        given = decay, beta if self.kind == "delta" else None, None, True, 1.0
+        decay = F.logsigmoid(k.float()) if "per key" in self.kind else decay
+        given = decay, beta if "delta" in self.kind else None, None, True, 1.0
         return torch.ops.spcompile.linear_attention(q, F.normalize(k, dim=-1), v, *given)[0]
 
 
@@ -61,4 +61,5 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, list[Tensor]]]] = {
     "decay": lambda: made("decay", "decay"),
     "per key": lambda: made("per key", "per key"),
     "delta": lambda: made("delta", "delta"),
+    "delta per key": lambda: made("delta per key", "delta per key"),
 }

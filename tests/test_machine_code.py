@@ -65,9 +65,7 @@ def test_a_kernel_compiles(
     expected = VARIANTS[variant]
     made = compiled(expected, size, dtype, arch)
     code = described(made, arch)
-    # No kernel is launched on AMD's yet: these two would need smaller blocks there.
-    too_large = arch == AMD and size == 128 and variant in ("delta, summaries back", "delta, gradients")
-    assert (code.shared <= SHARED[arch]) != too_large, "it would not start"
+    assert code.shared <= SHARED[arch], "it would not start"
     assert wide_offsets(made)
     if size <= 128 and dtype == torch.bfloat16 and arch == 90:
         # Triton 3.6 spills 72 and 128 bytes where 3.7 has 24 and 96: two kernels of these.

@@ -16,19 +16,32 @@ surround operands with NaN for that).
 
 from __future__ import annotations
 
+import math
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-__all__ = ["install", "launches", "moved"]
+__all__ = ["Launch", "dry", "install", "launches", "moved"]
+
+
+class Launch(NamedTuple):
+    """A kernel that was started."""
+
+    kernel: str
+    programs: int
+    operands: int  # bytes of the tensors that it was given, each counted once
+
 
 moved = [0]
 """Bytes loaded and stored by all kernels so far, without lanes that are masked off."""
-launches = [0]
+launches: list[Launch] = []
 """Kernels started so far."""
+dry = [False]
+"""Whether kernels are only noted down, and not run."""
 
 
 def from_bf16(x: np.ndarray) -> np.ndarray:
@@ -90,8 +103,9 @@ def install() -> None:
     builder.create_masked_store = counting(builder.create_masked_store, 1)
 
     def start(self: Any, *args: Any, **kwargs: Any) -> Any:
-        launches[0] += 1
-        return run(self, *args, **kwargs)
+        tensors = {x.data_ptr(): x.numel() * x.itemsize for x in args if isinstance(x, torch.Tensor)}
+        launches.append(Launch(self.fn.__name__, math.prod(self.grid), sum(tensors.values())))
+        return None if dry[0] else run(self, *args, **kwargs)
 
     run, interpreter.GridExecutor.__call__ = interpreter.GridExecutor.__call__, start
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast_impl, create_fp_to_fp, create_dot

@@ -5,8 +5,9 @@ gather again what the forward gathered, for nobody.
 
 NOTE [Who orders waits]: a strategy writes start, intra-chunk work, wait, and the graph keeps that order.
 Inductor's scheduler then moves operators to lower the peak of memory, which can put the work behind the wait
-again; its own pass ``sink_waits`` runs after that and puts it back. It can also put the start behind work
-that does not need it; the other pass moves it up again, as far as the peak of memory allows.
+again; its own pass ``sink_waits_iterative`` runs after that and puts it back, as far as the peak of memory
+allows (``sink_waits``, which does not look at it, put what all layers compute again behind the first gather
+of a backward). It can also put the start behind work that does not need it; the other pass moves it up.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ __all__ = ["SCHEDULER", "erase_dead_waits"]
 
 SCHEDULER: dict[str, Any] = {
     "reorder_for_compute_comm_overlap": True,
-    "reorder_for_compute_comm_overlap_passes": ["reorder_communication_preserving_peak_memory", "sink_waits"],
+    "reorder_for_compute_comm_overlap_passes": [
+        "reorder_communication_preserving_peak_memory",
+        "sink_waits_iterative",
+    ],
 }
 """Inductor's options for several ranks; see NOTE [Who orders waits]."""
 

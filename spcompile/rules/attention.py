@@ -154,7 +154,9 @@ class LinearAttention:
             if not self.backward:
                 kernel = kernel_of(x, options)
                 context.took("linear", kernel.name, kernel.refused)
-                out, final, carry = linear.forward(x, options, sequence, context.linear)
+                # What both ways make is one node, this one.
+                with context.again(kernel.again):
+                    out, final, carry = linear.forward(x, options, sequence, context.linear)
                 ours = carry is not None and carry is not x.initial_state
                 context.leave(self.call.site, sequence, context.keep(carry) if ours else carry)
                 return out, final

@@ -41,7 +41,9 @@ def test_scans() -> None:
         assert error < (1e-6 if "float32" in case else 1e-14), case
 
 
-@pytest.mark.parametrize("name", ["linear_llama3:tiny", "retention:tiny", "gla:tiny", "gated_deltanet:tiny"])
+@pytest.mark.parametrize(
+    "name", ["linear_llama3:tiny", "retention:tiny", "gla:tiny", "gated_deltanet:tiny", "kda:tiny"]
+)
 def test_a_model_trains_as_eager(name: str) -> None:
     """In float32 beside eager in float64, through Inductor."""
     net = models.get(name)().cuda()

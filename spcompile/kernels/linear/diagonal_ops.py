@@ -11,10 +11,16 @@ import torch
 import triton
 from torch import Tensor
 
-from spcompile.kernels.linear.launch import CHUNK, rows, segment, strides_of, tiles
+from spcompile.kernels.linear.launch import CHUNK, blank, lie, rows, segment, strides_of, tiles
 from spcompile.kernels.triton import diagonal, segments
 
-__all__ = ["diagonal_columns", "diagonal_outputs", "diagonal_summaries", "diagonal_within"]
+__all__ = [
+    "diagonal_columns",
+    "diagonal_outputs",
+    "diagonal_prologue",
+    "diagonal_summaries",
+    "diagonal_within",
+]
 
 _WIDE = torch.float32
 
@@ -33,7 +39,7 @@ def diagonal_summaries(
     """
     b, h, t, _ = k.shape
     k, v, log_decay = rows(k), rows(v), rows(log_decay)
-    count, size = segment(t)
+    count, size = segment(t, b * h)
     states, logs = _summaries(k, v)
     options = tiles("summaries", k, v)
     grid = (b * h * count * triton.cdiv(k.shape[3], options["BK"]) * triton.cdiv(v.shape[3], options["BV"]),)
@@ -54,9 +60,41 @@ def _(
 
 
 def _summaries(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    heads, count = k.shape[0] * k.shape[1], segment(k.shape[2])[0]
+    heads = k.shape[0] * k.shape[1]
+    count, _ = segment(k.shape[2], heads)
     states = k.new_empty(heads, count, k.shape[3], v.shape[3], dtype=_WIDE)
     return states, k.new_empty(heads, count, k.shape[3], dtype=_WIDE)
+
+
+@torch.library.custom_op("spcompile::diagonal_prologue", mutates_args=())
+def diagonal_prologue(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, log_decay: Tensor, scale: float, read: int, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`diagonal_summaries` of a forward, and of its way back, in that one's order, of (q, grad).
+
+    Args:
+        grad: of the outputs, ``[B, H, T, V]``.
+        scale, read, reverse: of the forward.
+    """
+    b, h, t, _ = k.shape
+    given = [rows(x) for x in (q, k, v, grad, log_decay)]
+    count, size = segment(t, b * h)
+    options = tiles("summaries", k, v)
+    walk = b * h * count * triton.cdiv(k.shape[3], options["BK"]) * triton.cdiv(v.shape[3], options["BV"])
+    found = *_summaries(k, v), *_summaries(k, v)
+    strides = [s for x in given for s in strides_of(x)]
+    with torch.cuda.device_of(k):
+        diagonal.prologue[(2 * walk,)](
+            *given, *found, scale, *strides, h, t, count, size, walk, READ=read, REVERSE=reverse, **options
+        )
+    return found
+
+
+@diagonal_prologue.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, log_decay: Tensor, scale: float, read: int, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_summaries(k, v), *_summaries(k, v)
 
 
 @torch.library.custom_op("spcompile::diagonal_within", mutates_args=())
@@ -109,9 +147,10 @@ def _(
 
 
 def _within(q: Tensor, k: Tensor, grads: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    count, size = segment(k.shape[2])
+    heads = k.shape[0] * k.shape[1]
+    count, size = segment(k.shape[2], heads)
     kind = q.dtype if q.dtype == torch.bfloat16 else _WIDE
-    scores = k.new_empty(k.shape[0] * k.shape[1], count * size, CHUNK, dtype=kind)
+    scores = k.new_empty(heads, count * size, CHUNK, dtype=kind)
     dq, dk, dg = (k.new_empty(k.shape if grads else (0,), dtype=_WIDE) for _ in range(3))
     return scores, dq, dk, dg
 
@@ -123,35 +162,38 @@ def diagonal_outputs(
     v: Tensor,
     log_decay: Tensor,
     scores: Tensor,
-    before: Tensor,
+    states: Tensor | None,
+    logs: Tensor | None,
+    carry: Tensor | None,
+    fold: bool,
     scale: float,
     scaled: bool,
     read: int,
     reverse: bool,
     mirrored: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """``scale * q_t U_t`` of every token of a walk.
 
     Args:
         scores: of :func:`diagonal_within`; of the walk the other way if ``mirrored``.
-        before: the state before each segment, ``[B*H, segments, K, V]``, float32, of any strides.
-        scaled: the scale is a factor of what is written, and so of ``before`` already, not of what is read.
+        states, logs, carry, fold: the state before each segment, or what it is made of (``chain.Before``).
+        scaled: the scale is a factor of what is written, and so of ``states`` already, not of what is read.
     Returns:
-        ``[B, H, T, V]`` contiguous, in q's dtype.
+        ``[B, H, T, V]`` contiguous, in q's dtype, and the state after the last segment ``[B*H, K, V]``.
     """
     b, h, t, _ = k.shape
     given = [rows(x) for x in (q, k, v, log_decay)]
-    count, size = segment(t)
-    out = _like(q, v)
+    count, size = segment(t, b * h)
+    out, final = _outputs(q, k, v)
     options = tiles("outputs, per key", k, v)
     parts = triton.cdiv(v.shape[3], options["BV"])
-    strides = [*(s for x in given for s in strides_of(x)), *before.stride(), *strides_of(out)]
+    strides = [*(s for x in given for s in strides_of(x)), *lie(states, carry), *strides_of(out)]
     with torch.cuda.device_of(k):
         diagonal.outputs[(b * h * count * parts,)](
-            *given, scores, before, out, scale, *strides, h, t, count, size,
-            READ=read, REVERSE=reverse, MIRRORED=mirrored, SCALED=scaled, **options,
+            *given, scores, states, logs, carry, out, final, scale, *strides, h, t, count, size,
+            FOLD=fold, READ=read, REVERSE=reverse, MIRRORED=mirrored, SCALED=scaled, **options,
         )  # fmt: skip
-    return out
+    return out, final
 
 
 @diagonal_outputs.register_fake
@@ -161,14 +203,22 @@ def _(
     v: Tensor,
     log_decay: Tensor,
     scores: Tensor,
-    before: Tensor,
+    states: Tensor | None,
+    logs: Tensor | None,
+    carry: Tensor | None,
+    fold: bool,
     scale: float,
     scaled: bool,
     read: int,
     reverse: bool,
     mirrored: bool,
-) -> Tensor:
-    return _like(q, v)
+) -> tuple[Tensor, Tensor]:
+    return _outputs(q, k, v)
+
+
+def _outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    heads = k.shape[0] * k.shape[1]
+    return _like(q, v), k.new_empty(heads, k.shape[3], v.shape[3], dtype=_WIDE)
 
 
 def _like(q: Tensor, v: Tensor) -> Tensor:
@@ -181,7 +231,10 @@ def diagonal_columns(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor,
-    before: Tensor,
+    states: Tensor | None,
+    logs: Tensor | None,
+    carry: Tensor | None,
+    fold: bool,
     plus: Tensor,
     mate: Tensor,
     kept: Tensor | None,
@@ -194,12 +247,12 @@ def diagonal_columns(
 
     Args:
         log_decay: ``[B, H, T, V]``.
-        before: the state before each segment, ``[B*H, segments, K, V]``, float32, of any strides.
+        states, logs, carry, fold: the state before each segment, or what it is made of (``chain.Before``).
         plus: what is added, and given: the gradient of ``log_decay`` so far; ``[B, H, T, V]`` contiguous,
             float32.
         mate: what the reading is the gradient of, ``[B, H, T, V]``.
         kept: None, where readings are scaled; or the states that the walk the other way has kept, where the
-            scale is in what is written and in ``before``.
+            scale is in what is written and in ``states``.
     Returns:
         ``[B, H, T, V]`` in q's dtype, the gradient of ``log_decay`` with what this walk knows of it, float32,
         both contiguous; without ``kept`` the states before each chunk ``[B*H, chunks, K, V]``, else ``[0]``.
@@ -207,17 +260,18 @@ def diagonal_columns(
     b, h, t, _ = k.shape
     tensors = [rows(x) for x in (q, k, v, log_decay)]
     mate = rows(mate)
-    count, size = segment(t)
+    count, size = segment(t, b * h)
     out, of_gate, keeps = _columns(q, k, v, kept)
+    blank(keeps, 1, t, 1, reverse)
     options = tiles("outputs, per key", k, v)
     parts = triton.cdiv(v.shape[3], options["BV"])
-    strides = [*(s for x in tensors for s in strides_of(x)), *before.stride()]
+    strides = [*(s for x in tensors for s in strides_of(x)), *lie(states, carry)]
     role = segments.READS if kept is None else segments.WRITES
     with torch.cuda.device_of(k):
         diagonal.columns[(b * h * count * parts,)](
-            *tensors, before, plus, mate, keeps if kept is None else kept, given, of_gate, out, scale,
-            *strides, *strides_of(mate), *strides_of(out), h, t, count, size,
-            READ=read, REVERSE=reverse, ROLE=role.value, **options,
+            *tensors, states, logs, carry, plus, mate, keeps if kept is None else kept, given, of_gate, out,
+            scale, *strides, *strides_of(mate), *strides_of(out), h, t, count, size,
+            FOLD=fold, READ=read, REVERSE=reverse, ROLE=role.value, **options,
         )  # fmt: skip
     return out, of_gate, keeps
 
@@ -228,7 +282,10 @@ def _(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor,
-    before: Tensor,
+    states: Tensor | None,
+    logs: Tensor | None,
+    carry: Tensor | None,
+    fold: bool,
     plus: Tensor,
     mate: Tensor,
     kept: Tensor | None,
@@ -241,7 +298,7 @@ def _(
 
 
 def _columns(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    count, size = segment(k.shape[2])
-    states = k.shape[0] * k.shape[1], count * size // CHUNK, k.shape[3], v.shape[3]
-    keeps = q.new_zeros(states if kept is None else (0,))  # chunks of padding are not walked
-    return _like(q, v), v.new_empty(v.shape, dtype=_WIDE), keeps
+    heads = k.shape[0] * k.shape[1]
+    count, size = segment(k.shape[2], heads)
+    states = heads, count * size // CHUNK, k.shape[3], v.shape[3]
+    return _like(q, v), v.new_empty(v.shape, dtype=_WIDE), q.new_empty(states if kept is None else (0,))

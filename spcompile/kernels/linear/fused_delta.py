@@ -16,14 +16,15 @@ over both kinds of readings.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from spcompile.kernels.linear import delta_ops, segment_ops  # noqa: F401  (registers the operators)
-from spcompile.kernels.linear.chain import Chain
+from spcompile.kernels.linear.chain import Before, Chain, Made
 from spcompile.kernels.linear.fused import gate_of, gradient_of_gate, gradient_of_state, refused
+from spcompile.kernels.linear.launch import segment
 from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.triton.tiles import INCLUSIVE, SOURCE
 
@@ -33,48 +34,52 @@ ops = torch.ops.spcompile
 AGAIN = frozenset({ops.delta_corrected.default})
 
 
-def refuses(x: Operands, options: Options) -> str:
+def refuses(x: Operands) -> str:
     """Why the kernels do not take such operands, for the report; empty if they do."""
-    if options.exclusive:
-        return "a query that sees the tokens before its own only"
-    if x.log_decay is not None and x.log_decay.shape[3] != 1:
-        return "a delta rule with a decay per key"
     return refused(x, 128)
 
 
-class _How(NamedTuple):
-    scale: float
-    read: int
-    reverse: bool
-
-
 class _Walk:
-    """One way through the tokens."""
+    """One way through the tokens: with a source, the way back."""
 
-    def __init__(self, source: Tensor | None, k: Tensor, v: Tensor, x: Operands, how: _How) -> None:
-        assert x.beta is not None
-        self.k, self.how = k, how
-        systems = ops.delta_systems(k, x.beta, gate_of(x), how.read, how.reverse)
+    def __init__(
+        self, source: Tensor | None, k: Tensor, v: Tensor, x: Operands, options: Options, systems: Tensor
+    ) -> None:
         self.given = source, k, v, systems, x.beta, gate_of(x)
-        states, matrices = ops.delta_summaries(*self.given, *how)
-        self.chain = Chain(k.shape[:2], states, matrices=matrices)
+        self.how = options.scale, options.reverse == (source is None)
+        self.made = self.summaries
+        self.chain = Chain(k.shape[:2], segment(k.shape[2], k.shape[0] * k.shape[1])[0], lambda: self.made())
+
+    def summaries(self) -> Made:
+        """What each segment does to the state, by a launch of its own."""
+        return self.known(*ops.delta_summaries(*self.given, *self.how))
+
+    def known(self, states: Tensor, matrices: Tensor) -> Made:
+        """What each segment does to the state."""
+        return Made(states, matrices=matrices)
 
     def corrected(
-        self, before: Tensor, errors: Tensor | None = None, *, trained: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """See :func:`spcompile.kernels.linear.delta_ops.delta_corrected`."""
-        return ops.delta_corrected(*self.given, before, errors, *self.how, trained)
+        self, carry: Tensor | None, errors: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Before, Tensor]:
+        """See :func:`spcompile.kernels.linear.delta_ops.delta_corrected`; the states before the segments are
+        there then."""
+        before = self.chain.before(carry)
+        out, second, states, last = ops.delta_corrected(*self.given, *before, errors, *self.how)
+        if before.fold and before.states is not None:
+            before = Before(states, None, None, False)
+        return out, second, before, last
 
 
-def _forward_walk(x: Operands, options: Options) -> _Walk:
-    return _Walk(None, x.k, x.v, x, _How(options.scale, INCLUSIVE.value, options.reverse))
+def _systems(x: Operands, options: Options) -> Tensor:
+    return ops.delta_systems(x.k, x.beta, gate_of(x), options.reverse)
 
 
 class Forward:
     """See :class:`spcompile.kernels.linear.kernel.Forward`."""
 
     def __init__(self, x: Operands, options: Options) -> None:
-        self.x, self.walk = x, _forward_walk(x, options)
+        self.x = x
+        self.walk = _Walk(None, x.k, x.v, x, options, _systems(x, options))
 
     def total(self) -> tuple[Tensor, ...]:
         """What the tokens do to the state."""
@@ -85,13 +90,10 @@ class Forward:
 
     def finish(self, carry: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs, and the state after the last token."""
-        x, walk = self.x, self.walk
-        before, final = walk.chain.before(carry)
-        n, _ = walk.corrected(before)
-        scale, read, reverse = walk.how
-        given = x.q, x.k, n, gate_of(x), before, None, None
-        out, *_ = ops.segment_outputs(*given, scale, False, read, reverse, False, ())
-        return out, final
+        walk = self.walk
+        given = self.x.q, *walk.given[1:], *walk.chain.before(carry)
+        out, final = ops.delta_outputs(*given, *walk.how)
+        return out, walk.chain.heads(final)
 
 
 class Backward:
@@ -100,8 +102,9 @@ class Backward:
     def __init__(self, x: Operands, options: Options, grad: Tensor, carry: Tensor | None) -> None:
         self.x, self.options, self.carry = x, options, carry
         self.grad = grad.to(x.q.dtype)
-        how = _How(options.scale, SOURCE.value, not options.reverse)
-        self.walk = _Walk(x.q, x.k, self.grad, x, how)
+        systems = _systems(x, options)
+        self.forward = _Walk(None, x.k, x.v, x, options, systems)
+        self.walk = _Walk(x.q, x.k, self.grad, x, options, systems)
 
     def total(self) -> tuple[Tensor, ...]:
         """What the tokens do to the gradient of the state."""
@@ -109,36 +112,37 @@ class Backward:
 
     def local(self) -> None:
         """What the forward wrote, and dq, which reads its states."""
-        x, options = self.x, self.options
-        forward = _forward_walk(x, options)
+        x, options, forward = self.x, self.options, self.forward
         forward.chain.exchanged = self.walk.chain.exchanged
-        self.before, _ = forward.chain.before(self.carry)
-        self.n, self.errors = forward.corrected(self.before, trained=True)
-        how = options.scale, False, INCLUSIVE.value, options.reverse, False, ()
-        gate, states = gate_of(x), self.before.mT
+        if not (forward.chain.exchanged or forward.chain.alone):
+            both = ops.delta_prologue(x.q, x.k, x.v, self.grad, *forward.given[3:], *forward.how)
+            forward.made, self.walk.made = (partial(forward.known, *both[i : i + 2]) for i in (0, 2))
+        self.n, self.errors, self.before, _ = forward.corrected(self.carry)
+        how = options.scale, False, INCLUSIVE.value, options.reverse, False, (), False
+        gate = gate_of(x)
         other = x.q if gate is not None else None
-        given = self.grad, self.n, x.k, gate, states
-        self.dq, self.reads, _, self.kept = ops.segment_outputs(*given, other, None, *how)
+        given = self.grad, self.n, x.k, gate, *self.before.mT
+        self.dq, self.reads, _, self.kept, _ = ops.segment_outputs(*given, other, None, *how)
 
     def finish(self, carry: Tensor | None) -> tuple[Tensor | None, ...]:
         """The other gradients, which read the gradient of the state."""
-        x, gate, (scale, read, back) = self.x, gate_of(self.x), self.walk.how
-        before, initial = self.walk.chain.before(carry)
-        dv, dbeta = self.walk.corrected(before, self.errors)
+        x, gate, (scale, back) = self.x, gate_of(self.x), self.walk.how
+        dv, dbeta, before, initial = self.walk.corrected(carry, self.errors)
         keys, kept = (None, None) if gate is None else (x.k, self.kept)
-        of_keys = dv, self.n, x.k, gate, self.before.mT, keys, None
-        plus, more_reads, *_ = ops.segment_outputs(*of_keys, -1.0, False, INCLUSIVE.value, not back, True, ())
-        how = scale, True, read, back, False, (dv, x.k, plus)
-        of_q = self.n, self.grad, x.q, gate, before.mT, keys, kept
-        dk, writes, across, _ = ops.segment_outputs(*of_q, *how)
+        of_keys = dv, self.n, x.k, gate, *self.before.mT, keys, None
+        how = -1.0, False, INCLUSIVE.value, not back, True, (), False
+        plus, more_reads, *_ = ops.segment_outputs(*of_keys, *how)
+        of_q = self.n, self.grad, x.q, gate, *before.mT, keys, kept
+        of_walk = scale, True, SOURCE.value, back, False, (dv, x.k, plus), False
+        dk, writes, across, *_ = ops.segment_outputs(*of_q, *of_walk)
         decay = None
         if gate is not None:
-            walk = INCLUSIVE.value, not back
-            pairs = ops.segment_pairs(x.q, x.k, self.n, self.grad, gate, scale, *walk)
-            pairs = pairs + ops.segment_pairs(x.k, x.k, self.n, dv, gate, -1.0, *walk)
+            given = x.q, x.k, self.n, self.grad, dv, gate
+            pairs = ops.segment_pairs(*given, scale, INCLUSIVE.value, not back)
             reads = self.reads + more_reads
             decay = gradient_of_gate(x, self.options, pairs, reads, writes, across)
         assert x.beta is not None
+        dbeta = dbeta.sum(0)
         dbeta = dbeta if self.options.reverse else dbeta.flip(1)
         dbeta = self.walk.chain.heads(dbeta).narrow(2, 0, x.k.shape[2]).unsqueeze(-1)
         dbeta = dbeta.sum_to_size(x.beta.shape).to(x.beta.dtype).contiguous()

@@ -11,12 +11,15 @@ the pairs being those of a chunk. The decay's gradient is that of ``gate.py``, f
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from spcompile.kernels.linear import diagonal_ops  # noqa: F401  (registers the operators)
-from spcompile.kernels.linear.chain import Chain
+from spcompile.kernels.linear.chain import Chain, Made
 from spcompile.kernels.linear.fused import gradient_of_state, refused
+from spcompile.kernels.linear.launch import segment
 from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.triton.tiles import EXCLUSIVE, INCLUSIVE, SOURCE
 
@@ -35,9 +38,12 @@ class _Walk:
     """One way through the tokens: with k and v what is written, and how it is read."""
 
     def __init__(self, k: Tensor, v: Tensor, gate: Tensor, scale: float, read: int, reverse: bool) -> None:
-        self.how = read, reverse
-        states, logs = ops.diagonal_summaries(k, v, gate, scale, read, reverse)
-        self.chain = Chain(k.shape[:2], states, logs)
+        self.given, self.how, self.made = (k, v, gate, scale, read, reverse), (read, reverse), self.summaries
+        self.chain = Chain(k.shape[:2], segment(k.shape[2], k.shape[0] * k.shape[1])[0], lambda: self.made())
+
+    def summaries(self) -> Made:
+        """What each segment does to the state, by a launch of its own."""
+        return Made(*ops.diagonal_summaries(*self.given))
 
 
 def _gate(x: Operands) -> Tensor:
@@ -72,9 +78,9 @@ class Forward:
     def finish(self, carry: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs, and the state after the last token."""
         x, walk = self.x, self.walk
-        before, final = walk.chain.before(carry)
-        given = *x[:3], _gate(x), self.scores, before
-        return ops.diagonal_outputs(*given, self.options.scale, False, *walk.how, False), final
+        given = *x[:3], _gate(x), self.scores, *walk.chain.before(carry)
+        out, final = ops.diagonal_outputs(*given, self.options.scale, False, *walk.how, False)
+        return out, walk.chain.heads(final)
 
 
 class Backward:
@@ -96,20 +102,23 @@ class Backward:
         x, gate, scale = self.x, _gate(self.x), self.options.scale
         forward = _forward_walk(x, self.options)
         forward.chain.exchanged = self.walk.chain.exchanged
-        before, _ = forward.chain.before(self.carry)
+        if not (forward.chain.exchanged or forward.chain.alone):
+            both = ops.diagonal_prologue(*x[:3], self.grad, gate, scale, *forward.how)
+            forward.made, self.walk.made = (partial(Made, *both[i : i + 2]) for i in (0, 2))
+        before = forward.chain.before(self.carry)
         within = ops.diagonal_within(*x[:3], self.grad, gate, scale, *forward.how)
         self.scores, dq, self.of_keys, decay = within
-        given = self.grad, x.v, x.k, gate, before.mT, dq, x.q, None, decay
+        given = self.grad, x.v, x.k, gate, *before.mT, dq, x.q, None, decay
         self.dq, self.decay, self.kept = ops.diagonal_columns(*given, scale, *forward.how)
 
     def finish(self, carry: Tensor | None) -> tuple[Tensor | None, ...]:
         """The other gradients, which read the gradient of the state."""
         x, gate, scale, how = self.x, _gate(self.x), self.options.scale, self.walk.how
-        before, initial = self.walk.chain.before(carry)
-        given = x.k, x.q, self.grad, gate, self.scores, before
-        dv = ops.diagonal_outputs(*given, scale, True, *how, True)
+        before = self.walk.chain.before(carry)
+        given = x.k, x.q, self.grad, gate, self.scores, *before
+        dv, initial = ops.diagonal_outputs(*given, scale, True, *how, True)
         keys = self.of_keys, x.k, self.kept, self.decay
-        dk, decay, _ = ops.diagonal_columns(x.v, self.grad, x.q, gate, before.mT, *keys, scale, *how)
+        dk, decay, _ = ops.diagonal_columns(x.v, self.grad, x.q, gate, *before.mT, *keys, scale, *how)
         assert x.log_decay is not None
         decay = decay.sum_to_size(x.log_decay.shape).to(x.log_decay.dtype).contiguous()
         return self.dq, dk, dv, decay, None, gradient_of_state(x, initial)

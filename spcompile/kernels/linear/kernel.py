@@ -92,13 +92,18 @@ def kernel_of(x: Operands, options: Options) -> Kernel:
     refused = without_triton(x.k.device)
     if refused is None:
         # Triton takes its time to load, and is not everywhere.
-        from spcompile.kernels.linear import fused, fused_delta, fused_diagonal
+        from spcompile.kernels.linear import fused, fused_delta, fused_diagonal, fused_kda
 
-        if x.beta is not None:
+        per_key = x.log_decay is not None and x.log_decay.shape[3] != 1
+        if x.beta is not None and (per_key or options.exclusive):
+            kernel = Kernel("Triton, delta rule, decay per key", fused_kda.Forward, fused_kda.Backward)
+            kernel = kernel._replace(again=fused_kda.AGAIN)
+            refused = fused_kda.refuses(x)
+        elif x.beta is not None:
             kernel = Kernel("Triton, delta rule", fused_delta.Forward, fused_delta.Backward)
             kernel = kernel._replace(again=fused_delta.AGAIN)
-            refused = fused_delta.refuses(x, options)
-        elif x.log_decay is not None and x.log_decay.shape[3] != 1:
+            refused = fused_delta.refuses(x)
+        elif per_key:
             kernel = Kernel("Triton, decay per key", fused_diagonal.Forward, fused_diagonal.Backward)
             refused = fused_diagonal.refuses(x)
         else:

@@ -8,19 +8,24 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["CHUNK", "rows", "segment", "strides_of", "tiles"]
+__all__ = ["CHUNK", "blank", "dense", "lie", "rows", "segment", "strides_of", "tiles"]
 
 CHUNK = 64
-# Tokens of a segment, at least. 16K tokens per rank are 32 segments: with 4 heads, as many programs as an
-# H100 has multiprocessors.
-_SEGMENT = 512
-# A scan over more segments than this would take longer than it saves.
-_MOST = 128
+# Segments of all heads together: each is a program or two, and a GPU has 132 multiprocessors.
+_ALL = 128
+# Segments of a head, at most: a program folds what those before its own do, one after another.
+_MOST = 64
+# Tokens of a segment, at least.
+_LEAST = 512
 
 
-def segment(tokens: int) -> tuple[int, int]:
-    """How many segments, and their tokens: whole chunks."""
-    size = torch.sym_max(_SEGMENT, CHUNK * ((tokens + _MOST * CHUNK - 1) // (_MOST * CHUNK)))
+def segment(tokens: int, heads: int) -> tuple[int, int]:
+    """How many segments the tokens of each of ``heads`` (B*H) have, and the tokens of one: whole chunks.
+
+    Segments are there to fill a GPU, and cost a state each: where heads fill it there is one.
+    """
+    wanted = torch.sym_min(_MOST, (_ALL + heads - 1) // heads)
+    size = torch.sym_max(_LEAST, CHUNK * ((tokens + CHUNK * wanted - 1) // (CHUNK * wanted)))
     return (tokens + size - 1) // size, size
 
 
@@ -28,6 +33,26 @@ def strides_of(x: Tensor) -> tuple[int, int, int]:
     """Of batch, head and token; of a dim of one entry any will do."""
     assert x.stride(-1) == 1 or x.shape[-1] == 1
     return x.stride(0), x.stride(1), x.stride(2)
+
+
+def dense(*given: Tensor | None) -> list[Tensor | None]:
+    """Each contiguous."""
+    return [None if x is None else x.contiguous() for x in given]
+
+
+def lie(states: Tensor | None, carry: Tensor | None) -> tuple[int, ...]:
+    """Strides of head, segment, row and column of states; a carry lies as one of them does."""
+    if states is not None:
+        return states.stride()
+    return (0, 0, 0, 0) if carry is None else (0, 0, *carry.stride()[1:])
+
+
+def blank(x: Tensor, dim: int, tokens: int, of_chunk: int, reverse: bool) -> None:
+    """Zero what no program of a walk writes: the chunks that are padding alone, along ``dim`` of ``x``, which
+    has ``of_chunk`` entries for each chunk."""
+    used = (tokens + CHUNK - 1) // CHUNK * of_chunk
+    if x.dim() > 1 and used < x.shape[dim]:
+        x.narrow(dim, 0 if reverse else used, x.shape[dim] - used).zero_()
 
 
 def rows(x: Tensor) -> Tensor:
@@ -40,28 +65,42 @@ def rows(x: Tensor) -> Tensor:
 _BLOCKS = {
     "summaries": (128, 64),
     "outputs": (256, 64),
-    "outputs, less": (256, 64),
+    "outputs, less": (256, 32),
     "pairs": (64, 64),
     "within": (256, 64),
     "outputs, per key": (256, 64),
+    "systems": (128, 64),
     "delta": (128, 64),
+    "delta, back": (128, 32),
+    "delta, per key": (128, 64),
+    "prepared": (128, 64),
+    "readings": (128, 64),
 }
+# The same of V for float32, whose products are three of TF32 each.
+_OF_FLOAT32 = {"delta, per key": 32, "readings": 16}
+# Kernels with keys of up to so many numbers have four warps, others eight.
+_NARROW = dict.fromkeys(_BLOCKS, 32)
+_NARROW |= dict.fromkeys(("summaries", "pairs", "delta, back", "outputs, less"), 64)
 
 
-# kernel -> loads that are under way at once, for heads of up to 256 bytes, 512 and more: with more the delta
-# rule spills less, but shared memory has 163 KB on sm_80 and 227 KB on sm_90.
-_SMALL = dict.fromkeys(_BLOCKS, 2) | {"delta": 3}
+# kernel -> loads that are under way at once, for heads of up to 128 bytes, 256, 512 and more: some spill less
+# with more, but shared memory has 163 KB on sm_80 and 227 KB on sm_90.
+_SMALLEST = dict.fromkeys(_BLOCKS, 2) | {"outputs, less": 3}
+_SMALL = dict.fromkeys(_BLOCKS, 2)
 _LARGE = dict.fromkeys(_BLOCKS, 2) | {"outputs, less": 1, "outputs, per key": 1}
-_LARGEST = dict.fromkeys(_BLOCKS, 1)
+_LARGE |= {"delta, per key": 1, "readings": 1}
+_STAGES = ((128, _SMALLEST), (256, _SMALL), (512, _LARGE), (1 << 30, dict.fromkeys(_BLOCKS, 1)))
 
 
-def tiles(kernel: str, k: Tensor, v: Tensor) -> dict[str, Any]:
+def tiles(kernel: str, k: Tensor, v: Tensor, amd: bool = torch.version.hip is not None) -> dict[str, Any]:
     """How a kernel of linear attention is compiled for keys and values: sizes, precision and warps."""
     block_k, block_v = (max(16, triton.next_power_of_2(x.shape[3])) for x in (k, v))
     most_k, most_v = _BLOCKS[kernel]
     halved = kernel.startswith("outputs") and block_k > 128
     row = min(block_k, most_k) * k.dtype.itemsize
-    stages = _SMALL if row <= 256 else _LARGE if row <= 512 else _LARGEST
+    if k.dtype == torch.float32:
+        most_v = _OF_FLOAT32.get(kernel, most_v)
+    stages = next(x for most, x in _STAGES if row <= most)
     return {
         "K": k.shape[3],
         "V": v.shape[3],
@@ -70,6 +109,7 @@ def tiles(kernel: str, k: Tensor, v: Tensor) -> dict[str, Any]:
         "C": CHUNK,
         "WIDE": k.dtype != torch.bfloat16,
         "PRECISION": "tf32x3" if k.dtype == torch.float32 else "tf32",
-        "num_warps": 4 if block_k <= (64 if kernel in ("summaries", "pairs") else 32) else 8,
-        "num_stages": stages[kernel],
+        "num_warps": 4 if block_k <= _NARROW[kernel] else 8,
+        # AMD's have 64 KB of shared memory, which more tiles of a delta rule's would not fit into.
+        "num_stages": 1 if amd and kernel.startswith("delta") else stages[kernel],
     }

@@ -8,10 +8,10 @@ import torch
 import triton
 from torch import Tensor
 
-from spcompile.kernels.linear.launch import CHUNK, rows, segment, strides_of, tiles
+from spcompile.kernels.linear.launch import CHUNK, blank, lie, rows, segment, strides_of, tiles
 from spcompile.kernels.triton import segments
 
-__all__ = ["segment_outputs", "segment_pairs", "segment_summaries"]
+__all__ = ["segment_outputs", "segment_pairs", "segment_prologue", "segment_summaries"]
 
 
 @torch.library.custom_op("spcompile::segment_summaries", mutates_args=())
@@ -31,8 +31,8 @@ def segment_summaries(
     """
     b, h, t, _ = k.shape
     k, v = rows(k), rows(v)
-    count, size = segment(t)
-    states, logs = _summaries(k, v, count)
+    count, size = segment(t, b * h)
+    states, logs = _summaries(k, v)
     options = tiles("summaries", k, v)
     gate = (0, 0, 0) if log_decay is None else strides_of(log_decay)
     grid = (b * h * count * triton.cdiv(k.shape[3], options["BK"]) * triton.cdiv(v.shape[3], options["BV"]),)
@@ -48,11 +48,12 @@ def segment_summaries(
 def _(
     k: Tensor, v: Tensor, log_decay: Tensor | None, scale: float, read: int, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    return _summaries(k, v, segment(k.shape[2])[0])
+    return _summaries(k, v)
 
 
-def _summaries(k: Tensor, v: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _summaries(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     heads, wide = k.shape[0] * k.shape[1], torch.float32
+    count, _ = segment(k.shape[2], heads)
     states = k.new_empty(heads, count, k.shape[3], v.shape[3], dtype=wide)
     return states, k.new_zeros(heads, count, dtype=wide)
 
@@ -63,7 +64,10 @@ def segment_outputs(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
-    before: Tensor,
+    states: Tensor | None,
+    logs: Tensor | None,
+    carry: Tensor | None,
+    fold: bool,
     other: Tensor | None,
     kept: Tensor | None,
     scale: float,
@@ -72,96 +76,117 @@ def segment_outputs(
     reverse: bool,
     strict: bool,
     less: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    last: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``scale * q_t U_t`` of every token of a walk, and what the gradient of a decay needs (``gate.py``).
 
     Args:
-        before: the state before each segment, ``[B*H, segments, K, V]``, float32, of any strides.
+        states, logs, carry, fold: the state before each segment, or what it is made of (``chain.Before``).
         other: ``[B, H, T, V]`` where the gradient of the decay is asked for, else None.
         kept: None, or the states that the walk the other way has kept.
-        scaled: the scale is a factor of what is written, and so of ``before`` already, not of what is read.
+        scaled: the scale is a factor of what is written, and so of ``states`` already, not of what is read.
         strict: no step reads what it writes itself.
         less: what else a delta rule needs, or empty: ``[B, H, T, K]`` and ``[B, H, T, V]`` whose product is
             taken from the state too, and never read by its own step; and what a strict walk has given, which
             is added.
+        last: the state after the last segment is asked for.
         q, k, v, log_decay, read, reverse: as of :func:`segment_summaries`.
     Returns:
         ``[B, H, T, V]`` contiguous, in q's dtype, or float32 if ``strict``, as something is added to it. If
         there is ``other``, then its product with what is read from before the chunk, of each step of the walk
-        (whole segments) ``[B*H, steps]``; and without ``kept`` the states before each chunk
-        ``[B*H, chunks, K, V]`` (none if ``strict``: that walk repeats one that kept them), with ``kept`` the
-        products of the states ``[B*H, chunks]``. ``[0]`` for what there is not.
+        (whole segments) ``[parts, B*H, steps]``, to be summed over the parts of V; and without ``kept`` the
+        states before each chunk ``[B*H, chunks, K, V]`` (none if ``strict``: that walk repeats one that kept
+        them), with ``kept`` the products of the states ``[parts, B*H, chunks]``. Last, the state after the
+        last segment ``[B*H, K, V]``, float32. ``[0]`` for what there is not.
     """
     b, h, t, _ = k.shape
     q, k, v = rows(q), rows(k), rows(v)
     other = None if other is None else rows(other)
-    count, size = segment(t)
-    options = tiles("outputs, less" if less else "outputs", k, v)
+    count, size = segment(t, b * h)
+    options = tiles(_name(less), k, v)
     parts = triton.cdiv(v.shape[3], options["BV"])
     out = _outputs(q, v, strict)
-    shapes = _of_gate(k, v, other is not None, kept is not None, strict)
-    inner, sums = (q.new_zeros(parts, *shape, dtype=torch.float32) for shape in shapes[:2])
-    keeps = q.new_zeros(shapes[2], dtype=q.dtype)
+    asked = other is not None, kept is not None, strict
+    inner, sums, keeps = _of_gate(q, k, v, parts, *asked)
+    for of_gate, dim, of_chunk in ((inner, 2, CHUNK), (sums, 2, 1), (keeps, 1, 1)):
+        blank(of_gate, dim, t, of_chunk, reverse)
+    final = _final(k, v, last)
     gate, mate = ((0, 0, 0) if x is None else strides_of(x) for x in (log_decay, other))
-    strides = [
-        *strides_of(q),
-        *strides_of(k),
-        *strides_of(v),
-        *gate,
-        *before.stride(),
-        *mate,
-        *strides_of(out),
-    ]
-    less_k, less_v, plus = map(rows, less) if less else (k, v, out)
-    strides += [*strides_of(less_k), *strides_of(less_v)]
+    strides = [*(s for x in (q, k, v) for s in strides_of(x)), *gate, *lie(states, carry), *mate]
+    strides += strides_of(out)
+    less_k, less_v, plus = map(rows, less) if less else (None, None, None)
+    strides += [s for x in (less_k, less_v) for s in ((0, 0, 0) if x is None else strides_of(x))]
     roles = (0, segments.READS.value, segments.WRITES.value)
     with torch.cuda.device_of(k):
         segments.outputs[(b * h * count * parts,)](
-            q, k, v, log_decay, before, other, keeps if kept is None else kept, out, inner, sums,
-            less_k, less_v, plus, scale, *strides, h, t, count, size, b * h,
-            SCALED=scaled, OF_GATE=roles[(other is not None) + (kept is not None)],
+            q, k, v, log_decay, states, logs, carry, other, keeps if kept is None else kept, out,
+            final if last else None, inner, sums, less_k, less_v, plus, scale,
+            *strides, h, t, count, size, b * h,
+            FOLD=fold, SCALED=scaled, OF_GATE=roles[(other is not None) + (kept is not None)],
             GATED=log_decay is not None, READ=read, STRICT=strict, LESS=bool(less),
             REVERSE=reverse, **options,
         )  # fmt: skip
-    return out, inner.sum(0), sums.sum(0), keeps
+    return out, inner, sums, keeps, final
 
 
 def _outputs(q: Tensor, v: Tensor, strict: bool) -> Tensor:
     return q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32 if strict else q.dtype)
 
 
-def _of_gate(k: Tensor, v: Tensor, asked: bool, kept: bool, strict: bool) -> list[tuple[int, ...]]:
-    """Shapes of what the gradient of a decay needs."""
-    if not asked:
-        return [(0,)] * 3
-    (b, h), (count, size) = k.shape[:2], segment(k.shape[2])
-    steps, chunks = (b * h, count * size), (b * h, count * size // CHUNK)
-    if kept or strict:
-        return [steps, chunks if kept else (0,), (0,)]
-    return [steps, (0,), (*chunks, k.shape[3], v.shape[3])]
+def _final(k: Tensor, v: Tensor, last: bool) -> Tensor:
+    shape = (k.shape[0] * k.shape[1], k.shape[3], v.shape[3]) if last else (0,)
+    return k.new_empty(shape, dtype=torch.float32)
+
+
+def _name(less: Sequence[Tensor]) -> str:
+    return "outputs, less" if less else "outputs"
+
+
+def _of_gate(
+    q: Tensor, k: Tensor, v: Tensor, parts: int, asked: bool, kept: bool, strict: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the gradient of a decay needs."""
+    heads, wide = k.shape[0] * k.shape[1], torch.float32
+    count, size = segment(k.shape[2], heads)
+    chunks = count * size // CHUNK
+    of_kept = asked and not kept and not strict
+    return (
+        q.new_empty((parts, heads, chunks * CHUNK) if asked else 0, dtype=wide),
+        q.new_empty((parts, heads, chunks) if kept else 0, dtype=wide),
+        q.new_empty((heads, chunks, k.shape[3], v.shape[3]) if of_kept else 0),
+    )
 
 
 @torch.library.custom_op("spcompile::segment_pairs", mutates_args=())
 def segment_pairs(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, log_decay: Tensor, scale: float, read: int, reverse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    less: Tensor | None,
+    log_decay: Tensor,
+    scale: float,
+    read: int,
+    reverse: bool,
 ) -> Tensor:
     """What the gradient of a decay has from pairs of steps of one chunk (``gate.py``), of each step.
 
     Args:
         q, k, v, log_decay, read, reverse: of the forward, as in :func:`segment_outputs`.
         grad: of the outputs, ``[B, H, T, V]``.
+        less: None, or minus the gradient of what a delta rule's keys read, before their own write: likewise.
     Returns:
         ``[B*H, steps]`` float32, in the order of the walk, whole segments.
     """
     b, h, t, _ = k.shape
     given = [rows(x) for x in (q, k, v, grad)]
-    count, size = segment(t)
-    sums = k.new_empty(b * h, count * size, dtype=torch.float32)
-    options = tiles("pairs", k, v)
-    strides = [s for x in (*given, log_decay) for s in strides_of(x)]
+    less = None if less is None else rows(less)
+    count, size = segment(t, b * h)
+    sums, options = _sums(k), tiles("pairs", k, v)
+    strides = [s for x in (*given, less, log_decay) for s in ((0, 0, 0) if x is None else strides_of(x))]
     with torch.cuda.device_of(k):
         segments.pairs[(b * h * count * size // CHUNK,)](
-            *given, log_decay, sums, scale, *strides, h, t, count * size,
+            *given, less, log_decay, sums, scale, *strides, h, t, count * size,
             READ=read, REVERSE=reverse, **options,
         )  # fmt: skip
     return sums
@@ -169,10 +194,23 @@ def segment_pairs(
 
 @segment_pairs.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, log_decay: Tensor, scale: float, read: int, reverse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    less: Tensor | None,
+    log_decay: Tensor,
+    scale: float,
+    read: int,
+    reverse: bool,
 ) -> Tensor:
-    count, size = segment(k.shape[2])
-    return k.new_empty(k.shape[0] * k.shape[1], count * size, dtype=torch.float32)
+    return _sums(k)
+
+
+def _sums(k: Tensor) -> Tensor:
+    heads = k.shape[0] * k.shape[1]
+    count, size = segment(k.shape[2], heads)
+    return k.new_empty(heads, count * size, dtype=torch.float32)
 
 
 @segment_outputs.register_fake
@@ -181,7 +219,10 @@ def _(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
-    before: Tensor,
+    states: Tensor | None,
+    logs: Tensor | None,
+    carry: Tensor | None,
+    fold: bool,
     other: Tensor | None,
     kept: Tensor | None,
     scale: float,
@@ -190,7 +231,65 @@ def _(
     reverse: bool,
     strict: bool,
     less: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inner, sums, keeps = _of_gate(k, v, other is not None, kept is not None, strict)
-    wide = {"dtype": torch.float32}
-    return _outputs(q, v, strict), q.new_empty(inner, **wide), q.new_empty(sums, **wide), q.new_empty(keeps)
+    last: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    parts = triton.cdiv(v.shape[3], tiles(_name(less), k, v)["BV"])
+    gate = _of_gate(q, k, v, parts, other is not None, kept is not None, strict)
+    return _outputs(q, v, strict), *gate, _final(k, v, last)
+
+
+@torch.library.custom_op("spcompile::segment_prologue", mutates_args=())
+def segment_prologue(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    log_decay: Tensor | None,
+    scale: float,
+    read: int,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All of a backward that needs no state, in one launch.
+
+    Args:
+        q, k, v, log_decay, scale, read, reverse: of the forward, as in :func:`segment_outputs`.
+        grad: of the outputs, ``[B, H, T, V]``.
+    Returns:
+        :func:`segment_summaries` of the forward and those of the way back, in its order, of (q, grad); and
+        with a decay :func:`segment_pairs`, else ``[0]``.
+    """
+    b, h, t, _ = k.shape
+    q, k, v, grad = (rows(x) for x in (q, k, v, grad))
+    count, size = segment(t, b * h)
+    found, options = _prologue(k, v, log_decay), tiles("summaries", k, v)
+    small = tiles("pairs", k, v)
+    walk = b * h * count * triton.cdiv(k.shape[3], options["BK"]) * triton.cdiv(v.shape[3], options["BV"])
+    chunks = 0 if log_decay is None else b * h * count * size // CHUNK
+    gate = (0, 0, 0) if log_decay is None else strides_of(log_decay)
+    strides = [s for x in (q, k, v, grad) for s in strides_of(x)]
+    with torch.cuda.device_of(k):
+        segments.prologue[(2 * walk + chunks,)](
+            q, k, v, grad, log_decay, *found, scale, *strides, *gate, h, t, count, size, walk,
+            PK=small["BK"], PV=small["BV"],
+            GATED=log_decay is not None, READ=read, REVERSE=reverse, **options,
+        )  # fmt: skip
+    return found
+
+
+@segment_prologue.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad: Tensor,
+    log_decay: Tensor | None,
+    scale: float,
+    read: int,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _prologue(k, v, log_decay)
+
+
+def _prologue(k: Tensor, v: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sums = k.new_empty((0,), dtype=torch.float32) if gate is None else _sums(k)
+    return *_summaries(k, v), *_summaries(k, v), sums

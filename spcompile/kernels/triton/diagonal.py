@@ -1,6 +1,7 @@
 """Linear attention with a decay per key, over segments of a walk (``segments.py``).
 
     summaries   what each segment does to the state
+    prologue    those of both ways of a backward in one launch
     within      scores of the pairs of a chunk, and of a backward all that comes from those pairs
     outputs     from the state before each segment, with those scores: the forward, and dv walking back
     columns     from the transposed state, whose columns decay: dq, and dk walking back
@@ -18,9 +19,19 @@ import triton
 import triton.language as tl
 
 from spcompile.kernels.triton.segments import READS, product
-from spcompile.kernels.triton.tiles import EXCLUSIVE, INCLUSIVE, SOURCE, chunks, offset, tile
+from spcompile.kernels.triton.tiles import (
+    EXCLUSIVE,
+    INCLUSIVE,
+    SOURCE,
+    chunks,
+    close,
+    offset,
+    place,
+    start,
+    tile,
+)
 
-__all__ = ["columns", "outputs", "summaries", "within"]
+__all__ = ["columns", "outputs", "prologue", "summaries", "within"]
 
 BLOCK = tl.constexpr(16)
 
@@ -108,10 +119,40 @@ def summaries(
     READ: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``states [N, segments, K, V]`` and ``logs [N, segments, K]``; one program for BK x BV of a segment."""
+    _summary(tl.program_id(0), k, v, g, states, logs, scale, kb, kh, kt, vb, vh, vt, gb, gh, gt,
+             H, T, n_segments, segment, K, V, BK, BV, C, READ, REVERSE, WIDE, PRECISION)  # fmt: skip
+
+
+@triton.jit
+def prologue(
+    q, k, v, do, g, states, logs, back, back_logs, scale,
+    qb, qh, qt, kb, kh, kt, vb, vh, vt, db, dh, dt, gb, gh, gt,
+    H, T, n_segments, segment, walk,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    READ: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``summaries`` of the forward's (k, v) and of the way back's (q, do); ``walk`` programs have either."""
     pid = tl.program_id(0)
-    of_v, pid = pid % tl.cdiv(V, BV), pid // tl.cdiv(V, BV)
-    of_k, pid = pid % tl.cdiv(K, BK), pid // tl.cdiv(K, BK)
-    which, n = pid % n_segments, pid // n_segments
+    BACK: tl.constexpr = EXCLUSIVE if READ == EXCLUSIVE else SOURCE
+    if pid < walk:
+        _summary(pid, k, v, g, states, logs, 1.0, kb, kh, kt, vb, vh, vt, gb, gh, gt,
+                 H, T, n_segments, segment, K, V, BK, BV, C, READ, REVERSE, WIDE, PRECISION)  # fmt: skip
+    else:
+        _summary(pid - walk, q, do, g, back, back_logs, scale, qb, qh, qt, db, dh, dt, gb, gh, gt,
+                 H, T, n_segments, segment, K, V, BK, BV, C, BACK, not REVERSE, WIDE, PRECISION)  # fmt: skip
+
+
+@triton.jit
+def _summary(
+    pid, k, v, g, states, logs, scale,
+    kb, kh, kt, vb, vh, vt, gb, gh, gt,
+    H, T, n_segments, segment,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    READ: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    parts = tl.cdiv(V, BV)
+    part, which, n = place(pid, tl.cdiv(K, BK) * parts, n_segments)
+    of_k, of_v = part // parts, part % parts
     dk, dv = of_k * BK + tl.arange(0, BK), of_v * BV + tl.arange(0, BV)
     k += offset(n, H, kb, kh)
     v += offset(n, H, vb, vh)
@@ -136,22 +177,22 @@ def summaries(
 
 @triton.jit
 def outputs(
-    q, k, v, g, scores, before, out, scale,
+    q, k, v, g, scores, states, logs, carry, out, final, scale,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, sn, ss, sk, sv, ob, oh, ot,
     H, T, n_segments, segment,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    READ: tl.constexpr, REVERSE: tl.constexpr, MIRRORED: tl.constexpr, SCALED: tl.constexpr,
+    FOLD: tl.constexpr, READ: tl.constexpr, REVERSE: tl.constexpr, MIRRORED: tl.constexpr,
+    SCALED: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``out [B, H, T, V]`` from ``before [N, segments, K, V]``; one program for BV of a segment's values.
+    """``out [B, H, T, V]``, and the state after the last segment; one program for BV of a segment's values.
 
+    states, logs, carry, FOLD: what the state before a segment is made of, see ``tiles.start``.
     ``scores [N, steps, C]`` of the pairs of each chunk, the scale in them. MIRRORED: of the walk the other
     way.
     SCALED: the scale is in the states already, and what is written gets it; else what is read.
     """
-    pid = tl.program_id(0)
-    of_v, pid = pid % tl.cdiv(V, BV), pid // tl.cdiv(V, BV)
-    which, n = pid % n_segments, pid // n_segments
+    of_v, which, n = place(tl.program_id(0), tl.cdiv(V, BV), n_segments)
     dk, dv, i = tl.arange(0, BK), of_v * BV + tl.arange(0, BV), tl.arange(0, C)
     q += offset(n, H, qb, qh)
     k += offset(n, H, kb, kh)
@@ -160,18 +201,17 @@ def outputs(
     out += offset(n, H, ob, oh)
     N = n_segments * segment
     scores += n.to(tl.int64) * N * C
-    entry = before + n.to(tl.int64) * sn + which.to(tl.int64) * ss
-    entry += dk.to(tl.int64)[:, None] * sk + dv.to(tl.int64)[None, :] * sv
-    state = tl.load(entry, mask=(dk < K)[:, None] & (dv < V)[None, :], other=0.0)
+    state = start(states, logs, carry, n, which, n_segments, dk, dv, sn, ss, sk, sv, K, V, FOLD, 0)
+    if SCALED:  # over the scale then, so that products are added as they are
+        state *= 1.0 / scale
     begin, last = chunks(which, segment, T, N, C, REVERSE)
     for first in range(begin, last, C):
         step = first + i
         queries = _load(q, step, True, dk, qt, T, N, K, REVERSE, WIDE)
-        start, through = _from_start(g, first, dk, gt, T, N, C, K, READ, REVERSE)
-        queries = (queries * start).to(queries.dtype)
+        begun, through = _from_start(g, first, dk, gt, T, N, C, K, READ, REVERSE)
+        queries = (queries * begun).to(queries.dtype)
         read = tl.dot(queries, state.to(queries.dtype), input_precision=PRECISION)
-        if not SCALED:
-            read *= scale
+        read *= scale
         if MIRRORED:  # the reader there is the writer here
             at = (N - 1 - step).to(tl.int64)[None, :] * C + (C - 1 - i)[:, None]
         else:
@@ -185,32 +225,29 @@ def outputs(
         end, _ = _to_end(g, first, dk, gt, T, N, C, K, READ, REVERSE)
         keys = (keys * end).to(keys.dtype)
         state *= tl.exp(through)[:, None]
-        if SCALED:
-            state += tl.dot(tl.trans(keys), values, input_precision=PRECISION) * scale
-        else:
-            state = tl.dot(tl.trans(keys), values, state, input_precision=PRECISION)
+        state = tl.dot(tl.trans(keys), values, state, input_precision=PRECISION)
+    close(final, state * scale if SCALED else state, n, which, n_segments, dk, dv, K, V)
 
 
 @triton.jit
 def columns(
-    q, k, v, g, before, plus, mate, kept, given, of_gate, out, scale,
+    q, k, v, g, states, logs, carry, plus, mate, kept, given, of_gate, out, scale,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, gb, gh, gt, sn, ss, sk, sv, mb, mh, mt, ob, oh, ot,
     H, T, n_segments, segment,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    READ: tl.constexpr, REVERSE: tl.constexpr, ROLE: tl.constexpr,
+    FOLD: tl.constexpr, READ: tl.constexpr, REVERSE: tl.constexpr, ROLE: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``out [B, H, T, V]`` from ``before``, of which the columns decay; one program for BV of them.
+    """``out [B, H, T, V]`` from a state of which the columns decay; one program for BV of them.
 
+    states, logs, carry, FOLD: what the state before a segment is made of, see ``tiles.start``.
     plus, given, of_gate: lie as ``out`` does, float32. ``plus`` is added to what is read; ``of_gate`` is
     ``given`` and what the gradient of the decay has from outside of a chunk (``gate.py``), by ROLE:
         READS: its readings, and ``kept`` gets the states before chunks;
         WRITES: walking back with ``kept``, its writes, and the products of the states. The scale is then in
             the states already.
     """
-    pid = tl.program_id(0)
-    of_v, pid = pid % tl.cdiv(V, BV), pid // tl.cdiv(V, BV)
-    which, n = pid % n_segments, pid // n_segments
+    of_v, which, n = place(tl.program_id(0), tl.cdiv(V, BV), n_segments)
     dk, dv, i = tl.arange(0, BK), of_v * BV + tl.arange(0, BV), tl.arange(0, C)
     q += offset(n, H, qb, qh)
     k += offset(n, H, kb, kh)
@@ -218,15 +255,13 @@ def columns(
     g += offset(n, H, gb, gh)
     mate += offset(n, H, mb, mh)
     lies = offset(n, H, ob, oh)
-    before += n.to(tl.int64) * sn + which.to(tl.int64) * ss
-    entry = before + dk.to(tl.int64)[:, None] * sk + dv.to(tl.int64)[None, :] * sv
     whole = (dk < K)[:, None] & (dv < V)[None, :]
-    state = tl.load(entry, mask=whole, other=0.0)
+    state = start(states, logs, carry, n, which, n_segments, dk, dv, sn, ss, sk, sv, K, V, FOLD, 1)
     N = n_segments * segment
     begin, last = chunks(which, segment, T, N, C, REVERSE)
     for first in range(begin, last, C):
         step = first + i
-        start, through = _from_start(g, first, dv, gt, T, N, C, V, READ, REVERSE)
+        begun, through = _from_start(g, first, dv, gt, T, N, C, V, READ, REVERSE)
         through = tl.exp(through)
         chunk = first // C if ROLE == READS else (N - C - first) // C
         at = kept + (n.to(tl.int64) * (N // C) + chunk) * (K * V) + dk[:, None] * V + dv[None, :]
@@ -237,7 +272,7 @@ def columns(
             across = tl.sum(tl.load(at, mask=whole, other=0.0).to(tl.float32) * state, 0) * through
         queries = _load(q, step, True, dk, qt, T, N, K, REVERSE, WIDE)
         read = tl.dot(queries, state.to(queries.dtype), input_precision=PRECISION)
-        read *= start
+        read *= begun
         if ROLE == READS:
             read *= scale
         p, inside = tile(out + lies, step, dv, ot, T, N, V, REVERSE)
@@ -317,21 +352,21 @@ def within(
     for c in range(b + 1, blocks):
         tl.store(scores + c * BLOCK + i[None, :], tl.zeros((BLOCK, BLOCK), scores.dtype.element_ty))
 
-    start, through = _from_start(g, first, d, gt, T, N, BLOCK, K, READ, REVERSE)
+    begun, through = _from_start(g, first, d, gt, T, N, BLOCK, K, READ, REVERSE)
     queries = _load(q, step, True, d, qt, T, N, K, REVERSE, True)
     before = tl.zeros((BLOCK, BK), tl.float32)
     between = tl.zeros((BK,), tl.float32)
     for back in range(1, b + 1):
         past, here = _past(k, g, first - back * BLOCK, d, between, kt, gt, T, N, K, READ, REVERSE)
         between += here
-        pairs = tl.dot(queries * start, tl.trans(past), input_precision=PRECISION) * scale
+        pairs = tl.dot(queries * begun, tl.trans(past), input_precision=PRECISION) * scale
         tl.store(scores + (b - back) * BLOCK + i[None, :], pairs.to(scores.dtype.element_ty))
         if GRADS:
             j = step - back * BLOCK
             pairs = product(do, v, step, j, dt, vt, T, N, V, BV, BLOCK, REVERSE, True, PRECISION) * scale
             before = tl.dot(pairs, past, before, input_precision=PRECISION)
     if GRADS:
-        before *= start
+        before *= begun
         behind = tl.zeros((BLOCK, BK), tl.float32)
         over = tl.zeros((BK,), tl.float32)  # of pairs on either side of the block
         between = tl.zeros((BK,), tl.float32)
