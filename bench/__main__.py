@@ -30,6 +30,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--square-gb", type=float, default=10, help="most T x T memory to try in eager")
     parser.add_argument("--backend", default="spcompile", help="to measure in spcompile's place")
     parser.add_argument("--static", action="store_true", help="kernels: as machine code, without a GPU")
+    parser.add_argument(
+        "--before",
+        metavar="FOLDER",
+        help="layer, model: an earlier checkout of this project beside this one on two ranks, alone",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     unknown = set(args.names) - BENCHMARKS.keys()
@@ -58,7 +63,7 @@ def take(console: Console, name: str, benchmark: Benchmark, options: Options) ->
 
 def save(args: argparse.Namespace, name: str, benchmark: Benchmark, rows: list[Row]) -> list[str]:
     """Write a benchmark's files; return their names."""
-    stem = f"quick_{name}" if args.quick else name
+    stem = ("quick_" if args.quick else "") + name + ("_before" if args.before else "")
     command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
     header = [
         benchmark.title,
@@ -95,6 +100,7 @@ def main() -> int:
         args.backend,
         lambda text: print(text, file=sys.stderr),
         args.static,
+        args.before,
     )
     console.print(output.machine(), highlight=False)
     wrong = False

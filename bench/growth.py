@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench import cases
@@ -11,6 +11,7 @@ from bench.launch import KEPT, RETURNED, WorkerError, launch, reason
 from bench.options import Options, Row, Table
 
 MODES = {"forward": False, "forward+backward": True}
+BEFORE = ", before"
 LENGTHS = (1024, 2048, 4096, 8192, 16_384, 32_768)
 
 
@@ -21,6 +22,7 @@ class Variant:
     label: str
     backend: str | None
     ranks: int = 1
+    folder: str | None = None  # of the checkout whose backend it is; None: of this one
 
     @property
     def is_quadratic(self) -> bool:
@@ -31,6 +33,11 @@ EAGER = Variant("eager", None)
 INDUCTOR = Variant("inductor", "inductor")
 ALONE = Variant("spcompile P=1", "spcompile")
 PAIR = Variant("spcompile P=2", "spcompile", ranks=2)
+
+
+def compared(folder: str) -> tuple[Variant, ...]:
+    """An earlier checkout beside this one, on two ranks."""
+    return replace(PAIR, label=PAIR.label + BEFORE, folder=folder), PAIR
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,9 @@ class Growth:
         """What to measure, one length after the other, so that the variants of a length share its moment."""
         longest = min(options.max_seq, 4096) if options.quick else options.max_seq
         lengths = [t for t in self.lengths if t <= longest]
-        return [(mode, t, variant) for mode in self.modes for t in lengths for variant in self.variants]
+        variants = compared(options.before) if options.before else self.variants
+        modes = self.modes[-1:] if options.before else self.modes
+        return [(mode, t, variant) for mode in modes for t in lengths for variant in variants]
 
     def measure(self, step: tuple[str, int, Variant], options: Options) -> Row:
         mode, length, variant = step
@@ -67,11 +76,11 @@ class Growth:
             "budget": options.budget,
         }
         try:
-            got = launch("bench.worker", work, variant.ranks, options.threads, env=KEPT)
+            how = "bench.worker", work, variant.ranks, options.threads
+            got = launch(*how, env=KEPT, folder=variant.folder)
             if all("seconds" in rank for rank in got):
-                peaks = launch(
-                    "bench.worker", work | {"peak": True}, variant.ranks, options.threads, env=RETURNED
-                )
+                how = "bench.worker", work | {"peak": True}, variant.ranks, options.threads
+                peaks = launch(*how, env=RETURNED, folder=variant.folder)
                 got = [rank | peak for rank, peak in zip(got, peaks, strict=True)]
         except WorkerError as error:
             options.log(str(error))
@@ -84,53 +93,51 @@ class Growth:
         return 4 * short * (length // 64) ** 2
 
     def tables(self, rows: list[Row]) -> list[Table]:
-        """The measurements, eager's ratio beside them, and the fitted exponents."""
-        eager = {
-            (r["mode"], r["T"]): r["seconds"] for r in rows if r["variant"] == "eager" and "seconds" in r
-        }
+        """The measurements, the ratio to what they are held against, and the fitted exponents."""
+        bases = {(r["variant"], r["mode"], r["T"]): r["seconds"] for r in rows if "seconds" in r}
         body = []
         for row in rows:
             if "seconds" not in row:
                 body.append([row["mode"], row["T"], row["variant"], row["note"]])
                 continue
-            base = eager.get((row["mode"], row["T"]))
+            at = row["mode"], row["T"]
+            base = bases.get(("eager", *at)) or bases.get((row["variant"] + BEFORE, *at))
             ratio = f"{base / row['seconds']:.1f}x" if base else ""
             numbers = [row["seconds"] * 1e3, ratio, row["bytes"] / 1e6, f"{row['error']:.0e}", row["first"]]
             body.append([row["mode"], row["T"], row["variant"], *numbers])
-        heads = ["mode", "T", "variant", "ms", "vs eager", "peak MB", "error", "first call s"]
+        heads = ["mode", "T", "variant", "ms", "faster", "peak MB", "error", "first call s"]
         return [(self.title, heads, body), self.exponents(rows)]
 
     def exponents(self, rows: list[Row]) -> Table:
         body = []
-        for mode in self.modes:
-            for variant in self.variants:
-                mine = [
-                    r for r in rows if r["variant"] == variant.label and r["mode"] == mode and "seconds" in r
-                ]
+        for mode in dict.fromkeys(row["mode"] for row in rows):
+            for label in labels(rows):
+                mine = [r for r in rows if (r["variant"], r["mode"]) == (label, mode) and "seconds" in r]
                 used = [r for r in mine if r["T"] >= 4096]
                 used = used if len(used) >= 2 else mine
                 if len(used) < 2:
                     continue
                 lengths = [r["T"] for r in used]
                 powers = [slope(lengths, [r[key] for r in used]) for key in ("seconds", "bytes")]
-                body.append(
-                    [mode, variant.label, f"{lengths[0]}-{lengths[-1]}", *(f"T^{p:.2f}" for p in powers)]
-                )
+                body.append([mode, label, f"{lengths[0]}-{lengths[-1]}", *(f"T^{p:.2f}" for p in powers)])
         return ("growth, fitted", ["mode", "variant", "T", "time", "memory"], body)
 
     def plots(self, rows: list[Row]) -> list[tuple[str, str, dict[str, tuple[list[Any], list[Any]]]]]:
         """(title, y label, {line: (T, y)}) for each picture."""
         pictures = []
-        for mode in self.modes:
+        for mode in dict.fromkeys(row["mode"] for row in rows):
             for key, label, unit in (("seconds", "ms", 1e3), ("bytes", "peak MB", 1e-6)):
                 lines = {}
-                for variant in self.variants:
-                    mine = [
-                        r for r in rows if (r["variant"], r["mode"]) == (variant.label, mode) and key in r
-                    ]
-                    lines[variant.label] = ([r["T"] for r in mine], [r[key] * unit for r in mine])
+                for line in labels(rows):
+                    mine = [r for r in rows if (r["variant"], r["mode"]) == (line, mode) and key in r]
+                    lines[line] = ([r["T"] for r in mine], [r[key] * unit for r in mine])
                 pictures.append((mode, label, lines))
         return pictures
+
+
+def labels(rows: list[Row]) -> list[str]:
+    """The variants that were measured, each once."""
+    return list(dict.fromkeys(row["variant"] for row in rows))
 
 
 def summary(got: list[dict[str, Any]]) -> Row:

@@ -64,6 +64,7 @@ def launch(
     on_report: Callable[[int, Report], None] = lambda rank, fields: None,
     timeout: float = 1800,
     env: dict[str, str] | None = None,
+    folder: str | None = None,
 ) -> list[Report]:
     """Run `module` on `ranks` processes and return each rank's last report.
 
@@ -73,6 +74,7 @@ def launch(
         on_report: called with (rank, fields) for each report as it comes.
         timeout: seconds before the workers are ended.
         env: variables added to the environment.
+        folder: a checkout whose modules they use; None: this one's.
     Raises:
         WorkerError: a rank ended with an error, reported nothing, or ran out of time.
     """
@@ -84,7 +86,7 @@ def launch(
     try:
         for rank, log in enumerate(logs):
             rank_env = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            workers.append(start(module, work, rank, rank_env, log, inbox))
+            workers.append(start(module, work, rank, rank_env, log, inbox, folder))
         last = collect(workers, inbox, on_report, timeout, logs)
     finally:
         for worker in workers:
@@ -111,6 +113,7 @@ def start(
     env: dict[str, str],
     log: TextIO,
     inbox: queue.Queue[tuple[int, Report]],
+    folder: str | None = None,
 ) -> subprocess.Popen[str]:
     """Start one rank, with a thread that moves its reports into `inbox`."""
     worker = subprocess.Popen(
@@ -120,6 +123,7 @@ def start(
         stderr=log,
         text=True,
         env=env,
+        cwd=folder,  # with -m modules are looked for there first
     )
     assert worker.stdin is not None and worker.stdout is not None
     output = worker.stdout

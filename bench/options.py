@@ -22,6 +22,7 @@ class Options:
         backend: measured in the place of spcompile.
         log: takes messages about failures.
         static: nothing is run on a GPU.
+        before: a folder with an earlier checkout to measure beside this one, where a benchmark can.
     """
 
     quick: bool
@@ -32,6 +33,7 @@ class Options:
     backend: str
     log: Callable[[str], None]
     static: bool = False
+    before: str | None = None
 
 
 class Benchmark(Protocol):
