@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from spcompile.attention import reference
-from spcompile.kernels.linear import chunked, fused, fused_delta, fused_diagonal, fused_kda, launch
+from spcompile.kernels.linear import chunked, fused, fused_delta, fused_diagonal, fused_kda, launch, pieces
 from spcompile.kernels.linear.kernel import Kernel
 from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.scan import scan as loop
@@ -42,9 +42,10 @@ DELTA = ("delta rule", "mild, delta rule", "strong, delta rule", *KDA)
 SEGMENT, LEAST = 128, launch._LEAST
 SIZES = {"one token": (1, 16, 16), "two chunks": (65, 24, 16), "five segments": (530, 16, 40)}
 SIZES["wide"] = (260, 128, 16)  # of a matrix of 128 x 128 halves are read
+SIZES["in pieces"] = (140, 273, 16)
 ORDERS = {"": (False, False), "exclusive": (True, False), "reverse": (False, True), "both": (True, True)}
 FUSED = ("linear_llama3", "retention", "simple_gla", "gla", "rwkv6", "deltanet", "gated_deltanet", "kda")
-KERNELS = (fused, fused_diagonal, fused_delta, fused_kda)
+KERNELS = (fused, pieces, fused_diagonal, fused_delta, fused_kda)
 NAMES = ("out", "final", "dq", "dk", "dv", "dlog_decay", "dbeta", "dinitial_state")
 
 
@@ -56,8 +57,9 @@ def cases() -> list[str]:
         ", ".join((dtype, *case))
         for dtype, some in orders.items()
         for case in itertools.product(GATES, SIZES, some)
-        if case[1] != "wide" and (case[1] != "five segments" or case[2] in ("", "both"))
+        if case[1] not in ("wide", "in pieces") and (case[1] != "five segments" or case[2] in ("", "both"))
     ]
+    found += ["fp32, none, in pieces, ", "fp32, strong, in pieces, both", "bf16, mild, in pieces, "]
     found += [f"fp32, {kind}, {size}, " for kind in DIAGONAL for size in ("one token", "two chunks")]
     found += ["fp32, mild per key, five segments, ", "fp32, strong per key, five segments, both"]
     found += [f"fp32, mild per key, two chunks, {o}" for o in ("exclusive", "reverse", "both")]
@@ -101,7 +103,7 @@ def kernel_for(x: Operands, exclusive: bool = False) -> ModuleType:
     per_key = x.log_decay is not None and x.log_decay.shape[3] > 1
     if x.beta is not None:
         return fused_kda if per_key or exclusive else fused_delta
-    return fused_diagonal if per_key else fused
+    return fused_diagonal if per_key else pieces if fused.refuses(x) else fused
 
 
 def surrounded(x: Tensor) -> Tensor:

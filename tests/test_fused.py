@@ -76,10 +76,11 @@ def test_which_kernel_takes_a_call() -> None:
         fused = [fake(bf16, 64), fake(torch.float16, 256, 1), fake(torch.float32, 24, 1)]
         left = {
             "float64, not bfloat16, float16 or float32": fake(torch.float64, 64),
-            "keys of 273 numbers, more than 256": fake(bf16, 273),
+            "values of 257 numbers, more than 256": fake(bf16, 64)._replace(v=fake(bf16, 257).q),
             largest: fake(torch.float32, 256, 256),
         }
         assert {kernel_of(x, causal).name for x in fused} == {"Triton, segments"}
+        assert kernel_of(fake(bf16, 273, 1), causal).name == "Triton, segments, keys in pieces"
         assert kernel_of(fake(bf16, 64, 1, beta=True), causal).name == "Triton, delta rule"
         assert kernel_of(fake(bf16, 256, 1, beta=True), causal)[::3] == ("ATen chunks", largest)
         assert kernel_of(fake(bf16, 256, 256), causal).name == "Triton, decay per key"
@@ -104,18 +105,21 @@ def test_triton_is_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
         assert without_triton(torch.device("cuda")) == "SPCOMPILE_TRITON=0"
 
 
-@pytest.mark.parametrize(("gate", "delta"), [(1, False), (64, False), (1, True), (64, True)])
-def test_shapes_on_a_gpu(gate: int, delta: bool) -> None:
+@pytest.mark.parametrize(
+    ("size", "gate", "delta"),
+    [(64, 1, False), (273, 1, False), (64, 64, False), (64, 1, True), (64, 64, True)],
+)
+def test_shapes_on_a_gpu(size: int, gate: int, delta: bool) -> None:
     """Forward and backward of fake tensors, as a graph for a GPU is traced."""
     with FakeTensorMode():
-        x = fake(torch.bfloat16, 64, gate, delta)
+        x = fake(torch.bfloat16, size, gate, delta)
         kernel, options = kernel_of(x, Options(True, 0.3)), Options(True, 0.3)
         forward = kernel.forward(x, options)
         forward.local()
         out, final = forward.finish(x.initial_state)
         assert out.shape == x.v.shape and out.dtype == torch.bfloat16
-        assert final.shape == (2, 3, 64, 40) and final.dtype == torch.float32
-        total = [(2, 3, 64, 64) if delta else (2, 3, gate, 1), (2, 3, 64, 40)]
+        assert final.shape == (2, 3, size, 40) and final.dtype == torch.float32
+        total = [(2, 3, 64, 64) if delta else (2, 3, gate, 1), (2, 3, size, 40)]
         assert [y.shape for y in forward.total()] == total
         backward = kernel.backward(x, options, out, x.initial_state)
         backward.local()

@@ -83,17 +83,18 @@ class _Walk:
         scaled: bool = False,
         of_gate: tuple[Any, Any] = _NO,
         last: bool = False,
+        wide: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What every step reads; ``of_gate`` are ``other`` and ``kept`` of :func:`segment_outputs`."""
-        how = *of_gate, scale, scaled, self.read, self.reverse, False, (), last
+        how = *of_gate, scale, scaled, self.read, self.reverse, False, (), last, wide
         return ops.segment_outputs(q, self.k, self.v, self.gate, *before, *how)
 
 
 class Forward:
-    """See :class:`spcompile.kernels.linear.kernel.Forward`."""
+    """See :class:`spcompile.kernels.linear.kernel.Forward`; of a ``term`` the outputs are float32."""
 
-    def __init__(self, x: Operands, options: Options) -> None:
-        self.x, self.options = x, options
+    def __init__(self, x: Operands, options: Options, term: bool = False) -> None:
+        self.x, self.options, self.term = x, options, term
         self.walk = _Walk(x.k, x.v, gate_of(x), _reading(options), options.reverse)
 
     def total(self) -> tuple[Tensor, ...]:
@@ -108,15 +109,20 @@ class Forward:
         """Outputs, and the state after the last token."""
         w = self.walk
         before = w.chain.before(carry)
-        out, *_, final = w.outputs(self.x.q, before, self.options.scale, last=True)
+        out, *_, final = w.outputs(self.x.q, before, self.options.scale, last=True, wide=self.term)
         return out, w.chain.heads(final)
 
 
 class Backward:
-    """See :class:`spcompile.kernels.linear.kernel.Backward`: a walk for each of dq, dk and dv."""
+    """See :class:`spcompile.kernels.linear.kernel.Backward`: a walk for each of dq, dk and dv.
 
-    def __init__(self, x: Operands, options: Options, grad: Tensor, carry: Tensor | None) -> None:
-        self.x, self.options, self.carry = x, options, carry
+    Of a ``term`` dv and the gradient of the decay are float32.
+    """
+
+    def __init__(
+        self, x: Operands, options: Options, grad: Tensor, carry: Tensor | None, term: bool = False
+    ) -> None:
+        self.x, self.options, self.carry, self.term = x, options, carry, term
         self.grad = grad.to(x.q.dtype)
         gate, read, reverse = gate_of(x), _reading(options), options.reverse
         back = EXCLUSIVE.value if options.exclusive else SOURCE.value
@@ -153,7 +159,8 @@ class Backward:
         """The other gradients, which read the gradient of the state."""
         x, w, scale = self.x, self.walk, self.options.scale
         before = w.chain.before(carry)
-        dv, *_, initial = w.outputs(x.k, before, scale, scaled=True, last=x.initial_state is not None)
+        asked = x.initial_state is not None
+        dv, *_, initial = w.outputs(x.k, before, scale, scaled=True, last=asked, wide=self.term)
         of_gate = _NO if x.log_decay is None else (x.k, self.kept)
         back = w.of(self.grad, x.q).outputs(x.v, before.mT, scale, scaled=True, of_gate=of_gate)
         dk, writes, across, *_ = back

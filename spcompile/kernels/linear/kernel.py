@@ -92,7 +92,7 @@ def kernel_of(x: Operands, options: Options) -> Kernel:
     refused = without_triton(x.k.device)
     if refused is None:
         # Triton takes its time to load, and is not everywhere.
-        from spcompile.kernels.linear import fused, fused_delta, fused_diagonal, fused_kda
+        from spcompile.kernels.linear import fused, fused_delta, fused_diagonal, fused_kda, pieces
 
         per_key = x.log_decay is not None and x.log_decay.shape[3] != 1
         if x.beta is not None and (per_key or options.exclusive):
@@ -109,6 +109,9 @@ def kernel_of(x: Operands, options: Options) -> Kernel:
         else:
             kernel = Kernel("Triton, segments", fused.Forward, fused.Backward)
             refused = fused.refuses(x)
+            if refused and not pieces.refuses(x):
+                kernel = Kernel("Triton, segments, keys in pieces", pieces.Forward, pieces.Backward)
+                refused = ""
         if not refused:
             return kernel
     # The others compile in a fraction of the time, and are up to 1.5 times as fast where Inductor fuses them.

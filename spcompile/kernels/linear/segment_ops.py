@@ -77,6 +77,7 @@ def segment_outputs(
     strict: bool,
     less: Sequence[Tensor],
     last: bool,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``scale * q_t U_t`` of every token of a walk, and what the gradient of a decay needs (``gate.py``).
 
@@ -90,10 +91,11 @@ def segment_outputs(
             taken from the state too, and never read by its own step; and what a strict walk has given, which
             is added.
         last: the state after the last segment is asked for.
+        wide: the results are float32, as they are terms of a sum.
         q, k, v, log_decay, read, reverse: as of :func:`segment_summaries`.
     Returns:
-        ``[B, H, T, V]`` contiguous, in q's dtype, or float32 if ``strict``, as something is added to it. If
-        there is ``other``, then its product with what is read from before the chunk, of each step of the walk
+        ``[B, H, T, V]`` contiguous, in q's dtype, or float32 if ``strict`` or ``wide``. If there is
+        ``other``, then its product with what is read from before the chunk, of each step of the walk
         (whole segments) ``[parts, B*H, steps]``, to be summed over the parts of V; and without ``kept`` the
         states before each chunk ``[B*H, chunks, K, V]`` (none if ``strict``: that walk repeats one that kept
         them), with ``kept`` the products of the states ``[parts, B*H, chunks]``. Last, the state after the
@@ -105,7 +107,7 @@ def segment_outputs(
     count, size = segment(t, b * h)
     options = tiles(_name(less), k, v)
     parts = triton.cdiv(v.shape[3], options["BV"])
-    out = _outputs(q, v, strict)
+    out = _outputs(q, v, strict or wide)
     asked = other is not None, kept is not None, strict
     inner, sums, keeps = _of_gate(q, k, v, parts, *asked)
     for of_gate, dim, of_chunk in ((inner, 2, CHUNK), (sums, 2, 1), (keeps, 1, 1)):
@@ -129,8 +131,8 @@ def segment_outputs(
     return out, inner, sums, keeps, final
 
 
-def _outputs(q: Tensor, v: Tensor, strict: bool) -> Tensor:
-    return q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32 if strict else q.dtype)
+def _outputs(q: Tensor, v: Tensor, wide: bool) -> Tensor:
+    return q.new_empty(*q.shape[:3], v.shape[3], dtype=torch.float32 if wide else q.dtype)
 
 
 def _final(k: Tensor, v: Tensor, last: bool) -> Tensor:
@@ -232,10 +234,11 @@ def _(
     strict: bool,
     less: Sequence[Tensor],
     last: bool,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     parts = triton.cdiv(v.shape[3], tiles(_name(less), k, v)["BV"])
     gate = _of_gate(q, k, v, parts, other is not None, kept is not None, strict)
-    return _outputs(q, v, strict), *gate, _final(k, v, last)
+    return _outputs(q, v, strict or wide), *gate, _final(k, v, last)
 
 
 @torch.library.custom_op("spcompile::segment_prologue", mutates_args=())
