@@ -53,6 +53,9 @@ from torch._functorch.partitioners import (
     min_cut_rematerialization_partition,
 )
 
+# Which operators the partitioner would rather repeat in the backward than save the results of.
+from torch._functorch.partitioners import get_default_op_list as partitioner_operators
+
 # Which frame Dynamo is compiling.
 from torch._guards import CompileContext, detect_fake_mode
 
@@ -159,6 +162,7 @@ __all__ = [
     "make_wrapper_subclass",
     "min_cut_rematerialization_partition",
     "not_traced",
+    "partitioner_operators",
     "resolve_process_group",
     "select_decomp_table",
     "set_grad_enabled",

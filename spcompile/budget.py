@@ -112,13 +112,14 @@ def choices(report: Report) -> list[Choice]:
 
     found = []
     keys = ("softmax: keys and values", "softmax: keys and values again")
-    # Beyond its own part a rank keeps what it received.
-    ahead, again = received("forward", *keys), received("backward", *keys)
+    # Beyond its own part a rank keeps what it received and does not receive again.
+    again = received("backward", *keys)
+    kept = received("forward", *keys) - again
     if again:
         costs, instead = f"{human(again)} more is received", f"regather=False saves {human(again)} more"
         found.append(Choice("keys and values are gathered again", costs, instead))
-    elif ahead and report.memory is not None and report.memory.saved:
-        costs, instead = f"{human(ahead)} more is saved", f"regather=True receives {human(ahead)} again"
+    if kept > 0 and report.memory is not None and report.memory.saved:
+        costs, instead = f"{human(kept)} more is saved", f"regather=True receives {human(kept)} again"
         found.append(Choice("keys and values are kept for the backward", costs, instead))
     moved = received("forward", "output")
     if moved:

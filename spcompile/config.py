@@ -24,7 +24,7 @@ _CHOICES = {
     "gradients": ("whole", "partial"),
     "lengths": ("symbolic", "each"),
     "on_limit": ("warn", "error"),
-    "regather": (True, False),
+    "regather": ("auto", True, False),
     "recognize": (True, False),
     "nan_padding": (True, False),
 }
@@ -67,7 +67,7 @@ class Config:
             whose mean over the ranks is the gradient. That is for a wrapper that averages over these ranks
             anyway (FSDP2, DDP): its reduction is then the only one.
         regather: gather keys and values again in the backward instead of saving them (less memory, more
-            communication).
+            communication); ``"auto"``: where they are more than a tenth of what a layer saves besides.
         recognize: rewrite attention; without, sharding propagation alone does all (right, slower).
         on_gather: when an operator without a rule forces a gather: ``"warn"``, ``"error"`` or ``"ignore"``.
         check: what the ranks compare before each call: ``"values"`` of what it passes (and of parameters and
@@ -89,7 +89,7 @@ class Config:
     linear: str = "auto"
     softmax: str = "auto"
     gradients: str = "whole"
-    regather: bool = False
+    regather: bool | str = "auto"
     recognize: bool = True
     on_gather: str = "warn"
     check: str = "values"

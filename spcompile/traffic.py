@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from spcompile.phases import backward_of
 from spcompile.placement import Partial, Placement, Shard
 from spcompile.sizes import hint
 from spcompile.strategies import LINEAR, SOFTMAX
@@ -112,11 +113,8 @@ def transfers(
         phase: of all of them; None for a joint graph, where what depends on tangents is backward.
         batch: of the model.
     """
-    found, backward = [], set()
+    found, backward = [], backward_of(graph.nodes)
     for node in graph.nodes:
-        tangent = node.op == "placeholder" and node.name.startswith("tangents")
-        if tangent or any(x in backward for x in node.all_input_nodes):
-            backward.add(node)
         name = _NAMES.get(node.target)
         if name is None and getattr(node.target, "namespace", "") == "_c10d_functional":
             name = node.target._opname if node.target is not _c10d.wait_tensor.default else None

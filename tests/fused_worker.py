@@ -1,4 +1,4 @@
-"""The fused kernels of linear attention on CPU tensors: ``TRITON_INTERPRET=1 python -m tests.fused_worker``.
+"""The fused kernels of linear attention on CPU tensors, interpreted: ``python -m tests.fused_worker PART``.
 
 One line of JSON: case -> relative errors of the results and all gradients against the token-by-token
 recurrence in float64. A process of its own: kernels are interpreted or not from when they are decorated.
@@ -10,7 +10,7 @@ import itertools
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 import pytest
@@ -38,11 +38,16 @@ GATES = ("none", "constant", "mild", "strong")
 DIAGONAL = ("constant per key", "mild per key", "strong per key")
 KDA = tuple(f"{kind}, delta rule" for kind in DIAGONAL)
 DELTA = ("delta rule", "mild, delta rule", "strong, delta rule", *KDA)
-# Segments are made short: 530 tokens are five.
+# Segments are made short: 500 tokens are four.
 SEGMENT, LEAST = 128, launch._LEAST
-SIZES = {"one token": (1, 16, 16), "two chunks": (65, 24, 16), "five segments": (530, 16, 40)}
+SIZES = {"one token": (1, 16, 16), "two chunks": (65, 24, 16), "four segments": (500, 16, 40)}
+USUAL = tuple(SIZES)
 SIZES["wide"] = (260, 128, 16)  # of a matrix of 128 x 128 halves are read
 SIZES["in pieces"] = (140, 273, 16)
+SIZES["part of a chunk"] = (63, 24, 16)
+# What takes longest: of one head.
+SIZES["three segments"] = (300, 16, 40)
+SIZES["canaries"] = (250, 16, 24)  # of fused_properties.py
 ORDERS = {"": (False, False), "exclusive": (True, False), "reverse": (False, True), "both": (True, True)}
 FUSED = ("linear_llama3", "retention", "simple_gla", "gla", "rwkv6", "deltanet", "gated_deltanet", "kda")
 KERNELS = (fused, pieces, fused_diagonal, fused_delta, fused_kda)
@@ -57,23 +62,30 @@ def cases() -> list[str]:
         ", ".join((dtype, *case))
         for dtype, some in orders.items()
         for case in itertools.product(GATES, SIZES, some)
-        if case[1] not in ("wide", "in pieces") and (case[1] != "five segments" or case[2] in ("", "both"))
+        if case[1] in USUAL and (case[1] != "four segments" or case[2] in ("", "both"))
     ]
+    found += [f"fp32, {kind}, part of a chunk, " for kind in GATES]
     found += ["fp32, none, in pieces, ", "fp32, strong, in pieces, both", "bf16, mild, in pieces, "]
     found += [f"fp32, {kind}, {size}, " for kind in DIAGONAL for size in ("one token", "two chunks")]
-    found += ["fp32, mild per key, five segments, ", "fp32, strong per key, five segments, both"]
+    found += ["fp32, mild per key, three segments, ", "fp32, strong per key, three segments, both"]
     found += [f"fp32, mild per key, two chunks, {o}" for o in ("exclusive", "reverse", "both")]
     found += [f"{dtype}, {kind}, two chunks, " for dtype in ("bf16", "fp16") for kind in DIAGONAL]
     # Those of a delta rule take longest.
-    found += [f"fp32, {kind}, {size}, " for kind in DELTA[:3] for size in ("two chunks", "five segments")]
+    found += [f"fp32, {kind}, {size}, " for kind in DELTA[:3] for size in ("two chunks", "three segments")]
     found += ["fp32, delta rule, wide, ", "fp32, mild, delta rule, one token, "]
     found += [f"fp32, mild, delta rule, two chunks, {order}" for order in ("reverse", "exclusive")]
-    found += [f"fp32, {kind}, two chunks, " for kind in KDA] + [f"fp32, {KDA[2]}, five segments, reverse"]
+    found += [f"fp32, {kind}, two chunks, " for kind in KDA] + [f"fp32, {KDA[2]}, three segments, reverse"]
     found += [f"fp32, {kind}, one token, " for kind in KDA[:2]] + [f"fp32, {KDA[1]}, two chunks, both"]
     found += [f"bf16, {KDA[2]}, two chunks, ", f"fp16, {KDA[1]}, two chunks, "]
     narrow = ("bf16, delta rule", "bf16, mild, delta rule", "fp16, mild, delta rule")
     narrow += ("bf16, mild per key, delta rule",)
-    return found + [f"{kind}, five segments, " for kind in narrow]
+    return found + [f"{kind}, three segments, " for kind in narrow]
+
+
+def gate_of(case: str) -> str:
+    """Of GATES, DIAGONAL or DELTA."""
+    _, *kinds, _, _ = case.split(", ")
+    return ", ".join(kinds)
 
 
 def parsed(case: str) -> tuple[torch.dtype, str, bool, tuple[int, int, int], Options]:
@@ -90,11 +102,12 @@ def draw_case(case: str) -> Operands:
     """The operands of a case."""
     dtype, kind, delta, (t, k, v), _ = parsed(case)
     torch.manual_seed(0)
-    q, keys, values = (torch.randn(1, 2, t, d) for d in (k, k, v))
+    heads = 1 if ", three segments, " in case else 2
+    q, keys, values = (torch.randn(1, heads, t, d) for d in (k, k, v))
     keys = F.normalize(keys, dim=-1) if delta else keys
-    strength = torch.rand(1, 2, t, 1).to(dtype) if delta else None
-    state = torch.randn(1, 2, k, v)
-    decay = gate(kind, t, k if "per key" in kind else 1)
+    strength = torch.rand(1, heads, t, 1).to(dtype) if delta else None
+    state = torch.randn(1, heads, k, v)
+    decay = gate(kind, heads, t, k if "per key" in kind else 1)
     return Operands(*(x.to(dtype) for x in (q, keys, values)), decay, strength, state)
 
 
@@ -114,16 +127,16 @@ def surrounded(x: Tensor) -> Tensor:
     return room[:, 1:-1, :, 1:-2].transpose(1, 2)
 
 
-def gate(kind: str, tokens: int, size: int = 1) -> Tensor | None:
-    """Log decays of two heads, for ``size`` keys."""
+def gate(kind: str, heads: int, tokens: int, size: int = 1) -> Tensor | None:
+    """Log decays of one head or two, for ``size`` keys."""
     if kind == "none":
         return None
     if kind.startswith("constant"):
-        return -torch.linspace(0.05, 1.5, 2 * size).reshape(1, 2, 1, size)
-    g = -torch.rand(1, 2, tokens, size) * (0.1 if kind.startswith("mild") else 30)
+        return -torch.linspace(0.05, 1.5, heads * size).reshape(1, heads, 1, size)
+    g = -torch.rand(1, heads, tokens, size) * (0.1 if kind.startswith("mild") else 30)
     if kind.startswith("strong"):
         g[0, 0, tokens // 2, : (size + 1) // 2] = -torch.inf
-        g[0, 1, ::3, size // 3 :] = -1e4
+        g[0, -1, ::3, size // 3 :] = -1e4
     return g
 
 
@@ -132,13 +145,14 @@ def errors(case: str) -> dict[str, float]:
 
     That of a constant decay is a sum of numbers of either sign: its error is relative to that of their sizes.
     """
-    dtype, kind, _, (t, k, v), options = parsed(case)
+    _, kind, _, _, options = parsed(case)
     x = draw_case(case)
-    grad, grad_final = torch.randn(1, 2, t, v).to(dtype), torch.randn(1, 2, k, v)
+    assert x.initial_state is not None
+    grad, grad_final = torch.randn_like(x.v), torch.randn_like(x.initial_state)
 
     leaves = [None if y is None else y.double() for y in x]
     if kind.startswith("constant"):
-        leaves[3] = leaves[3].expand(1, 2, t, -1).clone()
+        leaves[3] = leaves[3].expand(*x.k.shape[:3], -1).clone()
     leaves = [None if y is None else y.requires_grad_() for y in leaves]
     out, final = reference.linear_attention(*leaves, *options)
     given = [y for y in leaves if y is not None]
@@ -171,9 +185,9 @@ def totals(case: str) -> float:
 
     Decays as they are summed up, as logarithms.
     """
-    *_, (t, _, v), options = parsed(case)
+    *_, options = parsed(case)
     x = draw_case(case)
-    grad, kernel = torch.randn(1, 2, t, v), kernel_for(x, options.exclusive)
+    grad, kernel = torch.randn_like(x.v), kernel_for(x, options.exclusive)
     ours = *kernel.Forward(x, options).total(), *kernel.Backward(x, options, grad, None).total()
     wide = Operands(*(None if y is None else y.double() for y in x))
     theirs = (
@@ -211,7 +225,7 @@ def on_ranks() -> dict[str, float]:
         one = threading.Lock()
         patch.setattr(torch.cuda, "device_of", lambda x: one)
         for kind, (ranks, reverse) in itertools.product(FUSED, ((2, True), (3, False))):
-            x, options = draw(KINDS[kind], 1, 2, 130, 16, 24), options_of(KINDS[kind], reverse)
+            x, options = draw(KINDS[kind], 1, 1, 130, 16, 24), options_of(KINDS[kind], reverse)
             grads = cotangents(x)
             narrow = Operands(*(None if y is None else y.float() for y in x))
             got = sharded(Ranks(ranks, patch), narrow, options, (grads[0].float(), grads[1].float()))
@@ -311,8 +325,8 @@ def interpreter() -> dict[str, float]:
 
 def opchecks() -> None:
     """Every operator's schema and fake results; raises."""
-    x = [torch.randn(1, 2, 65, 16) for _ in range(4)]
-    g, ops, opcheck = -torch.rand(1, 2, 65, 1), torch.ops.spcompile, torch.library.opcheck
+    x = [torch.randn(1, 2, 20, 16) for _ in range(4)]
+    g, ops, opcheck = -torch.rand(1, 2, 20, 1), torch.ops.spcompile, torch.library.opcheck
     zeros, kept = torch.zeros(2, 1, 16, 16), torch.zeros(2, 8, 16, 16)
     before, folded = (zeros, None, None, False), (zeros, torch.zeros(2, 1), zeros[:, 0], True)
     opcheck(ops.segment_summaries, (x[0], x[1], g, 0.3, 0, True))
@@ -321,7 +335,7 @@ def opchecks() -> None:
     opcheck(ops.segment_outputs, (*x[:3], g, *before, x[3], kept, 0.3, True, 2, True, False, x[1:], False))
     for less in (None, x[0]):
         opcheck(ops.segment_pairs, (*x, less, g, 0.3, 0, False))
-    beta, wrong = torch.rand(1, 2, 65, 1), torch.randn(1, 2, 65, 16)
+    beta, wrong = torch.rand(1, 2, 20, 1), torch.randn(1, 2, 20, 16)
     opcheck(ops.delta_systems, (x[1], beta, g, False))
     source = (None, x[1], x[2], ops.delta_systems(x[1], beta, g, False), beta, g)
     opcheck(ops.delta_summaries, (*source, 0.3, False))
@@ -330,7 +344,7 @@ def opchecks() -> None:
     opcheck(ops.delta_outputs, (x[0], *source[1:], *matrices, 0.3, False))
     opcheck(ops.delta_corrected, (*source, *matrices, None, 0.3, False))
     opcheck(ops.delta_corrected, (x[0], *source[1:], *before, wrong, 0.3, True))
-    g = -torch.rand(1, 2, 65, 16)
+    g = -torch.rand(1, 2, 20, 16)
     opcheck(ops.diagonal_summaries, (x[0], x[1], g, 0.3, 0, True))
     opcheck(ops.diagonal_prologue, (*x, g, 0.3, 0, True))
     for grad in (None, x[3]):
@@ -352,25 +366,39 @@ def opchecks() -> None:
     opcheck(ops.kda_gradients, (*x[:2], g, ops.kda_readings(*x[:2], g, *both, 0.3, 1, True), 1, True))
 
 
-def main() -> int:
-    triton_interpreter.install()
-    launch._LEAST = SEGMENT
-    if sys.argv[1:] == ["ledger"]:
-        print("FOUND", json.dumps(ledger()), flush=True)
-        return 0
-    if sys.argv[1:] == ["traffic"]:  # of `python -m bench kernels`
-        print("FOUND", json.dumps(traffic()), flush=True)
-        return 0
-    found: dict[str, dict[str, float]] = {case: errors(case) for case in cases()}
+def of_cases(gates: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The errors of all cases of some gates."""
+    found = {case: errors(case) for case in cases() if gate_of(case) in gates}
     for case in found:
         if case.startswith("fp32"):
             found[case]["totals"] = totals(case)
+    return found
+
+
+def others() -> dict[str, dict[str, float]]:
+    """All that is no case."""
     opchecks()
-    found["interpreter"] = interpreter()
-    found["scan"] = scans()
-    found["ranks"] = on_ranks()
-    found |= traffic()
-    print("FOUND", json.dumps(found), flush=True)
+    return {"interpreter": interpreter(), "scan": scans(), "ranks": on_ranks()}
+
+
+# Each takes a minute or two, and test processes run them side by side. `traffic` is also asked for by
+# `python -m bench kernels`.
+PARTS: dict[str, Callable[[], dict[str, dict[str, float]]]] = {
+    "one decay": lambda: of_cases(GATES),
+    "per key": lambda: of_cases(DIAGONAL),
+    "delta": lambda: of_cases(DELTA[:3]),
+    "kda": lambda: of_cases(KDA),
+    "others": others,
+    "traffic": traffic,
+    "ledger": ledger,
+}
+
+
+def main() -> int:
+    triton_interpreter.install()
+    launch._LEAST = SEGMENT
+    (part,) = sys.argv[1:]
+    print("FOUND", json.dumps(PARTS[part]()), flush=True)
     return 0
 
 

@@ -27,11 +27,11 @@ DOT = "input_precision=PRECISION)"
 PLAIN = ("fp32, mild, two chunks, ", "fp32, none, two chunks, ")
 PER_KEY = ("fp32, mild per key, two chunks, ", "fp32, mild per key, two chunks, both")
 DELTA = ("fp32, mild, delta rule, two chunks, ",)
-SEGMENTS = "fp32, mild, five segments, "
+SEGMENTS = "fp32, mild, four segments, "
 DELTA_WIDE = "fp32, delta rule, wide, "
-DELTA_SEGMENTS = ("fp32, delta rule, five segments, ",)
+DELTA_SEGMENTS = ("fp32, delta rule, three segments, ",)
 KDA = ("fp32, mild per key, delta rule, two chunks, ",)
-KDA_SEGMENTS = ("fp32, strong per key, delta rule, five segments, reverse",)
+KDA_SEGMENTS = ("fp32, strong per key, delta rule, three segments, reverse",)
 
 KEYS, BACK = "delta_per_key", "delta_per_key_back"
 
@@ -353,14 +353,14 @@ def _totals(case: str) -> dict[str, float]:
 CASES = {
     "tiles": (*PLAIN, "fp32, mild, two chunks, reverse", "fp32, strong, two chunks, exclusive"),
     "start": (SEGMENTS,),
-    "start, per key": ("fp32, mild per key, five segments, ",),
+    "start, per key": ("fp32, mild per key, three segments, ",),
     "prologue": (SEGMENTS,),
     "systems": DELTA,
     "corrected": (*DELTA, *DELTA_SEGMENTS),
     "outputs, delta": DELTA,
     "pairs, delta": DELTA,
     "delta summaries": (*DELTA, *DELTA_SEGMENTS),
-    "delta prologue": ("fp32, mild, delta rule, five segments, ",),
+    "delta prologue": ("fp32, mild, delta rule, three segments, ",),
     "delta outputs": (*DELTA, *DELTA_SEGMENTS, DELTA_WIDE),
     "per key, summaries": PER_KEY,
     "per key, outputs": PER_KEY,

@@ -97,6 +97,30 @@ def test_keys_are_saved_or_gathered_again() -> None:
         assert sum(row.count for row in report.collectives if row.op == "all_gather") == expected
 
 
+@pytest.mark.parametrize(("heads", "pattern"), [(1, "N"), (1, "LLLN"), (8, "NN")])
+def test_more_than_a_tenth_of_what_is_saved_is_gathered_again(heads: int, pattern: str) -> None:
+    """By default. What else is saved is estimated before the partitioner chooses it; here it has chosen."""
+    torch.manual_seed(0)
+    shape = {"vocab": 64, "hidden": 64, "heads": 8, "kv_heads": heads, "layers": len(pattern)}
+    model = models.get("linear_llama3:tiny", **SHAPE | shape, pattern=pattern)()
+    ids = torch.randint(0, 64, (1, 256))
+    shares = {}
+    for ranks in (2, 4, 8, 64):
+        counts, saved = [], []
+        for regather in (False, True, "auto"):
+            report = spcompile.explain(model, ranks=ranks, regather=regather)(ids, labels=ids)
+            keys = [x for x in report.collectives if x.purpose.startswith("softmax: keys and values")]
+            counts.append(sum(row.count for row in keys))
+            assert report.memory is not None
+            saved.append(report.memory.saved)
+        held, again, chosen = counts
+        assert again == 2 * held
+        shares[ranks] = share, chosen = (saved[0] - saved[1]) / saved[1], chosen == again
+        # Near the limit an estimate may err to either side.
+        assert chosen == (share > 0.1) or 0.05 < share < 0.2, shares
+    assert {chosen for _, chosen in shares.values()} == ({True, False} if heads == 1 else {True}), shares
+
+
 def test_the_rank_is_no_literal() -> None:
     """The graph is written without knowing a rank: the only source of one is the operator that reads it."""
     module, _ = joint("LN", 61).shard(4)

@@ -167,6 +167,7 @@ CALLED = {
     "not_traced": ["reason"],
     "make_fx": ["f", "tracing_mode", "pre_dispatch"],
     "min_cut_rematerialization_partition": ["joint_module", "_joint_inputs", "num_fwd_outputs"],
+    "partitioner_operators": [],
     "select_decomp_table": [],
     "ShortenTraceback": ["first_useful_frame"],
     "source_name": ["node"],
@@ -286,6 +287,14 @@ def test_inductor_has_the_pass_that_sinks_waits() -> None:
     for name in SCHEDULER["reorder_for_compute_comm_overlap_passes"]:
         found = callable(getattr(comms, name, None))
         assert found, moved(f"torch._inductor.comms.{name}", "is gone: waits would stand before the work")
+
+
+def test_what_the_partitioner_repeats() -> None:
+    graph, aten = torch.fx.Graph(), torch.ops.aten
+    x, operators = graph.placeholder("x"), _torch.partitioner_operators()
+    for op, repeats in ((aten.add.Tensor, True), (aten.view.default, True), (aten.mm.default, False)):
+        found = operators.is_recomputable(graph.call_function(op, (x, x)))
+        assert found == repeats, moved("partitioner_operators", f"takes {op} for the other kind")
 
 
 def test_decompositions() -> None:

@@ -21,6 +21,7 @@ from spcompile.passes.localize import GatherNote, Localizer
 from spcompile.passes.lower import lower_attention
 from spcompile.passes.ports import lend_nothing, lent_as, open_ports
 from spcompile.passes.propagate import Plan
+from spcompile.passes.regather import gather_again
 from spcompile.passes.sequences import plan_sequences
 from spcompile.passes.specialise import specialise
 from spcompile.passes.verify import check_outputs, verify
@@ -72,6 +73,7 @@ def shard_joint_graph(
         partial = gradients_of(graph, parameters) if config.gradients == "partial" else set()
         localizer = Localizer(graph, sharded.plan, context, config.nan_padding, partial)
         localizer.run()
+        gather_again(graph, context, config.regather)
         _erase_dead(graph, emitter.emitted)
         verify(graph, localizer, done)
         sharded.gathers, sharded.lent = localizer.gathers, localizer.lent

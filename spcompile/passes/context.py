@@ -29,6 +29,8 @@ class GraphContext(Context):
         self._draws = 0
         self.kernels: Counter[tuple[str, str, str]] = Counter()
         """(kind of attention, kernel, why it is not a fused one) -> how many take it."""
+        self.held: list[fx.Node] = []
+        """Keys and values of all ranks, which a backward reads."""
 
     def took(self, kind: str, kernel: str, refused: str = "") -> None:
         self.kernels[kind, kernel, refused] += 1
@@ -53,15 +55,21 @@ class GraphContext(Context):
         return state
 
     def gathered(self, keys: Tensor | None) -> Tensor | None:
-        if keys is not None and self.config.regather:
-            # The chain from this rank's keys on, not the gather alone: what is left untagged of it is saved.
-            chain = [self.emitter.node_of(keys)]
-            while chain:
-                node = chain.pop()
-                self._again(node)
-                if node.target is not torch.ops._c10d_functional.all_gather_into_tensor.default:
-                    chain += node.all_input_nodes
+        if keys is not None:
+            self.held.append(self.emitter.node_of(keys))
         return keys
+
+    def gather_again(self, node: fx.Node) -> None:
+        """One of ``held`` is gathered again in the backward.
+
+        The chain from this rank's keys on, not the gather alone: what is left untagged of it is saved.
+        """
+        chain = [node]
+        while chain:
+            node = chain.pop()
+            self._again(node)
+            if node.target is not torch.ops._c10d_functional.all_gather_into_tensor.default:
+                chain += node.all_input_nodes
 
     def cached(self, key: Any, compute: Any) -> Tensor:
         # Shared by nodes of several regions, so it must not carry the tags of the first that asks.

@@ -21,6 +21,7 @@ from spcompile.passes.copies import source_line
 from spcompile.passes.numbers import SYMBOLIC, unsized
 from spcompile.passes.propagate import Plan, Step, Value, value_of
 from spcompile.passes.reach import reaches
+from spcompile.phases import backward_of
 from spcompile.placement import Partial, Placement, Replicate, Shard, same_blocks
 from spcompile.rules import Split, attention
 from spcompile.rules.ports import LEND
@@ -76,7 +77,7 @@ class Localizer:
         """Rewrite the graph."""
         outputs = next(n for n in self.originals if n.op == "output")
         wanted = {value_of(x) for x in tree_leaves(outputs.args) if isinstance(x, fx.Node)}
-        self._backward = _depends_on_tangents(self.originals)
+        self._backward = backward_of(self.originals)  # no output of a forward shares a collective with one
         for node in (n for n in self.originals if n not in self.last_writes):
             self._consumer = node
             with self.graph.inserting_before(node):
@@ -376,13 +377,3 @@ def _hinted(placement: Any) -> Any:
         return placement
     sizes = placement.length, placement.block, placement.start, placement.outer
     return Shard(placement.dim, *map(hint, sizes))
-
-
-def _depends_on_tangents(nodes: list[fx.Node]) -> set[fx.Node]:
-    """The backward: a forward output must not share a collective with a gradient."""
-    found: set[fx.Node] = set()
-    for node in nodes:
-        tangent = node.op == "placeholder" and node.name.startswith("tangents")
-        if tangent or any(x in found for x in node.all_input_nodes):
-            found.add(node)
-    return found

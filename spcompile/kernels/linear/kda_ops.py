@@ -264,7 +264,8 @@ def kda_corrected(
             *strides_of(grad), *strides_of(beta), h, t, _chunks(k), count, size, b * h,
             FOLD=fold, REVERSE=reverse, **options,
         )  # fmt: skip
-    return out, sums.sum(0), kept, final
+    torch.sum(sums, 0, out=of_beta)
+    return out, of_beta, kept, final
 
 
 @kda_corrected.register_fake
