@@ -39,13 +39,11 @@ __all__ = [
 class Variant(NamedTuple):
     """A kernel as one of the operators launches it.
 
-    ``stack`` are the bytes per thread that it may have with heads of up to 128 (bf16, sm_90). ``wide`` says
-    whether its products have the 64 rows of a warp group's.
+    ``wide`` says whether its products have the 64 rows of a warp group's.
     """
 
     kernel: str
     constants: Mapping[str, Any] = MappingProxyType({})
-    stack: int = 0
     wide: bool = True
 
 
@@ -79,15 +77,15 @@ VARIANTS = {
     "outputs": Variant("segments.outputs", {"GATED": False}),
     "outputs, decay": Variant("segments.outputs"),
     "outputs, decay, dq": Variant("segments.outputs", _DQ),
-    "outputs, decay, dk": Variant("segments.outputs", _DK, 16),
+    "outputs, decay, dk": Variant("segments.outputs", _DK),
     "pairs": Variant("segments.pairs", {"less": None}),
-    "delta, systems": Variant("delta.systems"),
+    "delta, systems": Variant("inverse.systems"),
     "delta, summaries": Variant("delta.summaries"),
-    "delta, summaries back": Variant("delta.summaries", {"BACK": True, "REVERSE": True}, 16),
-    "delta, prologue": Variant("delta.prologue", stack=32),
-    "delta, outputs": Variant("delta.outputs", stack=56),
+    "delta, summaries back": Variant("delta.summaries", {"BACK": True, "REVERSE": True}),
+    "delta, prologue": Variant("delta.prologue"),
+    "delta, outputs": Variant("delta.outputs"),
     "delta, writes": Variant("delta.corrected"),
-    "delta, gradients": Variant("delta.corrected", {"BACK": True, "REVERSE": True}, 32),
+    "delta, gradients": Variant("delta.corrected", {"BACK": True, "REVERSE": True}),
     "delta, pairs": Variant("segments.pairs"),
     "delta, dk of readings": Variant("segments.outputs", {**_DQ, "STRICT": True, "FOLD": False}),
     "delta, dk": Variant("segments.outputs", {**_DK, "LESS": True, "FOLD": False}),
@@ -97,15 +95,15 @@ VARIANTS = {
     "per key, pairs back": Variant("diagonal.within", {"GRADS": True}, wide=False),
     "per key, outputs": Variant("diagonal.outputs"),
     "per key, dv": Variant("diagonal.outputs", {"SCALED": True, "MIRRORED": True, **_BACK}),
-    "per key, dq": Variant("diagonal.columns", stack=16),
-    "per key, dk": Variant("diagonal.columns", {"ROLE": 2, **_BACK}, 8),
+    "per key, dq": Variant("diagonal.columns"),
+    "per key, dk": Variant("diagonal.columns", {"ROLE": 2, **_BACK}),
     "delta per key, prepared": Variant("delta_per_key.prepared"),
     "delta per key, summaries": Variant("delta_per_key.summaries"),
     "delta per key, summaries back": Variant("delta_per_key.summaries_back"),
     "delta per key, outputs": Variant("delta_per_key.written"),
     "delta per key, writes": Variant("delta_per_key.written", _TRAINED),
     "delta per key, gradients": Variant("delta_per_key.corrected"),
-    "delta per key, readings": Variant("delta_per_key_back.readings", stack=32),
+    "delta per key, readings": Variant("delta_per_key_back.readings"),
     "delta per key, pairs": Variant("delta_per_key_back.pairs", wide=False),
 }
 _DEFAULTS: dict[str, Any] = {
@@ -164,7 +162,7 @@ def compiled(variant: Variant, size: int, dtype: torch.dtype, arch: int | str) -
 # The scan over states of 128 x 128, by factors or by matrices.
 SCANS = {
     "scan, factors": Variant("scan._scan", {"HOW": 1, "BK": 32}),
-    "scan, matrices": Variant("scan._scan", {"HOW": 2, "BK": 128}, 32),
+    "scan, matrices": Variant("scan._scan", {"HOW": 2, "BK": 128}),
 }
 
 

@@ -81,7 +81,7 @@ FAULTS = {
         ("segments", "tl.store(p, state * scale", "tl.store(p, state"),
         ("segments", f"values = (values * {END}).to(values.dtype)", "values = values"),
         ("segments", f"values, state, {DOT}", 'values, state, input_precision="tf32")'),
-        ("segments", "for first in range(begin, end, C)", "for first in range(begin, end - C, C)"),
+        ("segments", "tl.range(begin, end, C", "tl.range(begin, end - C, C"),
     ],
     "outputs": [
         ("segments", "read *= tl.exp(tl.cumsum(mine, 0))[:, None]", "read *= 1.0"),
@@ -110,13 +110,13 @@ FAULTS = {
         ("segments", "tl.where(through, before_l, 0.0), 0)", "tl.where(through, before_l, 0.0), 1)"),
     ],
     "systems": [
-        ("delta", "lower * strengths[None, :]", "lower * strengths[:, None]"),
-        ("delta", "for r in range(1, 16)", "for r in range(1, 15)"),
-        ("delta", "within += tl.dot(square", "within -= tl.dot(square"),
-        ("delta", "within -= tl.dot(system", "within += tl.dot(system"),
-        ("delta", "lower *= pairwise(", "lower *= 0.0 + 0.0 * pairwise("),
-        ("delta", "row & blocks, within", "row, within"),
-        ("delta", f"within = tl.dot(within, lower, {DOT}", "within = lower"),
+        ("inverse", "lower * strengths[None, :]", "lower * strengths[:, None]"),
+        ("inverse", "for r in range(1, 16)", "for r in range(1, 15)"),
+        ("inverse", "within += tl.dot(square", "within -= tl.dot(square"),
+        ("inverse", "within -= tl.dot(system", "within += tl.dot(system"),
+        ("inverse", "lower *= pairwise(", "lower *= 0.0 + 0.0 * pairwise("),
+        ("inverse", "row & blocks, within", "row, within"),
+        ("inverse", f"within = tl.dot(within, lower, {DOT}", "within = lower"),
     ],
     "delta summaries": [
         ("delta", "state = tl.where(of_matrix &", "state = tl.where((column < 0) &"),
@@ -148,8 +148,8 @@ FAULTS = {
         ("diagonal", "total += here", "total = here"),
         ("diagonal", "state * tl.exp(here)[:, None]", "state"),
         ("diagonal", "tl.store(p, state * scale", "tl.store(p, state"),
-        ("diagonal", "(i + 1 < M)[:, None]", "(i + 2 < M)[:, None]"),
-        ("diagonal", "+ _row(g, first, d", "+ 0 * _row(g, first, d"),
+        ("per_key", "(i + 1 < M)[:, None]", "(i + 2 < M)[:, None]"),
+        ("per_key", "+ load_row(g, first, d", "+ 0 * load_row(g, first, d"),
     ],
     "per key, outputs": [
         ("diagonal", "queries = (queries * begun).to(queries.dtype)", "queries = queries"),
@@ -164,11 +164,11 @@ FAULTS = {
         ("diagonal", "read *= begun", "read *= 1.0"),
         ("diagonal", "(read + tl.load(added, mask=valid, other=0.0))", "(read)"),
         ("diagonal", "READ == INCLUSIVE, False, 3 if WIDE", "READ != INCLUSIVE, False, 3 if WIDE"),
-        ("diagonal", "False, 3 if WIDE else 2) + across[None, :]", "False, 3 if WIDE else 2)"),
+        ("diagonal", "read += across[None, :]", "read += 0.0 * across[None, :]"),
         ("diagonal", "state *= through[None, :]", "state *= 1.0"),
         ("diagonal", "values = (values * end).to(values.dtype)", "values = values"),
         ("diagonal", "read += tl.load(p, mask=inside, other=0.0)", "read += 0.0"),
-        ("diagonal", "tl.static_range(PARTS)", "tl.static_range(1)"),
+        ("per_key", "tl.range(PARTS", "tl.range(1"),
     ],
     "within": [
         ("diagonal", "tl.sum(decays * keys * query", "tl.sum(keys * query"),
@@ -179,7 +179,7 @@ FAULTS = {
         ("diagonal", "behind *= end", "behind *= 1.0"),
         ("diagonal", "over *= tl.exp(through)", "over *= 0.0"),
         ("diagonal", "* later, 0)\n", ", 0)\n"),
-        ("diagonal", "* tl.exp(between)[None, :], through", ", through"),
+        ("per_key", "* tl.exp(between)[None, :], through", ", through"),
         ("diagonal", "i[:, None] == i[None, :] + 1", "i[:, None] == i[None, :]"),
         ("diagonal", "False, True, 3) + over", "True, True, 3) + over"),
     ],
@@ -206,20 +206,20 @@ FAULTS = {
         (KEYS, "skipped(T, N, C, REVERSE)\n    q +=", "0\n    q +="),
         (KEYS, "tl.where(mine, 1.0, decays * decay)", "tl.where(mine, 1.0, decays)"),
         (KEYS, "tl.where(i[:, None] > i[None, :], ours", "tl.where(i[:, None] >= i[None, :], ours"),
-        (KEYS, "keys = _load(k, step, True, d, kt, T, N, K", "keys = _load(k, step, True, d, kt, T, N, BK"),
+        (KEYS, "keys = load(k, step, True, d, kt, T, N, K", "keys = load(k, step, True, d, kt, T, N, BK"),
         (KEYS, "between += gone", "between = gone"),
         (KEYS, "precision=PRECISION), b, b - back, C)", "precision=PRECISION), b, 0, C)"),
         (KEYS, "start = tl.exp(between)[None, :]", "start = 1.0"),
         (KEYS, "behind += here", "behind = here"),
         (KEYS, "end * tl.exp(behind)[None, :]", "end"),
         (KEYS, "system * strengths[None, :], C", "system * strengths[:, None], C"),
-        ("delta", "for r in range(1, 16)", "for r in range(1, 15)"),
+        ("inverse", "for r in range(1, 16)", "for r in range(1, 15)"),
         (KEYS, "1.0, -inverse)", "1.0, inverse)"),
     ],
     "kda, summaries": [
         (KEYS, "state * decay[:, None], input", "state, input"),
         (KEYS, "(errors * strengths[:, None])", "(errors)"),
-        (KEYS, "_load(v, step, column < parts", "_load(v, step, True"),
+        (KEYS, "load(v, step, column < parts", "load(v, step, True"),
         (KEYS, "1.0, 0.0)\n    N = ", "0.0, 0.0)\n    N = "),
         (KEYS, "matrices + at * (K * K) + dk[:, None] * K + dv[None, :]",
          "matrices + at * (K * K) + dk[:, None] + dv[None, :] * K"),
@@ -260,8 +260,8 @@ FAULTS = {
         (BACK, "read *= -start", "read *= start"),
         (BACK, "tl.store(p, read + wrote", "tl.store(p, wrote"),
         (BACK, "across * tl.exp(through)", "across"),
-        (BACK, "_later(asked + read * keys, C, True", "_later(asked + read * keys, C, False"),
-        (BACK, "_later(wrote, C, False, True", "_later(wrote, C, True, True"),
+        (BACK, "sum_behind(asked + read * keys, C, True", "sum_behind(asked + read * keys, C, False"),
+        (BACK, "sum_behind(wrote, C, False, True", "sum_behind(wrote, C, True, True"),
         (BACK, "tl.sum(before.to(tl.float32) * behind", "tl.sum(before.to(tl.float32) * before"),
     ],
     "kda, exclusive": [
@@ -270,12 +270,12 @@ FAULTS = {
         (BACK, "READ == EXCLUSIVE:\n        before_q", "READ == INCLUSIVE:\n        before_q"),
         (BACK, "later & (i[:, None] < i", "later & (i[:, None] <= i"),
         (BACK, "if READ == EXCLUSIVE:\n        start, _", "if READ == INCLUSIVE:\n        start, _"),
-        (BACK, "_later(asked, C, False, False", "_later(asked, C, True, False"),
+        (BACK, "sum_behind(asked, C, False, False", "sum_behind(asked, C, True, False"),
         (BACK, "if READ == INCLUSIVE:\n            seen", "if READ != INCLUSIVE:\n            seen"),
         (BACK, "to_k += both * seen", "to_k += both * decays"),
         (BACK, "(i + 1 < r)[None, :, None]", "(i < r)[None, :, None]"),
         (BACK, "READ == EXCLUSIVE:\n            start", "READ == INCLUSIVE:\n            start"),
-        (BACK, "_later(from_q * queries, half, False", "_later(from_q * queries, half, True"),
+        (BACK, "sum_behind(from_q * queries, half, False", "sum_behind(from_q * queries, half, True"),
     ],
     "kda, pairs": [
         (BACK, "tl.where(mine, 1.0, decays * decay)", "tl.where(mine, 1.0, decays)"),
@@ -304,7 +304,7 @@ def planted(number: int, fault: tuple[str, str, str], folder: Path) -> None:
     package, source = f"faulty{number}", Path(spcompile.kernels.triton.__file__).parent
     (folder / package).mkdir()
     (folder / package / "__init__.py").touch()
-    for name in ("tiles", "segments", "delta", "diagonal", KEYS, BACK):
+    for name in ("tiles", "segments", "inverse", "delta", "per_key", "diagonal", KEYS, BACK):
         text = (source / f"{name}.py").read_text()
         if name == file:
             assert old in text, fault
@@ -312,6 +312,7 @@ def planted(number: int, fault: tuple[str, str, str], folder: Path) -> None:
         text = text.replace("spcompile.kernels.triton.", f"{package}.")
         (folder / package / f"{name}.py").write_text(text)
     segment_ops.segments = importlib.import_module(f"{package}.segments")
+    delta_ops.inverse = importlib.import_module(f"{package}.inverse")
     delta_ops.delta = importlib.import_module(f"{package}.delta")
     diagonal_ops.diagonal = importlib.import_module(f"{package}.diagonal")
     kda_ops.delta_per_key = importlib.import_module(f"{package}.{KEYS}")

@@ -1,4 +1,4 @@
-"""The machine code of the Triton kernels, for GPUs that are not there: it compiles, and hardly spills.
+"""The machine code of the Triton kernels, for GPUs that are not there: it compiles, and does not spill.
 
 ``triton.compile`` and the ptxas of Triton's wheel need no GPU. A kernel takes one or two seconds. Heads of 64
 and 128 on sm_90 are compiled here, the others by ``make sweep``.
@@ -68,9 +68,7 @@ def test_a_kernel_compiles(
     assert code.shared <= SHARED[arch], "it would not start"
     assert wide_offsets(made)
     if size <= 128 and dtype == torch.bfloat16 and arch == 90:
-        # Triton 3.6 spills 72 and 128 bytes where 3.7 has 24 and 96: two kernels of these.
-        older = 48 if triton.__version__.startswith("3.6") else 0
-        assert code.stack <= expected.stack + older and code.blocks
+        assert code.stack == 0 and code.blocks
         assert (code.wide > 0) == expected.wide and code.wide + code.products > 0
 
 
@@ -79,4 +77,4 @@ def test_a_kernel_compiles(
 def test_the_scan_compiles(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     made = compiled_scan(name, 90)
-    assert described(made, 90).stack <= SCANS[name].stack and wide_offsets(made)
+    assert described(made, 90).stack == 0 and wide_offsets(made)

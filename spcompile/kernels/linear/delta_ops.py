@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from spcompile.kernels.linear.launch import CHUNK, blank, dense, rows, segment, strides_of, tiles
-from spcompile.kernels.triton import delta
+from spcompile.kernels.triton import delta, inverse
 
 __all__ = ["delta_corrected", "delta_outputs", "delta_prologue", "delta_summaries", "delta_systems"]
 
@@ -42,7 +42,7 @@ def delta_systems(k: Tensor, beta: Tensor, log_decay: Tensor | None, reverse: bo
     for name in ("V", "BV"):
         del options[name]
     with torch.cuda.device_of(k):
-        delta.systems[(b * h * count,)](
+        inverse.systems[(b * h * count,)](
             k, beta, log_decay, systems, *_strides(k, beta, log_decay), h, t, count,
             GATED=log_decay is not None, REVERSE=reverse, **options,
         )  # fmt: skip

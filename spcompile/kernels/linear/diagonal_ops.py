@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from spcompile.kernels.linear.launch import CHUNK, blank, lie, rows, segment, strides_of, tiles
-from spcompile.kernels.triton import diagonal, segments
+from spcompile.kernels.triton import diagonal, per_key, segments
 
 __all__ = [
     "diagonal_columns",
@@ -125,7 +125,7 @@ def diagonal_within(
     lies = strides_of(found[1]) if grad is not None else (0, 0, 0)
     strides = [s for x in given for s in strides_of(x)]
     with torch.cuda.device_of(k):
-        diagonal.within[(b * h * count * (CHUNK // diagonal.BLOCK.value),)](
+        diagonal.within[(b * h * count * (CHUNK // per_key.BLOCK.value),)](
             *given, *found, scale, *strides, *lies, h, t, count,
             READ=read, REVERSE=reverse, GRADS=grad is not None, **options,
         )  # fmt: skip

@@ -6,12 +6,11 @@ Either walk corrects what it writes by what it reads: with U the state and a dec
     backward   y = X^ (D k U + (k q^T . D) do)     U' = a U - (k D_to_end)^T (beta y) + (q D_to_end)^T do
 
 X = (I + L beta)^-1 with L = strictly lower (k k^T . D), and X^ the same of L^T, as the way back sees it. Both
-are known by Z = X L, without another inverse: X r = r - Z (beta r) and X^ r = r - Z^T (beta r). Forward, -y
-is the error of each prediction, and the tokens write n = -beta y; backward, walking back, y is the gradient
-of n, and beta y that of v. So a walk is the same either way: a *source* (q, do) is what the backward has in
-place of values.
+are known by Z = X L (``inverse.py``), without another inverse: X r = r - Z (beta r), X^ r = r - Z^T (beta r).
+Forward, -y is the error of each prediction, and the tokens write n = -beta y; backward, walking back, y is
+the gradient of n, and beta y that of v. So a walk is the same either way: a *source* (q, do) is what the
+backward has in place of values.
 
-    systems     Z of each chunk
     summaries   what each segment does to the state: a matrix, from the columns of the identity, and a state
     prologue    those of both ways of a backward in one launch
     outputs     the forward, from what the segments before do
@@ -38,65 +37,7 @@ from spcompile.kernels.triton.tiles import (
     to_end,
 )
 
-__all__ = ["corrected", "inverse_of", "outputs", "prologue", "start", "summaries", "systems"]
-
-
-@triton.jit
-def systems(
-    k, beta, g, systems,
-    kb, kh, kt, bb, bh, bt, gb, gh, gt,
-    H, T, n_chunks,
-    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, GATED: tl.constexpr, REVERSE: tl.constexpr,
-    WIDE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``systems [N, steps, C]``: Z of each chunk; one program for a chunk."""
-    pid = tl.program_id(0)
-    chunk, n = pid % n_chunks, pid // n_chunks
-    N = n_chunks * C
-    i, dk = tl.arange(0, C), tl.arange(0, BK)
-    step = chunk * C + i
-    at = systems + (n.to(tl.int64) * N + step.to(tl.int64))[:, None] * C + i[None, :]
-    if (chunk * C + C <= N - T) if REVERSE else (chunk * C >= T):
-        tl.store(at, tl.zeros((C, C), systems.dtype.element_ty))  # padding, which no walk reads
-        return
-    p, inside = tile(k + offset(n, H, kb, kh), step, dk, kt, T, N, K, REVERSE)
-    keys = tl.load(p, mask=inside, other=0.0)
-    if WIDE:
-        keys = keys.to(tl.float32)
-    lower = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
-    if GATED:
-        mine = gates(g + offset(n, H, gb, gh), step, True, gt, T, N, REVERSE)
-        lower *= pairwise(mine, mine, C, INCLUSIVE)
-    lower = tl.where(i[:, None] > i[None, :], lower, 0.0)
-    strengths = gates(beta + offset(n, H, bb, bh), step, True, bt, T, N, REVERSE)
-    system = lower * strengths[None, :]
-    within = inverse_of(system, C, PRECISION)
-    within = tl.dot(within, lower, input_precision=PRECISION)
-    tl.store(at, within.to(systems.dtype.element_ty))
-
-
-@triton.jit
-def inverse_of(system, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + system)^-1 of a strictly lower ``[C, C]``.
-
-    Blocks of 16 steps are solved by substitution, which loses nothing; the blocks against each other by
-    (I + M)^-1 = (I - M) (I + M^2), as M has four blocks below its diagonal and its fourth power is zero.
-    """
-    i = tl.arange(0, C)
-    blocks = (i // 16)[:, None] == (i // 16)[None, :]
-    small = tl.where(blocks, system, 0.0)
-    within = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
-    for r in range(1, 16):  # row r of every block at once
-        row = (i % 16 == r)[:, None]
-        known = tl.sum(tl.where(row, small, 0.0), 0)
-        known = tl.sum(known[:, None] * within, 0)
-        within = tl.where(row & blocks, within - known[None, :], within)
-    system = tl.where(blocks, 0.0, system)
-    system = tl.dot(within, system, input_precision=PRECISION)
-    square = tl.dot(system, system, input_precision=PRECISION)
-    within += tl.dot(square, within, input_precision=PRECISION)
-    within -= tl.dot(system, within, input_precision=PRECISION)
-    return within
+__all__ = ["corrected", "outputs", "prologue", "start", "summaries"]
 
 
 @triton.jit
@@ -249,7 +190,7 @@ def _summary(
     state = tl.where(of_matrix & (dk[:, None] == dv[None, :]), 1.0, 0.0)
     N = n_segments * segment
     begin, last = chunks(which, segment, T, N, C, REVERSE)
-    for first in range(begin, last, C):
+    for first in tl.range(begin, last, C, disable_licm=True):
         step = _steps(first, C, BACK)
         p, inside = tile(k, step, dk, kt, T, N, K, REVERSE)
         keys = tl.load(p, mask=inside, other=0.0)
@@ -356,7 +297,7 @@ def outputs(
     N = n_segments * segment
     out += n.to(tl.int64) * T * V
     begin, last = chunks(which, segment, T, N, C, REVERSE)
-    for first in range(begin, last, C):
+    for first in tl.range(begin, last, C, disable_licm=True):
         step = first + i
         p, inside = tile(k, step, dk, kt, T, N, K, REVERSE)
         keys = tl.load(p, mask=inside, other=0.0)
@@ -416,7 +357,7 @@ def corrected(
     out += n.to(tl.int64) * T * V
     errors += n.to(tl.int64) * T * V
     begin, last = chunks(which, segment, T, N, C, REVERSE)
-    for first in range(begin, last, C):
+    for first in tl.range(begin, last, C, disable_licm=True):
         step = _steps(first, C, BACK)
         p, inside = tile(k, step, dk, kt, T, N, K, REVERSE)
         keys = tl.load(p, mask=inside, other=0.0)

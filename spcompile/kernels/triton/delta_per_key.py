@@ -20,7 +20,7 @@ and walking back, with R the gradient of the state behind the chunk and do that 
 A key is decayed from the chunk's start where it reads and to its end where it writes, and walking back the
 other way round: both ways read the same tensors. So no walk looks at a gate, and either goes by the steps of
 the forward. Queries may be EXCLUSIVE (``tiles.py``), while keys read behind the decay of their own step. Sums
-run over exactly the steps between, and no exponent is positive (``diagonal.py``).
+run over exactly the steps between, and no exponent is positive (``per_key.py``).
 """
 
 from __future__ import annotations
@@ -28,8 +28,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spcompile.kernels.triton.delta import inverse_of, start
-from spcompile.kernels.triton.diagonal import BLOCK, _from_start, _load, _past, _row, _to_end
+from spcompile.kernels.triton.delta import start
+from spcompile.kernels.triton.inverse import inverse_of
+from spcompile.kernels.triton.per_key import (
+    BLOCK,
+    decay_from_start,
+    decay_to_end,
+    load,
+    load_row,
+    past_keys,
+)
 from spcompile.kernels.triton.tiles import EXCLUSIVE, INCLUSIVE, chunks, close, gates, offset, tile
 
 __all__ = ["corrected", "prepared", "skipped", "summaries", "summaries_back", "written"]
@@ -71,40 +79,42 @@ def prepared(
         begin = first + b * BLOCK
         step = begin + i
         at = scores + (row + b * BLOCK + i)[:, None] * C + i[None, :]
-        keys = _load(k, step, True, d, kt, T, N, K, REVERSE, True)
+        keys = load(k, step, True, d, kt, T, N, K, REVERSE, True)
         own = tl.zeros((BLOCK, BLOCK), tl.float32)
         ours = own
         decays = tl.zeros((BLOCK, BK), tl.float32)  # from each step of the block to the row's reading
         for r in range(BLOCK):
             mine = (i == r)[:, None]
-            decay = tl.exp(_row(g, begin + r, d, gt, T, N, K, REVERSE))[None, :]
+            decay = tl.exp(load_row(g, begin + r, d, gt, T, N, K, REVERSE))[None, :]
             seen = decays
             decays = tl.where(mine, 1.0, decays * decay)
             if READ == INCLUSIVE:
                 seen = decays
-            query = _row(q, begin + r, d, qt, T, N, K, REVERSE)[None, :]
+            query = load_row(q, begin + r, d, qt, T, N, K, REVERSE)[None, :]
             own = tl.where(mine, tl.sum(seen * keys * query, 1)[None, :], own)
-            key = _row(k, begin + r, d, kt, T, N, K, REVERSE)[None, :]
+            key = load_row(k, begin + r, d, kt, T, N, K, REVERSE)[None, :]
             ours = tl.where(mine, tl.sum(decays * keys * key, 1)[None, :], ours)
         tl.store(at + b * BLOCK, (own * scale).to(scores.dtype.element_ty))
         system += _placed(tl.where(i[:, None] > i[None, :], ours, 0.0), b, b, C)
         for c in range(b + 1, blocks):
             tl.store(at + c * BLOCK, tl.zeros((BLOCK, BLOCK), scores.dtype.element_ty))
 
-        start, here = _from_start(g, begin, d, gt, T, N, BLOCK, K, INCLUSIVE, REVERSE)
+        start, here = decay_from_start(g, begin, d, gt, T, N, BLOCK, K, INCLUSIVE, REVERSE)
         key = keys * start
         if READ == EXCLUSIVE:
-            start, _ = _from_start(g, begin, d, gt, T, N, BLOCK, K, READ, REVERSE)
-        reading = _load(q, step, True, d, qt, T, N, K, REVERSE, True) * start * scale
+            start, _ = decay_from_start(g, begin, d, gt, T, N, BLOCK, K, READ, REVERSE)
+        reading = load(q, step, True, d, qt, T, N, K, REVERSE, True) * start * scale
         between = tl.zeros((BK,), tl.float32)
         for back in range(1, b + 1):
-            past, gone = _past(k, g, begin - back * BLOCK, d, between, kt, gt, T, N, K, INCLUSIVE, REVERSE)
+            past, gone = past_keys(
+                k, g, begin - back * BLOCK, d, between, kt, gt, T, N, K, INCLUSIVE, REVERSE
+            )
             between += gone
             pairs = tl.dot(reading, tl.trans(past), input_precision=PRECISION)
             tl.store(at + (b - back) * BLOCK, pairs.to(scores.dtype.element_ty))
             system += _placed(tl.dot(key, tl.trans(past), input_precision=PRECISION), b, b - back, C)
         start = tl.exp(between)[None, :]
-        end, _ = _to_end(g, begin, d, gt, T, N, BLOCK, K, INCLUSIVE, REVERSE)
+        end, _ = decay_to_end(g, begin, d, gt, T, N, BLOCK, K, INCLUSIVE, REVERSE)
         p, inside = tile(queries + made, step, d, K, T, N, K, REVERSE)
         tl.store(p, (reading * start).to(queries.dtype.element_ty), mask=inside)
         p, inside = tile(readers + made, step, d, K, T, N, K, REVERSE)
@@ -200,11 +210,11 @@ def summaries(
     N = n_segments * segment
     skip = skipped(T, N, C, REVERSE)
     begin, last = chunks(which, segment, T, N, C, REVERSE)
-    for first in range(begin, last, C):
+    for first in tl.range(begin, last, C, disable_licm=True):
         step, row = first + i, n.to(tl.int64) * n_chunks * C + first - skip
-        reading = _load(readers, step, True, dk, K, T, N, K, REVERSE, WIDE)
-        writing = _load(writers, step, True, dk, K, T, N, K, REVERSE, WIDE)
-        given = _load(v, step, column < parts, dv, vt, T, N, V, REVERSE, WIDE)
+        reading = load(readers, step, True, dk, K, T, N, K, REVERSE, WIDE)
+        writing = load(writers, step, True, dk, K, T, N, K, REVERSE, WIDE)
+        given = load(v, step, column < parts, dv, vt, T, N, V, REVERSE, WIDE)
         strengths = gates(beta, step, True, bt, T, N, REVERSE)
         decay = tl.load(through + row // C * K + dk, mask=dk < K, other=0.0)
         _, _, state = _forward(state, reading, writing, given, systems, row, strengths, decay, C, PRECISION)
@@ -240,13 +250,13 @@ def summaries_back(
     skip = skipped(T, N, C, REVERSE)
     begin, last = chunks(which, segment, T, N, C, REVERSE)
     count = tl.cdiv(last - begin, C)
-    for passed in range(count):
+    for passed in tl.range(count, disable_licm=True):
         first = begin + (count - 1 - passed) * C
         step, row = first + i, n.to(tl.int64) * n_chunks * C + first - skip
-        asking = _load(queries, step, True, dk, K, T, N, K, REVERSE, WIDE)
-        reading = _load(readers, step, True, dk, K, T, N, K, REVERSE, WIDE)
-        writing = _load(writers, step, True, dk, K, T, N, K, REVERSE, WIDE)
-        given = _load(do, step, True, dv, dt, T, N, V, REVERSE, WIDE)
+        asking = load(queries, step, True, dk, K, T, N, K, REVERSE, WIDE)
+        reading = load(readers, step, True, dk, K, T, N, K, REVERSE, WIDE)
+        writing = load(writers, step, True, dk, K, T, N, K, REVERSE, WIDE)
+        given = load(do, step, True, dv, dt, T, N, V, REVERSE, WIDE)
         strengths = gates(beta, step, True, bt, T, N, REVERSE)
         decay = tl.load(through + row // C * K + dk, mask=dk < K, other=0.0)
         _, _, state = _backward(state, asking, reading, writing, given, scores, adjoints, row, strengths,
@@ -287,19 +297,19 @@ def written(
     N = n_segments * segment
     skip = skipped(T, N, C, REVERSE)
     begin, last = chunks(which, segment, T, N, C, REVERSE)
-    for first in range(begin, last, C):
+    for first in tl.range(begin, last, C, disable_licm=True):
         step, row = first + i, n.to(tl.int64) * n_chunks * C + first - skip
         if TRAINED:
             at = kept + row // C * (K * V) + dk[:, None] * V + dv[None, :]
             tl.store(at, state.to(kept.dtype.element_ty), mask=whole)
-        reading = _load(readers, step, True, dk, K, T, N, K, REVERSE, WIDE)
-        writing = _load(writers, step, True, dk, K, T, N, K, REVERSE, WIDE)
-        given = _load(v, step, True, dv, vt, T, N, V, REVERSE, WIDE)
+        reading = load(readers, step, True, dk, K, T, N, K, REVERSE, WIDE)
+        writing = load(writers, step, True, dk, K, T, N, K, REVERSE, WIDE)
+        given = load(v, step, True, dv, vt, T, N, V, REVERSE, WIDE)
         strengths = gates(beta, step, True, bt, T, N, REVERSE)
         decay = tl.load(through + row // C * K + dk, mask=dk < K, other=0.0)
         read = tl.zeros((C, BV), tl.float32)
         if not TRAINED:
-            asking = _load(queries, step, True, dk, K, T, N, K, REVERSE, WIDE)
+            asking = load(queries, step, True, dk, K, T, N, K, REVERSE, WIDE)
             read = tl.dot(asking, state.to(asking.dtype), input_precision=PRECISION)
         wrong, writes, state = _forward(state, reading, writing, given, systems, row, strengths, decay,
                                         C, PRECISION)  # fmt: skip
@@ -349,15 +359,15 @@ def corrected(
     skip = skipped(T, N, C, REVERSE)
     begin, last = chunks(which, segment, T, N, C, REVERSE)
     count = tl.cdiv(last - begin, C)
-    for passed in range(count):
+    for passed in tl.range(count, disable_licm=True):
         first = begin + (count - 1 - passed) * C
         step, row = first + i, n.to(tl.int64) * n_chunks * C + first - skip
         at = kept + row // C * (K * V) + dk[:, None] * V + dv[None, :]
         tl.store(at, state.to(kept.dtype.element_ty), mask=whole)
-        asking = _load(queries, step, True, dk, K, T, N, K, REVERSE, WIDE)
-        reading = _load(readers, step, True, dk, K, T, N, K, REVERSE, WIDE)
-        writing = _load(writers, step, True, dk, K, T, N, K, REVERSE, WIDE)
-        given = _load(do, step, True, dv, dt, T, N, V, REVERSE, WIDE)
+        asking = load(queries, step, True, dk, K, T, N, K, REVERSE, WIDE)
+        reading = load(readers, step, True, dk, K, T, N, K, REVERSE, WIDE)
+        writing = load(writers, step, True, dk, K, T, N, K, REVERSE, WIDE)
+        given = load(do, step, True, dv, dt, T, N, V, REVERSE, WIDE)
         strengths = gates(beta, step, True, bt, T, N, REVERSE)
         decay = tl.load(through + row // C * K + dk, mask=dk < K, other=0.0)
         found, grads, state = _backward(state, asking, reading, writing, given, scores, adjoints, row,

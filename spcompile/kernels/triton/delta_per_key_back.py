@@ -25,13 +25,7 @@ import triton
 import triton.language as tl
 
 from spcompile.kernels.triton.delta_per_key import skipped
-from spcompile.kernels.triton.diagonal import (
-    _from_start,
-    _later,
-    _load,
-    _sums,
-    _to_end,
-)
+from spcompile.kernels.triton.per_key import decay_from_start, decay_to_end, load, sum_behind, sum_rows
 from spcompile.kernels.triton.tiles import EXCLUSIVE, INCLUSIVE, offset, tile
 
 __all__ = ["pairs", "readings"]
@@ -63,19 +57,19 @@ def readings(
     read = tl.zeros((C, BK), tl.float32)
     wrote = tl.zeros((C, BK), tl.float32)
     across = tl.zeros((BK,), tl.float32)
-    for begin in range(0, V, BV):
+    for begin in tl.range(0, V, BV, disable_licm=True):
         e = begin + tl.arange(0, BV)
         at = (head * n_chunks + chunk) * (K * V) + d[:, None] * V + e[None, :]
         whole = (d < K)[:, None] & (e < V)[None, :]
         before = tl.load(kept + at, mask=whole, other=0.0)
         behind = tl.load(kept_back + at, mask=whole, other=0.0)
         across += tl.sum(before.to(tl.float32) * behind.to(tl.float32), 1)
-        values = _load(written, step, True, e, V, T, N, V, REVERSE, WIDE)
+        values = load(written, step, True, e, V, T, N, V, REVERSE, WIDE)
         wrote = tl.dot(values, tl.trans(behind), wrote, input_precision=PRECISION)
-        given = _load(do, step, True, e, dt, T, N, V, REVERSE, WIDE)
+        given = load(do, step, True, e, dt, T, N, V, REVERSE, WIDE)
         by_query = tl.dot(given, tl.trans(values), by_query, input_precision=PRECISION)
         asked = tl.dot(given, tl.trans(before), asked, input_precision=PRECISION)
-        taken = _load(dv, step, True, e, V, T, N, V, REVERSE, WIDE)
+        taken = load(dv, step, True, e, V, T, N, V, REVERSE, WIDE)
         by_key = tl.dot(taken, tl.trans(values), by_key, input_precision=PRECISION)
         read = tl.dot(taken, tl.trans(before), read, input_precision=PRECISION)
     at = (head * n_chunks * C + chunk * C + i)[:, None] * C + i[None, :]
@@ -86,28 +80,28 @@ def readings(
 
     g += offset(head, H, gb, gh)
     made = head * T * K
-    start, through = _from_start(g, first, d, gt, T, N, C, K, INCLUSIVE, REVERSE)
+    start, through = decay_from_start(g, first, d, gt, T, N, C, K, INCLUSIVE, REVERSE)
     read *= -start
     if READ == EXCLUSIVE:
-        start, _ = _from_start(g, first, d, gt, T, N, C, K, READ, REVERSE)
+        start, _ = decay_from_start(g, first, d, gt, T, N, C, K, READ, REVERSE)
     asked *= start * scale
     p, inside = tile(dq + made, step, d, K, T, N, K, REVERSE)
     tl.store(p, asked, mask=inside)
-    end, _ = _to_end(g, first, d, gt, T, N, C, K, INCLUSIVE, REVERSE)
+    end, _ = decay_to_end(g, first, d, gt, T, N, C, K, INCLUSIVE, REVERSE)
     wrote *= end
     p, inside = tile(dk + made, step, d, K, T, N, K, REVERSE)
     tl.store(p, read + wrote, mask=inside)
-    asked *= _load(q + offset(head, H, qb, qh), step, True, d, qt, T, N, K, REVERSE, True)
-    keys = _load(k + offset(head, H, kb, kh), step, True, d, kt, T, N, K, REVERSE, True)
+    asked *= load(q + offset(head, H, qb, qh), step, True, d, qt, T, N, K, REVERSE, True)
+    keys = load(k + offset(head, H, kb, kh), step, True, d, kt, T, N, K, REVERSE, True)
     if READ == EXCLUSIVE:
-        read = _later(asked, C, False, False, 3 if WIDE else 2) + _later(
+        read = sum_behind(asked, C, False, False, 3 if WIDE else 2) + sum_behind(
             read * keys, C, True, False, 3 if WIDE else 2
         )
     else:
-        read = _later(asked + read * keys, C, True, False, 3 if WIDE else 2)
+        read = sum_behind(asked + read * keys, C, True, False, 3 if WIDE else 2)
     wrote *= keys
     total = read + (across * tl.exp(through))[None, :]
-    total += _later(wrote, C, False, True, 3 if WIDE else 2)
+    total += sum_behind(wrote, C, False, True, 3 if WIDE else 2)
     p, inside = tile(dg + made, step, d, K, T, N, K, REVERSE)
     tl.store(p, total, mask=inside)
 
@@ -139,27 +133,27 @@ def pairs(
     g += offset(n, H, gb, gh)
     of_queries += (n * n_chunks + chunk) * (C * C)
     of_keys += (n * n_chunks + chunk) * (C * C)
-    keys = _load(k, step, True, d, kt, T, N, K, REVERSE, True)
+    keys = load(k, step, True, d, kt, T, N, K, REVERSE, True)
     corner = own.to(tl.int64) * (C + 1)
     asked, to_k, of_gate = _by_rows(q, k, g, keys, of_queries + corner, of_keys + corner, first,
                                      d, qt, kt, gt, T, N, C, K, BK, READ, REVERSE)  # fmt: skip
-    total = _sums(i[:, None] == i[None, :] + 1, of_gate, 3)  # of the last step of a block it is zero
+    total = sum_rows(i[:, None] == i[None, :] + 1, of_gate, 3)  # of the last step of a block it is zero
 
     # From the first of the two blocks to the second.
     later = (i >= size)[:, None]
-    logs = _load(g, step, True, d, gt, T, N, K, REVERSE, True)
+    logs = load(g, step, True, d, gt, T, N, K, REVERSE, True)
     start = tl.exp(_in_blocks(logs, False))
     before_q = start
     if READ == EXCLUSIVE:
-        before_q = _load(g, step - 1, (i % size > 0)[:, None], d, gt, T, N, K, REVERSE, True)
+        before_q = load(g, step - 1, (i % size > 0)[:, None], d, gt, T, N, K, REVERSE, True)
         before_q = tl.exp(_in_blocks(before_q, False))
-    queries = _load(q, step, True, d, qt, T, N, K, REVERSE, True)
+    queries = load(q, step, True, d, qt, T, N, K, REVERSE, True)
     across = (i < size)[:, None] & (i >= size)[None, :]
     weight = tl.where(across, _mirrored(of_queries, own, own, C), 0.0)
     behind = tl.dot(weight, queries * before_q, input_precision=PRECISION)
     weight = tl.where(across, _mirrored(of_keys, own, own, C), 0.0)
     behind = tl.dot(weight, keys * start, behind, input_precision=PRECISION)
-    end = _load(g, step + 1, ((i + 1) % size > 0)[:, None], d, gt, T, N, K, REVERSE, True)
+    end = load(g, step + 1, ((i + 1) % size > 0)[:, None], d, gt, T, N, K, REVERSE, True)
     end = tl.exp(_in_blocks(end, True))
     behind *= end
     past = keys * end
@@ -173,41 +167,41 @@ def pairs(
     to_k += from_k
     # Readers are in the second block alone, and writers in the first.
     if READ == EXCLUSIVE:
-        total += _sums(later & (i[:, None] < i[None, :]), from_q * queries, 3)
+        total += sum_rows(later & (i[:, None] < i[None, :]), from_q * queries, 3)
         from_q *= 0.0
     summed = tl.where(later, i[:, None] <= i[None, :], i[:, None] > i[None, :])
-    total += _sums(summed, from_q * queries + from_k * keys, 3)
+    total += sum_rows(summed, from_q * queries + from_k * keys, 3)
 
     # From the first half to the second.
     other = chunk_first + half - own
     if second:
-        end, _ = _to_end(g, other, d, gt, T, N, half, K, INCLUSIVE, REVERSE)
-        past = _load(k, other + i, True, d, kt, T, N, K, REVERSE, True) * end
-        start, _ = _from_start(g, first, d, gt, T, N, half, K, INCLUSIVE, REVERSE)
+        end, _ = decay_to_end(g, other, d, gt, T, N, half, K, INCLUSIVE, REVERSE)
+        past = load(k, other + i, True, d, kt, T, N, K, REVERSE, True) * end
+        start, _ = decay_from_start(g, first, d, gt, T, N, half, K, INCLUSIVE, REVERSE)
         from_k = tl.dot(_weights(of_keys, half, 0, C), past, input_precision=PRECISION) * start
         if READ == EXCLUSIVE:
-            start, _ = _from_start(g, first, d, gt, T, N, half, K, READ, REVERSE)
+            start, _ = decay_from_start(g, first, d, gt, T, N, half, K, READ, REVERSE)
         from_q = tl.dot(_weights(of_queries, half, 0, C), past, input_precision=PRECISION) * start
         asked += from_q
         to_k += from_k
         if READ == EXCLUSIVE:
-            total += _later(from_q * queries, half, False, False, 3) + _later(
+            total += sum_behind(from_q * queries, half, False, False, 3) + sum_behind(
                 from_k * keys, half, True, False, 3
             )
         else:
-            total += _later(from_q * queries + from_k * keys, half, True, False, 3)
+            total += sum_behind(from_q * queries + from_k * keys, half, True, False, 3)
     else:
-        start, _ = _from_start(g, other, d, gt, T, N, half, K, INCLUSIVE, REVERSE)
-        reading = _load(k, other + i, True, d, kt, T, N, K, REVERSE, True) * start
+        start, _ = decay_from_start(g, other, d, gt, T, N, half, K, INCLUSIVE, REVERSE)
+        reading = load(k, other + i, True, d, kt, T, N, K, REVERSE, True) * start
         behind = tl.dot(_mirrored(of_keys, half, 0, C), reading, input_precision=PRECISION)
         if READ == EXCLUSIVE:
-            start, _ = _from_start(g, other, d, gt, T, N, half, K, READ, REVERSE)
-        asking = _load(q, other + i, True, d, qt, T, N, K, REVERSE, True) * start
+            start, _ = decay_from_start(g, other, d, gt, T, N, half, K, READ, REVERSE)
+        asking = load(q, other + i, True, d, qt, T, N, K, REVERSE, True) * start
         behind = tl.dot(_mirrored(of_queries, half, 0, C), asking, behind, input_precision=PRECISION)
-        end, _ = _to_end(g, first, d, gt, T, N, half, K, INCLUSIVE, REVERSE)
+        end, _ = decay_to_end(g, first, d, gt, T, N, half, K, INCLUSIVE, REVERSE)
         behind *= end
         to_k += behind
-        total += _later(behind * keys, half, False, True, 3)
+        total += sum_behind(behind * keys, half, False, True, 3)
 
     p, inside = tile(plus_q + n * T * K, step, d, K, T, N, K, REVERSE)
     asked += tl.load(p, mask=inside, other=0.0)
@@ -245,20 +239,20 @@ def _by_rows(
         mine = (i == r)[None, :, None]
         rows = first + r + b * size
         seen = decays
-        decay = tl.exp(_load(g, rows, True, d, gt, T, N, K, REVERSE, True))[:, None, :]
+        decay = tl.exp(load(g, rows, True, d, gt, T, N, K, REVERSE, True))[:, None, :]
         decays = tl.where(mine, 1.0, decays * decay)
         if READ == INCLUSIVE:
             seen = decays
         weight = tl.sum(tl.where(mine, by_query, 0.0), 1)[:, :, None]
         asked = tl.where(mine, tl.sum(weight * seen * keys, 1)[:, None, :], asked)
-        both = weight * _load(q, rows, True, d, qt, T, N, K, REVERSE, True)[:, None, :]
+        both = weight * load(q, rows, True, d, qt, T, N, K, REVERSE, True)[:, None, :]
         if READ == EXCLUSIVE:
             to_k += both * seen
             of_gate += tl.where((i + 1 < r)[None, :, None], tl.cumsum(both * seen * keys, 1), 0.0)
             both = tl.zeros((2, size, BK), tl.float32)
         weight = tl.sum(tl.where(mine, by_key, 0.0), 1)[:, :, None]
         to_k += tl.where(mine, tl.sum(weight * decays * keys, 1)[:, None, :], 0.0)
-        both += weight * _load(k, rows, True, d, kt, T, N, K, REVERSE, True)[:, None, :]
+        both += weight * load(k, rows, True, d, kt, T, N, K, REVERSE, True)[:, None, :]
         to_k += both * decays
         of_gate += tl.where((i < r)[None, :, None], tl.cumsum(both * decays * keys, 1), 0.0)
     return tl.reshape(asked, (half, BK)), tl.reshape(to_k, (half, BK)), tl.reshape(of_gate, (half, BK))

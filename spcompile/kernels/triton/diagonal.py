@@ -18,6 +18,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from spcompile.kernels.triton.per_key import (
+    BLOCK,
+    decay_from_start,
+    decay_to_end,
+    load,
+    load_row,
+    past_keys,
+    sum_behind,
+    sum_rows,
+)
 from spcompile.kernels.triton.segments import READS, product
 from spcompile.kernels.triton.tiles import (
     EXCLUSIVE,
@@ -32,82 +42,6 @@ from spcompile.kernels.triton.tiles import (
 )
 
 __all__ = ["columns", "outputs", "prologue", "summaries", "within"]
-
-BLOCK = tl.constexpr(16)
-
-
-@triton.jit
-def _load(
-    x, step, inside, d, of_token, T, N,
-    D: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """``[steps, d]``, 0 where steps are not ``inside``."""
-    p, valid = tile(x, step, d, of_token, T, N, D, REVERSE)
-    found = tl.load(p, mask=valid & inside, other=0.0)
-    return found.to(tl.float32) if WIDE else found
-
-
-@triton.jit
-def _row(x, step, d, of_token, T, N, D: tl.constexpr, REVERSE: tl.constexpr):
-    """``[d]``: one step, float32."""
-    token = N - 1 - step if REVERSE else step
-    valid = (d < D) & (token < T)
-    return tl.load(x + token.to(tl.int64) * of_token + d, mask=valid, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _from_start(
-    g, first, d, gt, T, N, M: tl.constexpr,
-    D: tl.constexpr, READ: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    """The decay from the start of M steps to each step's reading, and the log of that of all of them."""
-    i = tl.arange(0, M)
-    if READ == INCLUSIVE:
-        logs = _load(g, first + i, True, d, gt, T, N, D, REVERSE, True)
-        through = tl.sum(logs, 0)
-    else:
-        logs = _load(g, first + i - 1, (i > 0)[:, None], d, gt, T, N, D, REVERSE, True)
-        through = tl.sum(logs, 0) + _row(g, first + M - 1, d, gt, T, N, D, REVERSE)
-    return tl.exp(tl.cumsum(logs, 0)), through
-
-
-@triton.jit
-def _to_end(
-    g, first, d, gt, T, N, M: tl.constexpr,
-    D: tl.constexpr, READ: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    """The decay from each step's write to the end of M steps, and the log of that of all of them."""
-    i = tl.arange(0, M)
-    if READ == SOURCE:
-        logs = _load(g, first + i, True, d, gt, T, N, D, REVERSE, True)
-        through = tl.sum(logs, 0)
-    else:
-        logs = _load(g, first + i + 1, (i + 1 < M)[:, None], d, gt, T, N, D, REVERSE, True)
-        through = tl.sum(logs, 0) + _row(g, first, d, gt, T, N, D, REVERSE)
-    return tl.exp(tl.cumsum(logs, 0, reverse=True)), through
-
-
-@triton.jit
-def _later(x, M: tl.constexpr, OWN: tl.constexpr, EARLIER: tl.constexpr, PARTS: tl.constexpr):
-    """The sum of the rows behind each row (before it if EARLIER; with its own if OWN).
-
-    By products with ones, as no row is to be subtracted again: three bf16 numbers hold an fp32 one.
-    """
-    i = tl.arange(0, M)
-    gap = 0 if OWN else 1
-    ones = (i[:, None] >= i[None, :] + gap) if EARLIER else (i[:, None] + gap <= i[None, :])
-    return _sums(ones, x, PARTS)
-
-
-@triton.jit
-def _sums(ones, x, PARTS: tl.constexpr):
-    """Of the rows that ``ones`` has for each row."""
-    total = tl.zeros(x.shape, tl.float32)
-    for _ in tl.static_range(PARTS):
-        part = x.to(tl.bfloat16)
-        total = tl.dot(ones.to(tl.bfloat16), part, total)
-        x -= part.to(tl.float32)
-    return total
 
 
 @triton.jit
@@ -161,11 +95,11 @@ def _summary(
     total = tl.zeros((BK,), tl.float32)
     N = n_segments * segment
     begin, last = chunks(which, segment, T, N, C, REVERSE)
-    for first in range(begin, last, C):
+    for first in tl.range(begin, last, C, disable_licm=True):
         step = first + tl.arange(0, C)
-        keys = _load(k, step, True, dk, kt, T, N, K, REVERSE, WIDE)
-        values = _load(v, step, True, dv, vt, T, N, V, REVERSE, WIDE)
-        end, here = _to_end(g, first, dk, gt, T, N, C, K, READ, REVERSE)
+        keys = load(k, step, True, dk, kt, T, N, K, REVERSE, WIDE)
+        values = load(v, step, True, dv, vt, T, N, V, REVERSE, WIDE)
+        end, here = decay_to_end(g, first, dk, gt, T, N, C, K, READ, REVERSE)
         keys = (keys * end).to(keys.dtype)
         total += here
         state = tl.dot(tl.trans(keys), values, state * tl.exp(here)[:, None], input_precision=PRECISION)
@@ -205,10 +139,10 @@ def outputs(
     if SCALED:  # over the scale then, so that products are added as they are
         state *= 1.0 / scale
     begin, last = chunks(which, segment, T, N, C, REVERSE)
-    for first in range(begin, last, C):
+    for first in tl.range(begin, last, C, disable_licm=True):
         step = first + i
-        queries = _load(q, step, True, dk, qt, T, N, K, REVERSE, WIDE)
-        begun, through = _from_start(g, first, dk, gt, T, N, C, K, READ, REVERSE)
+        queries = load(q, step, True, dk, qt, T, N, K, REVERSE, WIDE)
+        begun, through = decay_from_start(g, first, dk, gt, T, N, C, K, READ, REVERSE)
         queries = (queries * begun).to(queries.dtype)
         read = tl.dot(queries, state.to(queries.dtype), input_precision=PRECISION)
         read *= scale
@@ -216,13 +150,13 @@ def outputs(
             at = (N - 1 - step).to(tl.int64)[None, :] * C + (C - 1 - i)[:, None]
         else:
             at = step.to(tl.int64)[:, None] * C + i[None, :]
-        values = _load(v, step, True, dv, vt, T, N, V, REVERSE, WIDE)
+        values = load(v, step, True, dv, vt, T, N, V, REVERSE, WIDE)
         weights = tl.load(scores + at).to(values.dtype)
         read = tl.dot(weights, values, read, input_precision=PRECISION)
         p, inside = tile(out, step, dv, ot, T, N, V, REVERSE)
         tl.store(p, read.to(out.dtype.element_ty), mask=inside)
-        keys = _load(k, step, True, dk, kt, T, N, K, REVERSE, WIDE)
-        end, _ = _to_end(g, first, dk, gt, T, N, C, K, READ, REVERSE)
+        keys = load(k, step, True, dk, kt, T, N, K, REVERSE, WIDE)
+        end, _ = decay_to_end(g, first, dk, gt, T, N, C, K, READ, REVERSE)
         keys = (keys * end).to(keys.dtype)
         state *= tl.exp(through)[:, None]
         state = tl.dot(tl.trans(keys), values, state, input_precision=PRECISION)
@@ -259,18 +193,15 @@ def columns(
     state = start(states, logs, carry, n, which, n_segments, dk, dv, sn, ss, sk, sv, K, V, FOLD, 1)
     N = n_segments * segment
     begin, last = chunks(which, segment, T, N, C, REVERSE)
-    for first in range(begin, last, C):
+    for first in tl.range(begin, last, C, disable_licm=True):
         step = first + i
-        begun, through = _from_start(g, first, dv, gt, T, N, C, V, READ, REVERSE)
+        begun, through = decay_from_start(g, first, dv, gt, T, N, C, V, READ, REVERSE)
         through = tl.exp(through)
         chunk = first // C if ROLE == READS else (N - C - first) // C
         at = kept + (n.to(tl.int64) * (N // C) + chunk) * (K * V) + dk[:, None] * V + dv[None, :]
         if ROLE == READS:
             tl.store(at, state.to(kept.dtype.element_ty), mask=whole)
-            across = tl.zeros((BV,), tl.float32)
-        else:
-            across = tl.sum(tl.load(at, mask=whole, other=0.0).to(tl.float32) * state, 0) * through
-        queries = _load(q, step, True, dk, qt, T, N, K, REVERSE, WIDE)
+        queries = load(q, step, True, dk, qt, T, N, K, REVERSE, WIDE)
         read = tl.dot(queries, state.to(queries.dtype), input_precision=PRECISION)
         read *= begun
         if ROLE == READS:
@@ -278,15 +209,18 @@ def columns(
         p, inside = tile(out + lies, step, dv, ot, T, N, V, REVERSE)
         added, valid = tile(plus + lies, step, dv, ot, T, N, V, REVERSE)
         tl.store(p, (read + tl.load(added, mask=valid, other=0.0)).to(out.dtype.element_ty), mask=inside)
-        read *= _load(mate, step, True, dv, mt, T, N, V, REVERSE, True)
-        read = _later(read, C, READ == INCLUSIVE, False, 3 if WIDE else 2) + across[None, :]
+        read *= load(mate, step, True, dv, mt, T, N, V, REVERSE, True)
+        read = sum_behind(read, C, READ == INCLUSIVE, False, 3 if WIDE else 2, WALK=True)
+        if ROLE != READS:  # behind the sums, whose registers it would take
+            across = tl.sum(tl.load(at, mask=whole, other=0.0).to(tl.float32) * state, 0) * through
+            read += across[None, :]
         p, inside = tile(given + lies, step, dv, ot, T, N, V, REVERSE)
         read += tl.load(p, mask=inside, other=0.0)
         p, inside = tile(of_gate + lies, step, dv, ot, T, N, V, REVERSE)
         tl.store(p, read, mask=inside)
-        keys = _load(k, step, True, dk, kt, T, N, K, REVERSE, WIDE)
-        values = _load(v, step, True, dv, vt, T, N, V, REVERSE, WIDE)
-        end, _ = _to_end(g, first, dv, gt, T, N, C, V, READ, REVERSE)
+        keys = load(k, step, True, dk, kt, T, N, K, REVERSE, WIDE)
+        values = load(v, step, True, dv, vt, T, N, V, REVERSE, WIDE)
+        end, _ = decay_to_end(g, first, dv, gt, T, N, C, V, READ, REVERSE)
         values = (values * end).to(values.dtype)
         state *= through[None, :]
         if ROLE == READS:
@@ -323,7 +257,7 @@ def within(
         for c in range(blocks):  # padding, which no pair with a token has
             tl.store(scores + c * BLOCK + i[None, :], tl.zeros((BLOCK, BLOCK), scores.dtype.element_ty))
         return
-    keys = _load(k, step, True, d, kt, T, N, K, REVERSE, True)
+    keys = load(k, step, True, d, kt, T, N, K, REVERSE, True)
     own = tl.zeros((BLOCK, BLOCK), tl.float32)
     weights = own
     reads = tl.zeros((BLOCK, BK), tl.float32)
@@ -335,8 +269,8 @@ def within(
     decays = tl.zeros((BLOCK, BK), tl.float32)  # from each step of the block to the row's reading
     for r in range(BLOCK):
         mine = (i == r)[:, None]
-        query = _row(q, first + r, d, qt, T, N, K, REVERSE)[None, :]
-        decay = tl.exp(_row(g, first + r, d, gt, T, N, K, REVERSE))[None, :]
+        query = load_row(q, first + r, d, qt, T, N, K, REVERSE)[None, :]
+        decay = tl.exp(load_row(g, first + r, d, gt, T, N, K, REVERSE))[None, :]
         if READ == INCLUSIVE:
             decays = tl.where(mine, 1.0, decays * decay)
         own = tl.where(mine, tl.sum(decays * keys * query, 1)[None, :], own)
@@ -352,12 +286,12 @@ def within(
     for c in range(b + 1, blocks):
         tl.store(scores + c * BLOCK + i[None, :], tl.zeros((BLOCK, BLOCK), scores.dtype.element_ty))
 
-    begun, through = _from_start(g, first, d, gt, T, N, BLOCK, K, READ, REVERSE)
-    queries = _load(q, step, True, d, qt, T, N, K, REVERSE, True)
+    begun, through = decay_from_start(g, first, d, gt, T, N, BLOCK, K, READ, REVERSE)
+    queries = load(q, step, True, d, qt, T, N, K, REVERSE, True)
     before = tl.zeros((BLOCK, BK), tl.float32)
     between = tl.zeros((BK,), tl.float32)
     for back in range(1, b + 1):
-        past, here = _past(k, g, first - back * BLOCK, d, between, kt, gt, T, N, K, READ, REVERSE)
+        past, here = past_keys(k, g, first - back * BLOCK, d, between, kt, gt, T, N, K, READ, REVERSE)
         between += here
         pairs = tl.dot(queries * begun, tl.trans(past), input_precision=PRECISION) * scale
         tl.store(scores + (b - back) * BLOCK + i[None, :], pairs.to(scores.dtype.element_ty))
@@ -372,22 +306,22 @@ def within(
         between = tl.zeros((BK,), tl.float32)
         for ahead in range(1, blocks - b):
             j = step + ahead * BLOCK
-            later = _load(q, j, True, d, qt, T, N, K, REVERSE, True) * tl.exp(between)[None, :]
-            from_start, here = _from_start(g, first + ahead * BLOCK, d, gt, T, N, BLOCK, K, READ, REVERSE)
-            later *= from_start
+            later = load(q, j, True, d, qt, T, N, K, REVERSE, True) * tl.exp(between)[None, :]
+            begun, here = decay_from_start(g, first + ahead * BLOCK, d, gt, T, N, BLOCK, K, READ, REVERSE)
+            later *= begun
             between += here
             pairs = product(v, do, step, j, vt, dt, T, N, V, BV, BLOCK, REVERSE, True, PRECISION) * scale
             behind = tl.dot(pairs, later, behind, input_precision=PRECISION)
             gone = tl.zeros((BK,), tl.float32)
             for back in range(1, b + 1):
-                past, here = _past(k, g, first - back * BLOCK, d, gone, kt, gt, T, N, K, READ, REVERSE)
+                past, here = past_keys(k, g, first - back * BLOCK, d, gone, kt, gt, T, N, K, READ, REVERSE)
                 gone += here
                 before_b = step - back * BLOCK
                 pairs = product(do, v, j, before_b, dt, vt, T, N, V, BV, BLOCK, REVERSE, True, PRECISION)
                 pairs *= scale
                 over += tl.sum(tl.dot(pairs, past, input_precision=PRECISION) * later, 0)
         over *= tl.exp(through)
-        end, _ = _to_end(g, first, d, gt, T, N, BLOCK, K, READ, REVERSE)
+        end, _ = decay_to_end(g, first, d, gt, T, N, BLOCK, K, READ, REVERSE)
         behind *= end
         lies = offset(n, H, ob, oh)
         p, inside = tile(dq + lies, step, d, ot, T, N, K, REVERSE)
@@ -395,25 +329,14 @@ def within(
         p, inside = tile(dk + lies, step, d, ot, T, N, K, REVERSE)
         tl.store(p, writes + behind, mask=inside)
         # Rows of of_gate are those of the step behind.
-        total = _later(before * queries, BLOCK, READ == INCLUSIVE, False, 3)
-        total += _later(behind * keys, BLOCK, False, True, 3) + over[None, :]
+        total = sum_behind(before * queries, BLOCK, READ == INCLUSIVE, False, 3)
+        total += sum_behind(behind * keys, BLOCK, False, True, 3) + over[None, :]
         p, inside = tile(dg + lies, step, d, ot, T, N, K, REVERSE)
         tl.store(p, total + _shifted(of_gate), mask=inside)
-
-
-@triton.jit
-def _past(
-    k, g, first, d, between, kt, gt, T, N,
-    K: tl.constexpr, READ: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    """Keys of a block, decayed to its end and by what is ``between``; and the log of its decay."""
-    keys = _load(k, first + tl.arange(0, BLOCK), True, d, kt, T, N, K, REVERSE, True)
-    end, through = _to_end(g, first, d, gt, T, N, BLOCK, K, READ, REVERSE)
-    return keys * end * tl.exp(between)[None, :], through
 
 
 @triton.jit
 def _shifted(x):
     """Each row one later, a zero at the first."""
     i = tl.arange(0, BLOCK)
-    return _sums(i[:, None] == i[None, :] + 1, x, 3)
+    return sum_rows(i[:, None] == i[None, :] + 1, x, 3)

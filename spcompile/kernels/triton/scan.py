@@ -48,7 +48,7 @@ def _scan(
     if INITIAL:
         state = tl.load(initial + n * (K * V) + entry, mask=inside, other=0.0).to(WIDE)
     of_row = k.to(tl.int64)[:, None] * ak
-    for i in range(T):
+    for i in tl.range(T, disable_licm=True):  # see ``tiles.py``
         step = tl.cast(T - 1 - i if REVERSE else i, tl.int64)
         here = (n * T + step) * (K * V) + entry
         tl.store(before + here, state.to(before.dtype.element_ty), mask=inside)

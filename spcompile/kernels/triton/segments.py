@@ -76,7 +76,7 @@ def _summary(
     total = 0.0
     N = n_segments * segment
     begin, end = chunks(which, segment, T, N, C, REVERSE)
-    for first in range(begin, end, C):
+    for first in tl.range(begin, end, C, disable_licm=True):
         step = first + tl.arange(0, C)
         p, inside = tile(k, step, dk, kt, T, N, K, REVERSE)
         keys = tl.load(p, mask=inside, other=0.0)
@@ -142,7 +142,7 @@ def outputs(
         state *= 1.0 / scale
     N = n_segments * segment
     begin, end = chunks(which, segment, T, N, C, REVERSE)
-    for first in range(begin, end, C):
+    for first in tl.range(begin, end, C, disable_licm=True):
         step = first + i
         if GATED:
             own = gates(g, step, True, gt, T, N, REVERSE)

@@ -9,6 +9,9 @@ readings of the state are told apart; with U the state and own the step's k^T v:
     SOURCE      U = U + own, read, then U = a U   the backward of an inclusive one, which walks the other way
 
 so the decay from step j to a later step i runs over j < l <= i, j < l < i and j <= l < i.
+
+The loop of a walk is ``tl.range(..., disable_licm=True)``: what is the same in all chunks, as addresses are,
+is computed again in each. Held over the loop it takes 130 of the 255 registers of a thread, and others spill.
 """
 
 from __future__ import annotations
