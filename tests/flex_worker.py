@@ -1,7 +1,8 @@
 """FlexAttention as Inductor compiles it for an H100, interpreted (``interpreted_inductor.py``).
 
-``TRITON_INTERPRET=1 python -m tests.flex_worker [CASE ...]``. One line of JSON: case -> relative errors of out, lse, dq, dk, dv against blocks of ATen operators in float64;
-how many graphs were compiled for it; and how many entries the largest tensor has that they allocated.
+``TRITON_INTERPRET=1 python -m tests.flex_worker [CASE ...]``. One line of JSON: case -> for each call the
+relative errors of out, lse, dq, dk, dv against blocks of ATen operators in float64, how many graphs were
+compiled for it, how many entries the largest tensor has that they allocated, and a mask.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ from tests import triton_interpreter
 from tests.interpreted_inductor import Written, interpreted
 from tests.test_flex import mask_of
 
-# What is called one after another, (rows, keys, first row): lengths of a second kind are compiled once more.
-CASES: dict[str, tuple[str, torch.dtype, bool, list[tuple[int, int, int]]]] = {
-    "bf16, bool": ("bool", torch.bfloat16, True, [(140, 150, 10), (130, 260, 130), (150, 280, 130)]),
-    "fp32, minimum": ("minimum", torch.float32, False, [(132, 140, 0)]),
-    "fp32": ("none", torch.float32, True, [(70, 140, 70)]),
+# Mask, dtype, causal, query heads; and what is called one after another, (rows, keys, first row).
+CASES: dict[str, tuple[str, torch.dtype, bool, int, list[tuple[int, int, int]]]] = {
+    "bf16, bool": ("bool", torch.bfloat16, True, 2, [(140, 150, 10), (130, 260, 130), (150, 280, 130)]),
+    "fp32, minimum": ("minimum", torch.float32, False, 1, [(131, 60, 0)]),
+    "fp32": ("none", torch.float32, True, 2, [(70, 140, 70)]),
 }
 SIZES = 16, 24  # of keys and values
 
 
-def operands(kind: str, dtype: torch.dtype, t: int, s: int) -> tuple[Operands, Tensor]:
-    """Two query heads to a key head."""
+def operands(kind: str, dtype: torch.dtype, heads: int, t: int, s: int) -> tuple[Operands, Tensor]:
+    """All query heads to one key head."""
     torch.manual_seed(t)
-    sizes = (2, t, SIZES[0]), (1, s, SIZES[0]), (1, s, SIZES[1]), (2, t, SIZES[1])
+    sizes = (heads, t, SIZES[0]), (1, s, SIZES[0]), (1, s, SIZES[1]), (heads, t, SIZES[1])
     q, k, v, grad = (torch.randn(1, *size).to(dtype) for size in sizes)
-    return Operands(q, k, v, mask_of(kind, (1, 2, t, s), torch.float32)), grad
+    return Operands(q, k, v, mask_of(kind, (1, heads, t, s), torch.float32)), grad
 
 
 def wide(x: Any) -> Any:
@@ -42,10 +43,11 @@ def wide(x: Any) -> Any:
 
 def found(case: str, written: list[Written]) -> list[dict[str, Any]]:
     """What the calls of a case found."""
-    kind, dtype, causal, lengths = CASES[case]
+    kind, dtype, causal, heads, lengths = CASES[case]
     results = []
     for t, s, first in lengths:
-        (x, grad), options, before = operands(kind, dtype, t, s), Options(causal, 0.3, first), len(written)
+        (x, grad), options = operands(kind, dtype, heads, t, s), Options(causal, 0.3, first)
+        before = len(written)
         out, lse = flex.forward(x, options)
         got = out, lse, *flex.backward(grad, x, out, lse, options)
         exact = Operands(*map(wide, x))

@@ -1,15 +1,16 @@
 """Code that Inductor writes for an H100, run on this CPU by Triton's interpreter (``TRITON_INTERPRET=1``).
 
 Functions without gradients alone: they are traced on CPU tensors, which become fake ones of a GPU where
-Inductor takes the graph over (``inductor_cuda.py``). What Inductor has written is then called with the CPU tensors,
-its kernels interpreted one by one, its buffers full of NaN beforehand. What this leaves out: whatever the
-interpreter leaves out (``triton_interpreter.py``), how a kernel is started, and the numbers of threads.
+Inductor takes the graph over (``inductor_cuda.py``). What Inductor has written is then called with the CPU
+tensors, its kernels interpreted one by one, its buffers full of NaN beforehand. What this leaves out: what
+the interpreter leaves out (``triton_interpreter.py``), how a kernel is started, and the numbers of threads.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from torch._inductor.runtime import triton_helpers, triton_heuristics
 
 from tests.inductor_cuda import a_gpu, on_gpu
 
-__all__ = ["Written", "interpreted", "written"]
+__all__ = ["NotRun", "Written", "interpreted", "templates", "written"]
 
 _HEURISTICS = ("template", "pointwise", "reduction", "persistent_reduction")
 _SETTINGS = {"triton.autotune_at_compile_time": False, "force_disable_caches": True, "compile_threads": 1}
@@ -61,7 +62,7 @@ class _Kernel:
         self.kernel[grid](*given, **tiles)
 
 
-def _loaded(name: str, source: str, device_str: str = "cuda") -> _Kernel:
+def _loaded(name: str, source: str, device_str: str = "cuda") -> Any:
     """The kernel of a source, which must lie in a file: the interpreter reads it."""
     path = Path(tempfile.mkstemp(suffix=".py", prefix=name[:40])[1])
     path.write_text(source)
@@ -79,10 +80,20 @@ def _poisoned(sizes: Any, strides: Any, dtype: torch.dtype) -> Tensor:
     return made.fill_(torch.nan if dtype.is_floating_point else 1 if dtype == torch.bool else -7)
 
 
-def _module(self: graph.GraphLowering, written: list[Written]) -> Any:
+class NotRun(Exception):
+    """Outside of :func:`interpreted` code is written, and not called."""
+
+
+def _module(self: graph.GraphLowering, written: list[Written], run: bool) -> Any:
     code, _ = self.codegen()
-    text = code.value if hasattr(code, "value") else code
-    largest = [0]
+    text, largest = code.value if hasattr(code, "value") else code, [0]
+    written.append(Written(text, largest))
+
+    def not_run(*args: Any) -> None:
+        raise NotRun
+
+    if not run:
+        return SimpleNamespace(call=not_run, __file__="", key="", runner=None)
 
     def allocated(sizes: Any, strides: Any, dtype: torch.dtype) -> Tensor:
         made = _poisoned(sizes, strides, dtype)
@@ -93,13 +104,26 @@ def _module(self: graph.GraphLowering, written: list[Written]) -> Any:
     space: dict[str, Any] = {"__name__": "written", "get_raw_stream": lambda device: 0}
     exec(compile(text.replace(start, ""), "<written>", "exec"), space)
     space["empty_strided_cuda"] = allocated
-    written.append(Written(text, largest))
     return SimpleNamespace(call=space["call"], __file__="", key="", runner=space.get("runner"))
 
 
+def templates(code: str) -> list[tuple[Any, dict[str, Any]]]:
+    """The kernels that were made from templates, for Triton to compile, and how Inductor would start them."""
+
+    def kept(**how: Any) -> Callable[[Any], Any]:
+        return lambda kernel: (kernel, how)
+
+    sources = re.findall(r"async_compile\.triton\('(triton_tem_\w+)', '''(.*?)'''", code, re.DOTALL)
+    with (
+        mock.patch.object(triton_heuristics, "template", kept),
+        mock.patch.object(triton_helpers, "set_driver_to_gpu"),
+    ):
+        return [_loaded(name, source) for name, source in sources]
+
+
 @contextlib.contextmanager
-def written() -> Iterator[list[Written]]:
-    """What ``torch.compile`` has written inside; nothing of it runs outside of :func:`interpreted`."""
+def written(run: bool = False) -> Iterator[list[Written]]:
+    """What ``torch.compile`` has written inside; a call that would run it raises :class:`NotRun`."""
     found: list[Written] = []
     inner = compile_fx._compile_fx_inner
 
@@ -117,7 +141,7 @@ def written() -> Iterator[list[Written]]:
     with (
         a_gpu(),
         mock.patch.object(compile_fx, "_compile_fx_inner", taken),
-        mock.patch.object(graph.GraphLowering, "_compile_to_module", lambda self: _module(self, found)),
+        mock.patch.object(graph.GraphLowering, "_compile_to_module", lambda self: _module(self, found, run)),
         mock.patch.object(home, "_permute_strides", permuted),
         inductor_config.patch(_SETTINGS),
     ):
@@ -137,4 +161,4 @@ def interpreted() -> Iterator[list[Written]]:
         stack.enter_context(mock.patch.object(AsyncCompile, "wait"))
         stack.enter_context(mock.patch.object(torch.cuda, "_DeviceGuard", contextlib.nullcontext))
         stack.enter_context(mock.patch.object(torch.cuda, "set_device"))
-        yield stack.enter_context(written())
+        yield stack.enter_context(written(run=True))

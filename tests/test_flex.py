@@ -2,7 +2,7 @@
 
 The stand-in looks at the blocks that the block mask lists and at no others, asks mask_mod in those listed as
 visible in part alone, finds dq by the lists of rows and dk, dv by the lists of keys, and takes the
-log-sum-exp as the kernels keep it, by base 2. ``tests/test_flex_code.py`` has the code that is compiled for a GPU.
+log-sum-exp as the kernels keep it, by base 2. ``tests/test_flex_code.py`` has the code that is compiled.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The code that Inductor writes for FlexAttention on an H100: run by Triton's interpreter, and as machine code.
+"""The code that Inductor writes for FlexAttention on an H100: interpreted, and as machine code.
 
 ``tests/test_flex.py`` has what FlexAttention is told; ``tests/interpreted_inductor.py`` says how it is done.
 """
@@ -16,9 +16,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
 TOLERANCE = {"fp32": 2e-6, "bf16": 6e-3}
 
 
-@pytest.mark.parametrize("case", ["bf16, bool", "fp32, minimum", pytest.param("fp32", marks=pytest.mark.sweep)])
+PLAIN = pytest.param("fp32", marks=pytest.mark.sweep)
+
+
+@pytest.mark.parametrize("case", ["bf16, bool", "fp32, minimum", PLAIN])
 def test_the_compiled_code(case: str) -> None:
-    """Forward and backward; without a buffer of rows x keys; compiled once, and once more for other lengths."""
+    """Forward and backward; no buffer of rows x keys; compiled once, and once more for other lengths."""
     (results,) = workers.found("flex_worker", case, timeout=570, TRITON_INTERPRET="1").values()
     for result in results:
         out, lse, *gradients = result["errors"]

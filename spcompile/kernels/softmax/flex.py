@@ -377,7 +377,7 @@ def or_blocks(x: Operands, options: Options) -> Iterator[None]:
         said = f"{type(why).__name__}: {str(why).strip()[:300]}"
         _failed[kind] = f"FlexAttention failed: {type(why).__name__}"
         warnings.warn(
-            f"spcompile: PyTorch's FlexAttention failed for {kind}, which goes on in blocks of ATen operators "
-            f"(slower; please report it). {said}",
+            f"spcompile: FlexAttention failed for {kind}, which goes on in blocks of ATen operators, slower. "
+            f"Please report it: {said}",
             stacklevel=2,
         )
