@@ -63,6 +63,10 @@ from torch._guards import CompileContext, detect_fake_mode
 # that it mutates), which `explain` asks for.
 from torch._guards import TracingContext as _TracingContext
 
+# The backward of FlexAttention, given what its forward has found: autograd through the public function would
+# need a second forward, and a tape inside an operator. Its arguments are the same from torch 2.11 to 2.14.
+from torch._higher_order_ops.flex_attention import flex_attention_backward
+
 # What `mode=` of torch.compile means to Inductor, and the names and types of its options, which are checked
 # before they are handed on.
 from torch._inductor import config as inductor_config
@@ -148,6 +152,7 @@ __all__ = [
     "flash_attention_cpu_backward",
     "flash_attention_cuda",
     "flash_attention_cuda_backward",
+    "flex_attention_backward",
     "float_symbols",
     "get_proxy_mode",
     "get_proxy_slot",

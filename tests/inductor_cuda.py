@@ -28,6 +28,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import compile_fx, graph
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils import _pytree as pytree
 
 import spcompile
 from spcompile.agreement import Agreement
@@ -133,6 +134,13 @@ def on_gpu(gm: fx.GraphModule, inputs: Any, mode: Any) -> list[Any]:
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             values[node] = node.meta["val"] = next(fresh)
+            continue
+        if node.op == "get_attr":  # what a higher-order operator is given as code
+            values[node] = getattr(gm, node.target)
+            for inner in values[node].graph.nodes:
+                inner.args, inner.kwargs = fx.node.map_aggregate((inner.args, inner.kwargs), moved)
+                inner.meta["val"] = pytree.tree_map(moved, inner.meta.get("val"))
+            values[node].recompile()
             continue
         if node.op != "call_function":
             continue

@@ -120,11 +120,11 @@ def test_what_a_gpu_takes(monkeypatch: pytest.MonkeyPatch) -> None:
         return Operands(q, k, v, torch.empty(8, 8, device="cuda") if mask else None)
 
     with FakeTensorMode():
-        assert rows.name(given()) == "PyTorch's flash attention"
+        assert rows.name(given(), Options(True, 0.3)) == "PyTorch's flash attention"
         assert flash.refuses(given(torch.float32)) == "float32, not bfloat16 or float16"
         assert flash.refuses(given(mask=True)) == "a mask that is data"
         assert flash.refuses(given(size=260)) == "heads of more than 256 numbers"
-        assert rows.name(given(size=260)) == "ATen blocks"
+        assert rows.name(given(size=260), Options(True, 0.3)) == "ATen blocks"
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         assert flash.refuses(given()) == "a GPU before sm_80"
 

@@ -160,6 +160,11 @@ CALLED = {
     "exit_autocast": ["mode"],
     "differentiable": [],
     "FakeTensorMode": ["allow_non_fake_inputs", "shape_env"],
+    "flex_attention_backward": [
+        *("query", "key", "value", "out", "logsumexp", "grad_out", "grad_logsumexp"),
+        *("fw_graph", "joint_graph", "block_mask", "scale", "kernel_options"),
+        *("score_mod_other_buffers", "mask_mod_other_buffers"),
+    ],
     "get_proxy_mode": [],
     "get_proxy_slot": ["obj", "tracer", "default"],
     "list_mode_options": [],

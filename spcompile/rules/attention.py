@@ -14,8 +14,8 @@ from spcompile.collectives import Sequence
 from spcompile.errors import SpcompileError
 from spcompile.kernels.linear.kernel import kernel_of
 from spcompile.kernels.linear.operands import Operands, Options
-from spcompile.kernels.softmax import flash, rows
 from spcompile.kernels.softmax import operands as softmax
+from spcompile.kernels.softmax import rows
 from spcompile.placement import Partial, Placement, Replicate, Shard
 from spcompile.rules.base import Call, Context, Emit, Factors, Side, Split
 from spcompile.strategies import linear
@@ -245,7 +245,7 @@ class SoftmaxAttention:
             given = [x for x, r in zip(operands, roles, strict=True) if r != "mask"]
             if not self.backward:
                 x = softmax.Operands(given[0], given[1], given[2], mask)
-                context.took("softmax", rows.name(x), flash.refuses(x))
+                context.took("softmax", rows.name(x, options), rows.refuses(x, options))
                 out, lse, kv = context.softmax.forward(x, options, queries, keys)
                 context.leave(self.call.site, keys, context.gathered(kv))
                 return out, lse

@@ -1,18 +1,32 @@
-"""One call for a block of query rows: the fused kernel where there is one, else the blockwise one."""
+"""One call for a block of query rows: a fused kernel where there is one, else the blockwise one.
+
+PyTorch's flash attention comes first, then FlexAttention, which takes what flash attention refuses on a GPU.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from spcompile.kernels.softmax import blockwise, flash
+from spcompile.kernels.softmax import blockwise, flash, flex
 from spcompile.kernels.softmax.operands import Operands, Options
 
-__all__ = ["backward", "forward", "name"]
+__all__ = ["backward", "forward", "name", "refuses"]
 
 
-def name(x: Operands) -> str:
+def name(x: Operands, options: Options) -> str:
     """The kernel that takes this call."""
-    return "ATen blocks" if flash.refuses(x) else "PyTorch's flash attention"
+    if not flash.refuses(x):
+        return "PyTorch's flash attention"
+    return "ATen blocks" if flex.refuses(x, options) else "PyTorch's FlexAttention"
+
+
+def refuses(x: Operands, options: Options) -> str:
+    """Why no fused kernel takes this call, for the report; empty if one does."""
+    why = flash.refuses(x)
+    if not why or x.q.device.type != "cuda":
+        return why
+    more = flex.refuses(x, options)
+    return more and (why if more == why else f"{why}; {more}")
 
 
 def forward(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
@@ -21,6 +35,9 @@ def forward(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
         out, lse = flash.forward(x, options)
         if not flash.imprecise(x.mask, lse):
             return out, lse
+    elif not flex.refuses(x, options):
+        with flex.or_blocks(x, options):
+            return flex.forward(x, options)
     return blockwise.forward(x, options)
 
 
@@ -28,6 +45,10 @@ def backward(
     grad: Tensor, x: Operands, out: Tensor, lse: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`forward`'s ``out``; dk and dv are these rows' part of the sum over all rows."""
-    if not flash.refuses(x) and not flash.imprecise(x.mask, lse):
-        return flash.backward(grad, x, out, lse, options)
+    if not flash.refuses(x):
+        if not flash.imprecise(x.mask, lse):
+            return flash.backward(grad, x, out, lse, options)
+    elif not flex.refuses(x, options):
+        with flex.or_blocks(x, options):
+            return flex.backward(grad, x, out, lse, options)
     return blockwise.backward(grad, x, options)

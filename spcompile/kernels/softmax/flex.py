@@ -1,0 +1,383 @@
+"""Softmax attention by PyTorch's FlexAttention, on NVIDIA GPUs: what flash attention refuses there.
+
+That is float32, and a mask that is data. FlexAttention is told of a call by three things:
+
+- ``mask_mod``, whether row i may see key j: the band of the options, and a bool mask's entry;
+- ``score_mod``, what becomes of a score: an additive mask's entry is added;
+- a block mask: which blocks of 128 rows by 128 keys are looked at, and in which ``mask_mod`` is asked.
+
+They are built inside the compiled function from tensors, this rank's first row among them, so that one piece
+of code serves all ranks and lengths, and no number is read back from the GPU. Of an R x S mask there is no
+second copy: a block mask has an entry for each block.
+
+NOTE [The largest entry of a row is taken off an additive mask]
+A row whose entries are all ``finfo.min`` is a softmax of its scores after rounding (mostly uniform), and one
+with -1e4 everywhere has lost digits of its scores, but not the distribution. The kernel's exp2(1.44 * x)
+overflows for the first, and a log-sum-exp of -3e38 or -1e4 does not say the weights: exp(x - lse) is off, for
+the first by the number of keys. So with top_i the largest entry that row i sees the kernel is given
+
+    x_ij = (scale * q_i k_j + mask_ij) - top_i          lse_i = top_i + log sum_j exp(x_ij)
+
+which rounds as the sum alone does. The backward needs the log-sum-exp of x itself: lse - top where top is
+moderate, and for the blocks that hold other rows a second forward. Nothing is asked of the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from spcompile import _torch
+from spcompile.kernels.choice import without_triton
+from spcompile.kernels.scan import own_dtypes, state_dtype
+from spcompile.kernels.softmax.operands import Operands, Options
+
+__all__ = ["Given", "backward", "forward", "modifications", "or_blocks", "programs", "refuses"]
+
+# Rows and keys of a block of the block mask: the kernels' tiles divide it.
+BLOCK = 128
+
+# An entry so far below its row's largest hides its key: no real score makes up for it, and exp of it is 0.
+_HIDDEN = -1e30
+# Where the largest entry of a row is beyond it, lse - top is not found by subtraction.
+_MODERATE = 64.0
+
+# What the kernels take: head sizes, kinds of numbers, and entries that they index by 32 bits.
+_SMALLEST, _LARGEST = 16, 256
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOST = 2**31 - 1
+
+# Options and operands that may be left out and that this file has a line for.
+_KNOWN = frozenset({"first_row", "mask"})
+
+# Of the choices of PyTorch's kernels the plain one. The backward is given what a forward would write down.
+_FORWARD = {"BACKEND": "TRITON"}
+_BACKWARD = _FORWARD | {
+    "PRESCALE_QK": False,
+    "ROWS_GUARANTEED_SAFE": False,
+    "BLOCKS_ARE_CONTIGUOUS": False,
+    "WRITE_DQ": True,
+    "OUTPUT_LOGSUMEXP": True,
+    "OUTPUT_MAX": False,
+}
+
+
+def refuses(x: Operands, options: Options) -> str:
+    """Why the kernel does not take such a call, for the report; empty if it does."""
+    q, mask = x.q, x.mask
+    if q.numel() == 0 or x.k.numel() == 0:
+        return "no tokens"
+    reason = without_triton(q.device)
+    if reason is not None:
+        return reason
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "a GPU before sm_80"
+    if q.dtype not in _DTYPES:
+        return f"{str(q.dtype).removeprefix('torch.')}, not float32, bfloat16 or float16"
+    sizes = q.shape[3], x.v.shape[3]
+    if max(sizes) > _LARGEST or min(sizes) < _SMALLEST:
+        return f"heads of {sizes[0]} and {sizes[1]} numbers, not {_SMALLEST} to {_LARGEST}"
+    if mask is not None and _torch.statically_known_true(mask.numel() > _MOST):
+        return "a mask of more than 2^31 entries"
+    told, defaults = options._asdict() | x._asdict(), options._field_defaults | x._field_defaults
+    unknown = [n for n, default in defaults.items() if n not in _KNOWN and told[n] is not default]
+    if unknown:
+        return f"{', '.join(unknown)}: not known to FlexAttention"
+    return _failed.get(_kind(x, options), "") if _failed else ""
+
+
+# ---- what FlexAttention is told ----
+
+
+class Given(NamedTuple):
+    """The tensors that the modifications read."""
+
+    first: Tensor  # []: the position of row 0 among the keys
+    mask: Tensor | None = None  # bool or additive, 4-D; dims of size 1 are broadcast
+    top: Tensor | None = None  # [., ., R or 1, 1]: the largest additive entry that each row sees, finite
+
+
+def _band(options: Options) -> tuple[int | None, int | None]:
+    """Row i, at position p, sees key j only where ``low <= p - j < high``; None: no bound."""
+    return 0 if options.causal else None, None
+
+
+def _within(distance: Tensor, band: tuple[int | None, int | None]) -> Tensor:
+    """Which distances p - j the band allows; any shape that broadcasts to theirs."""
+    low, high = band
+    seen = distance.new_ones((), dtype=torch.bool)
+    seen = seen if low is None else seen & (distance >= low)
+    return seen if high is None else seen & (distance < high)
+
+
+def _entry(x: Tensor, *at: Tensor) -> Tensor:
+    """x[b, h, i, j]; dims of size 1 are broadcast."""
+    return x[tuple(torch.zeros_like(n) if size == 1 else n for n, size in zip(at, x.shape, strict=True))]
+
+
+def modifications(options: Options, given: Given) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """(mask_mod, score_mod) of a call: the only place that says what a mask or an option means.
+
+    d score_mod / d score is 1; an option that changes it needs a line in :func:`_gradients` too.
+    """
+    band, (first, mask, top) = _band(options), given
+
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        seen = _within(first + i - j, band)
+        if mask is not None and top is None:
+            seen = seen & _entry(mask, b, h, i, j)
+        return seen
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if mask is not None and top is not None:  # NOTE above: in this order
+            score = (score + _entry(mask, b, h, i, j).to(top.dtype)) - _entry(top, b, h, i, j)
+        return score
+
+    return mask_mod, score_mod
+
+
+def _distances(first: Tensor, rows: int, keys: int, step: int = 1) -> Tensor:
+    """p - j of every so many rows and keys; Inductor makes it where it is read."""
+    places = (torch.arange(0, length, step, device=first.device) for length in (rows, keys))
+    p, j = places
+    return first + p[:, None] - j
+
+
+def _given(options: Options, q: Tensor, k: Tensor, mask: Tensor | None, first: Tensor) -> Given:
+    if mask is None:
+        return Given(first)
+    mask = mask[(None,) * (4 - mask.dim())]
+    if mask.dtype == torch.bool:
+        return Given(first, mask)
+    seen, entries = _within(_distances(first, q.shape[2], k.shape[2]), _band(options)), mask
+    top = torch.where(seen, entries.to(state_dtype(q.dtype)), -torch.inf).amax(-1, keepdim=True)
+    return Given(first, mask, torch.where(top == -torch.inf, 0.0, top))
+
+
+def _blocks(options: Options, q: Tensor, k: Tensor, given: Given) -> tuple[Tensor, ...]:
+    """The block mask by rows: numbers and indices of the blocks in part visible, and of those all visible."""
+    rows, keys, (low, high) = q.shape[2], k.shape[2], _band(options)
+    if given.mask is None:
+        # The distances in a block are all from nearest to farthest.
+        corner = _distances(given.first, rows, keys, BLOCK)
+        nearest, farthest = corner - (BLOCK - 1), corner + (BLOCK - 1)
+        # One that sticks out is taken for one that is visible in part.
+        inside = [torch.arange(BLOCK, n + BLOCK, BLOCK, device=q.device) <= n for n in (rows, keys)]
+        some = _within(farthest, (low, None)) & _within(nearest, (None, high)) & (corner == corner)
+        whole = _within(nearest, (low, None)) & _within(farthest, (None, high))
+        whole = whole & inside[0][:, None] & inside[1]
+        some, whole = some[None, None], whole[None, None]
+    else:
+        seen = _within(_distances(given.first, rows, keys), (low, high)) & _allowed(given)
+        seen = seen.expand(*given.mask.shape[:2], rows, keys)
+        padded = F.pad(seen, (0, -keys % BLOCK, 0, -rows % BLOCK))
+        number = padded.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).sum((3, 5), dtype=torch.int32)
+        some, whole = number > 0, number == BLOCK * BLOCK
+    return *_listed(some & ~whole), *_listed(whole)
+
+
+def _allowed(given: Given) -> Tensor:
+    """What the mask lets a row see: an additive one hides what is far below the row's largest entry."""
+    mask, top = given.mask, given.top
+    assert mask is not None
+    return mask if top is None else mask.to(top.dtype) - top > _HIDDEN
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of each row of blocks are True, and their indices before the others'."""
+    order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)
+
+
+# ---- the programs that are compiled ----
+
+
+def _attend(
+    options: Options, q: Tensor, k: Tensor, v: Tensor, given: Given, blocks: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """out and the log-sum-exp of what ``score_mod`` returns."""
+    mask_mod, score_mod = modifications(options, given)
+    lengths = q.shape[2], k.shape[2]
+    how = {"mask_mod": mask_mod, "seq_lengths": lengths, "compute_q_blocks": False}
+    block_mask = BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=BLOCK, **how)
+    more = {"scale": options.scale, "enable_gqa": True, "return_aux": AuxRequest(lse=True)}
+    out, aux = flex_attention(q, k, v, score_mod, block_mask, kernel_options=_FORWARD, **more)
+    return out, aux.lse
+
+
+def _lse(
+    options: Options, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, given: Given, blocks: tuple[Tensor, ...]
+) -> Tensor:
+    """The log-sum-exp of what ``score_mod`` returns, from that of the scores (NOTE above)."""
+    if given.top is None:
+        return lse
+    again = (given.top.abs() > _MODERATE).squeeze(-1).expand(-1, -1, q.shape[2])
+    in_block = F.pad(again, (0, -q.shape[2] % BLOCK)).unflatten(-1, (-1, BLOCK)).any(-1)
+    part, part_at, whole, whole_at = blocks
+    few = torch.where(in_block, part, 0), part_at, torch.where(in_block, whole, 0), whole_at
+    _, found = _attend(options, q, k, v, given, few)
+    return torch.where(again, found, lse - given.top.squeeze(-1))
+
+
+def _gradients(options: Options) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """FlexAttention's backward as one function of tensors, which Dynamo does not look into.
+
+    Its modifications are functions of the tensors that they read as well.
+    """
+
+    def gradients(
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        first: Tensor,
+        mask: Tensor | None,
+        top: Tensor | None,
+        *blocks: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        there = [x is not None for x in (first, mask, top)]
+        tensors = tuple(x for x in (first, mask, top) if x is not None)
+
+        def of(tensors: tuple[Tensor, ...]) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+            fresh = iter(tensors)
+            return modifications(options, Given(*(next(fresh) if x else None for x in there)))
+
+        def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor, *tensors: Tensor) -> Tensor:
+            return of(tensors)[0](b, h, i, j)
+
+        def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, *tensors: Tensor) -> Tensor:
+            return of(tensors)[1](score, b, h, i, j)
+
+        def back(
+            score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, grad: Tensor, *tensors: Tensor
+        ) -> list[Tensor | None]:
+            """Gradients of score_mod's arguments: masks get none."""
+            return [grad, *[None] * (4 + len(tensors))]
+
+        lengths = q.shape[2], k.shape[2]
+        described = BlockMask.from_kv_blocks(
+            *blocks, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=lengths
+        )
+        given = q, k, v, out, lse, grad, None, score_mod, back, described.as_tuple()
+        return _torch.flex_attention_backward(*given, options.scale, dict(_BACKWARD), tensors, tensors)[:3]
+
+    return torch.compiler.allow_in_graph(gradients)
+
+
+def programs(options: Options) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward as functions of tensors; ``options.first_row`` is not read, ``first`` is."""
+    gradients = _gradients(options)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, first: Tensor) -> tuple[Tensor, Tensor]:
+        given = _given(options, q, k, mask, first)
+        out, lse = _attend(options, q, k, v, given, _blocks(options, q, k, given))
+        lse = lse if given.top is None else lse + given.top.squeeze(-1)
+        return out.contiguous(), lse.contiguous()
+
+    def backward(
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        first: Tensor,
+        out: Tensor,
+        lse: Tensor,
+    ) -> tuple[Tensor, ...]:
+        given = _given(options, q, k, mask, first)
+        blocks = _blocks(options, q, k, given)
+        lse = _lse(options, q, k, v, lse, given, blocks) * math.log2(math.e)  # as the kernel has it
+        return tuple(x.contiguous() for x in gradients(grad, q, k, v, out, lse, *given, *blocks))
+
+    return forward, backward
+
+
+class _Kind(NamedTuple):
+    """What the code of a call depends on; lengths and the batch are found out by Dynamo."""
+
+    options: Options
+    device: torch.device
+    dtype: torch.dtype
+    sizes: tuple[int, ...]  # query heads, key heads, sizes of keys and of values
+    mask: tuple[Any, ...]  # dtype, and which dims are broadcast
+
+
+def _kind(x: Operands, options: Options) -> _Kind:
+    sizes = x.q.shape[1], x.k.shape[1], x.k.shape[3], x.v.shape[3]
+    mask = () if x.mask is None else (x.mask.dtype, *(size == 1 for size in x.mask.shape))
+    return _Kind(options._replace(first_row=0), x.q.device, x.q.dtype, sizes, mask)
+
+
+@functools.cache
+def _compiled(kind: _Kind) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The programs of a kind.
+
+    Dynamo counts recompilations, and learns which sizes vary, by code object: each kind has its own.
+    """
+    number, found = len(_seen), []
+    _seen.append(kind)
+    for program in programs(kind.options):
+        name = f"flex_{program.__name__}_{number}"
+        code = program.__code__.replace(co_name=name)
+        own = types.FunctionType(code, program.__globals__, name, program.__defaults__, program.__closure__)
+        found.append(torch.compile(own, fullgraph=True))
+    return found[0], found[1]
+
+
+_seen: list[_Kind] = []
+_failed: dict[_Kind, str] = {}
+
+
+def _run(which: int, x: Operands, options: Options, tensors: tuple[Tensor | None, ...]) -> Any:
+    with torch.no_grad(), own_dtypes(x.q):
+        return _compiled(_kind(x, options))[which](*(y if y is None else y.detach() for y in tensors))
+
+
+def _first(x: Operands, options: Options) -> Tensor:
+    return torch.full((), options.first_row, dtype=torch.int32, device=x.q.device)
+
+
+def forward(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
+    """As :func:`.blockwise.forward`."""
+    return _run(0, x, options, (*x[:4], _first(x, options)))
+
+
+def backward(
+    grad: Tensor, x: Operands, out: Tensor, lse: Tensor, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients from the saved ``out`` and ``lse``: dq, dk, dv contiguous, each in its input's dtype."""
+    return _run(1, x, options, (grad, *x[:4], _first(x, options), out, lse))
+
+
+@contextlib.contextmanager
+def or_blocks(x: Operands, options: Options) -> Iterator[None]:
+    """Go on behind the block, once with a warning, where FlexAttention cannot be compiled for such a call.
+
+    It is compiled when it is first called, for a GPU that the report's reasons may not know well enough. Out
+    of memory, and errors of the device itself, are raised.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as why:
+        kind = _kind(x, options)
+        said = f"{type(why).__name__}: {str(why).strip()[:300]}"
+        _failed[kind] = f"FlexAttention failed: {type(why).__name__}"
+        warnings.warn(
+            f"spcompile: FlexAttention failed for {kind}, which goes on in blocks of ATen operators, slower. "
+            f"Please report it: {said}",
+            stacklevel=2,
+        )

@@ -1,0 +1,30 @@
+"""The code that Inductor writes for FlexAttention on an H100: interpreted, and as machine code.
+
+``tests/test_flex.py`` has what FlexAttention is told; ``tests/interpreted_inductor.py`` says how it is done.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import workers
+
+pytest.importorskip("triton", reason="Triton is for Linux alone")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
+
+# What one rounding of each operand leaves.
+TOLERANCE = {"fp32": 2e-6, "bf16": 6e-3}
+
+
+PLAIN = pytest.param("fp32", marks=pytest.mark.sweep)
+
+
+@pytest.mark.parametrize("case", ["bf16, bool", "fp32, minimum", PLAIN])
+def test_the_compiled_code(case: str) -> None:
+    """Forward and backward; no buffer of rows x keys; compiled once, and once more for other lengths."""
+    (results,) = workers.found("flex_worker", case, timeout=570, TRITON_INTERPRET="1").values()
+    for result in results:
+        out, lse, *gradients = result["errors"]
+        assert lse < 2e-6 and max(out, *gradients) < TOLERANCE[case.split(",")[0]], result
+        assert result["largest"] < result["entries"], "of the size of a mask"
+    assert [result["graphs"] for result in results] == [2, 2, 0][: len(results)]
