@@ -47,6 +47,8 @@ class Purpose(NamedTuple):
     want: Placement | None = None
     mark: Shard | None = None
     """Where that tensor carries the sequence, if it does."""
+    edges: int = 0
+    """Of an attention under a window: so many of the neighbours' tokens do, where that is less than all."""
 
 
 class Transfer(NamedTuple):
@@ -163,8 +165,9 @@ def _row(t: Transfer) -> Collective:
 
 # --------------------------------------------------------------------------------------------------- formulas
 
-# (attention operator, collective) -> (what is sent, its formula): those of strategies, and of no strategy.
-_ATTENTION = {
+# (attention operator, collective, and "edges" if they are sent) -> (what is sent, its formula): those of
+# strategies, and of no strategy.
+_ATTENTION: dict[tuple[str, ...], tuple[str, str]] = {
     ("linear_attention", "all_reduce"): ("memory state", "2 (P-1)/P B H K V w"),
     ("linear_attention_backward", "all_reduce"): ("gradient of memory state", "2 (P-1)/P B H K V w"),
 }
@@ -193,7 +196,7 @@ def _what(t: Transfer) -> str:
     if p.op == "gradients":
         return f"gradients ({len(p.shapes)} in a bucket)"
     op, consumer = _base(p.op), _base(p.consumer)
-    attention = _ATTENTION.get((op, t.op)) if p.have is None else None
+    attention = _ATTENTION.get(_key(t, p)) if p.have is None else None
     if attention is not None:
         return f"{op.split('_')[0]}: {attention[0]}"
     if isinstance(p.have, Partial):
@@ -233,8 +236,21 @@ def _formula(t: Transfer) -> tuple[str, dict[str, int]]:
     return f"{factor} b N w", values
 
 
+def _key(t: Transfer, p: Purpose) -> tuple[str, ...]:
+    """The row of `_ATTENTION`: edges, where what is sent is no more than they are."""
+    op = _base(p.op)
+    if p.edges and p.mark is not None:
+        (b, heads, _, size), values = (
+            p.shapes[1 + op.endswith("_backward")],
+            p.shapes[2 + op.endswith("_backward")],
+        )
+        if t.elements == p.edges * b * heads * (size + values[3]):
+            return op, t.op, "edges"
+    return op, t.op
+
+
 def _attention_formula(t: Transfer, p: Purpose, values: dict[str, int]) -> tuple[str, dict[str, int]]:
-    known = _ATTENTION.get((_base(p.op), t.op))
+    known = _ATTENTION.get(_key(t, p))
     if known is None or p.mark is None:
         return "", {}
     op, text = _base(p.op), known[1]
@@ -242,7 +258,7 @@ def _attention_formula(t: Transfer, p: Purpose, values: dict[str, int]) -> tuple
         return text, values | {"N": t.elements}
     first = (2 if op.startswith("linear") else 1) if op.endswith("_backward") else 0
     q, k, v = p.shapes[first : first + 3]
-    sizes = {"B": q[0], "H": q[1], "G": k[1], "K": q[3], "V": v[3], "b": p.mark.block}
+    sizes = {"B": q[0], "H": q[1], "G": k[1], "K": q[3], "V": v[3], "b": p.mark.block, "E": p.edges}
     # A model may fold its heads into the batch that it gives to the operator.
     if t.batch and q[0] != t.batch and not (q[0] * q[1] % t.batch or k[0] * k[1] % t.batch):
         sizes |= {"B": t.batch, "H": q[0] * q[1] // t.batch, "G": k[0] * k[1] // t.batch}
@@ -263,7 +279,7 @@ def _summary(log_decay: tuple[int, ...], beta: tuple[int, ...]) -> str:
 def _parsed(text: str) -> Any:
     import sympy
 
-    symbols = {name: sympy.Symbol(name) for name in "PTbBDHGKVNw"}
+    symbols = {name: sympy.Symbol(name) for name in "PTbBDEHGKVNw"}
     return sympy.sympify(text.replace(" ", "*"), locals=symbols)
 
 

@@ -61,6 +61,43 @@ def bert() -> nn.Module:
     return BertForMaskedLM(BertConfig(**shape, **rest, pad_token_id=0, max_position_embeddings=256))
 
 
+_WINDOW: dict[str, Any] = _LLAMA_LIKE | {"head_dim": 16, "sliding_window": 7}
+_MIXED: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"]}
+_EAGER: dict[str, Any] = {"attn_implementation": "eager"}
+
+
+def mistral() -> nn.Module:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    return MistralForCausalLM(MistralConfig(**_WINDOW))
+
+
+def gemma2() -> nn.Module:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    return Gemma2ForCausalLM(Gemma2Config(**_WINDOW, query_pre_attn_scalar=16, **_EAGER))
+
+
+def gemma3() -> nn.Module:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    return Gemma3ForCausalLM(Gemma3TextConfig(**_WINDOW, query_pre_attn_scalar=16, **_MIXED))
+
+
+def gpt_oss() -> nn.Module:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "experts_implementation": "batched_mm"}
+    return GptOssForCausalLM(GptOssConfig(**_WINDOW, **_MIXED, **experts, **_EAGER))
+
+
+# Windows, soft caps, sinks.
+BANDED: dict[str, Callable[[], nn.Module]] = {
+    "mistral": mistral,
+    "gemma2": gemma2,
+    "gemma3": gemma3,
+    "gpt_oss": gpt_oss,
+}
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": llama,
     "llama-eager": lambda: llama("eager"),
@@ -75,4 +112,4 @@ def build(name: str, length: int, **inputs: Any) -> tuple[nn.Module, dict[str, A
     """A float64 model in train mode and its keyword arguments, labels included."""
     torch.manual_seed(0)
     ids: Tensor = torch.randint(3, VOCAB, (2, length), generator=torch.Generator().manual_seed(0))
-    return MODELS[name]().double().train(), {"input_ids": ids, "labels": ids.clone()} | inputs
+    return (MODELS | BANDED)[name]().double().train(), {"input_ids": ids, "labels": ids.clone()} | inputs

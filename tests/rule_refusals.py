@@ -47,6 +47,9 @@ for _name in ("causal", "all"):
         **_refused(
             ops.linear_attention_backward.default, _name, HEAD_SIZE, *((i, 3) for i in range(5)), (4, 2)
         ),
+    }
+for _name in ("causal", "all", "window", "window, cap, sinks"):
+    CONSERVATIVE |= {
         **_refused(ops.softmax_attention.default, _name, HEAD_SIZE, (2, 3)),
         **_refused(ops.softmax_attention_backward.default, _name, HEAD_SIZE, (0, 3), (3, 3), (4, 3)),
     }

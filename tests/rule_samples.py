@@ -371,6 +371,14 @@ def _attention() -> list[S]:
             name="cross, grouped, masked",
         ),
     ]
+    q, k, v, grad = (x(2, 3, 7, size, seed=i) for i, size in enumerate((4, 4, 5, 5)))
+    for name, more in {"window": (True, 0.7, 2), "window, cap, sinks": (False, 0.7, 3, 1.5, x(3))}.items():
+        out, lse = ops.softmax_attention(q, k, v, None, *more)
+        backward = (grad, q, k, v, None, out, lse, *more)
+        found += [
+            S(ops.softmax_attention.default, (q, k, v, None, *more), name=name),
+            S(ops.softmax_attention_backward.default, backward, name=name),
+        ]
     for sample in found:
         sample.exchanges, sample.trusting, sample.tolerance = True, True, 1e-10
     return found

@@ -165,13 +165,14 @@ def errors(x: Operands, grad: Tensor, options: Options) -> list[float]:
     return [relative_error(a, b, 0.1) for a, b in known]  # those of a row that sees one key are zero
 
 
+@pytest.mark.parametrize("window", [None, 40, 140])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("on_cpu")
-def test_every_kind_of_mask(kind: str, causal: bool) -> None:
+def test_every_kind_of_mask(kind: str, causal: bool, window: int | None) -> None:
     """Rows of the middle of a sequence against all of its keys."""
     x, grad = drawn(kind, 150, 300, torch.float64)
-    assert max(errors(x, grad, Options(causal, 0.3, 131))) < 1e-11
+    assert max(errors(x, grad, Options(causal, 0.3, 131, window))) < 1e-11
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -181,15 +182,23 @@ def test_every_kind_of_mask(kind: str, causal: bool) -> None:
     st.integers(1, 300),
     st.integers(0, 320),
     st.booleans(),
+    st.none() | st.integers(1, 300),
     st.sampled_from([(1, 1), (4, 1), (4, 4), (6, 2)]),
     st.sampled_from([torch.float32, torch.float64]),
 )
 @pytest.mark.usefixtures("on_cpu")
 def test_any_call(
-    kind: str, t: int, s: int, first: int, causal: bool, heads: tuple[int, int], dtype: torch.dtype
+    kind: str,
+    t: int,
+    s: int,
+    first: int,
+    causal: bool,
+    window: int | None,
+    heads: tuple[int, int],
+    dtype: torch.dtype,
 ) -> None:
     x, grad = drawn(kind, t, s, dtype, heads)
-    assert max(errors(x, grad, Options(causal, 0.3, first))) < (1e-11 if dtype == torch.float64 else 4e-5)
+    assert max(errors(x, grad, Options(causal, 0.3, first, window))) < (1e-11 if dtype == torch.float64 else 4e-5)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -38,7 +38,7 @@ def sharded_softmax(
     def work(rank: int) -> tuple[Tensor, ...]:
         x = Operands(queries[rank], keys[rank], values[rank], masks[rank])
         out, lse, kv = strategy.forward(x, *how)
-        kv = kv if keep else strategy.gather(x, of_keys)
+        kv = kv if keep else strategy.gather(x, *how)
         return out, lse, *strategy.backward(grads[rank], x, out, lse, kv, *how)
 
     out, lse, dq, dk, dv = (list(x) for x in zip(*ranks.run(work), strict=True))

@@ -62,7 +62,15 @@ def affine_scan(
 
 
 def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One query at a time: softmax of its scores over the keys it may see, times their values.
 
@@ -71,9 +79,12 @@ def softmax_attention(
             Hkv)``.
         mask: None, bool (True = may see) or additive, broadcastable to ``[B, H, T, S]``.
         causal: query i sees key j only if ``j <= i``.
+        window: and only if ``|i - j| < window``.
+        soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)``, before the mask.
+        sinks: ``[H]``, one more logit in each row of a head, whose weight is dropped.
     Returns:
         out ``[B, H, T, V]`` and the natural log of the sum of exponentials ``[B, H, T]``. A query that may
-        see no key (of -inf or False) has out 0 and lse -inf.
+        see no key (of -inf or False) has out 0, and lse -inf or the sink.
     """
     b, h, t, _ = q.shape
     s = k.shape[2]
@@ -81,13 +92,19 @@ def softmax_attention(
     outs, sums = [], []
     for i in range(t):
         scores = (q[:, :, i, None] * k).sum(-1) * scale
+        if soft_cap is not None:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
         if mask is not None:
             row = mask.expand(b, h, t, s)[:, :, i]
             scores = scores.masked_fill(~row, -torch.inf) if row.dtype == torch.bool else scores + row
         if causal:
             scores = scores.masked_fill(torch.arange(s) > i, -torch.inf)
+        if window is not None:
+            scores = scores.masked_fill((torch.arange(s) - i).abs() >= window, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.expand(b, h)[..., None]], dim=-1)
         blind = (scores == -torch.inf).all(-1, keepdim=True)
         weights = torch.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
-        outs.append((weights[..., None] * v).sum(2))
+        outs.append((weights[..., :s, None] * v).sum(2))
         sums.append(torch.logsumexp(scores, dim=-1))
     return torch.stack(outs, dim=2), torch.stack(sums, dim=2)

@@ -4,14 +4,16 @@ They mean the whole sequence and are right wherever they run (eager, any backend
 backend the strategies replace each call, forward and backward, by its sharded lowering.
 
 A strategy also emits ``local_softmax_attention``: this rank's rows against all keys, with the rank read at
-run time.
+run time. The backward operators give the gradients of q, k and v; that of the sinks follows from the results
+by ordinary operators (``_sink_gradient``).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spcompile.collectives import current_rank
@@ -42,14 +44,33 @@ def check_shapes(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"{name}: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
 
 
+def _check_options(
+    name: str, q: Tensor, sinks: Tensor | None, window: int | None, soft_cap: float | None
+) -> None:
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise ValueError(f"{name}: sinks {list(sinks.shape)}: expected one per query head, {q.shape[1]}")
+    if window is not None and window < 1:
+        raise ValueError(f"{name}: a window of {window}: a row sees at least itself, 1")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"{name}: a soft cap of {soft_cap}: expected a positive number")
+
+
 # ---- softmax ----
 
 
 @torch.library.custom_op("spcompile::softmax_attention", mutates_args=())
 def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention, ``out_i = sum_j softmax_j(scale * q_i k_j + mask_ij) v_j``.
+    """Softmax attention, ``out_i = sum_j softmax_j(s_ij + mask_ij) v_j`` with ``s_ij = scale * q_i k_j``.
 
     Args:
         q: queries ``[B, H, T, K]``, any float dtype.
@@ -58,17 +79,23 @@ def softmax_attention(
         mask: None, bool (True = may see) or additive, broadcastable to ``[B, H, T, S]``; it gets no gradient.
         causal: key j is visible to query i only if ``j <= i``.
         scale: factor of the scores.
+        window: key j is visible to query i only if ``|i - j| < window``.
+        soft_cap: scores are ``soft_cap * tanh(s_ij / soft_cap)``, before the mask.
+        sinks: ``[H]``, any float dtype: a logit beside those of the keys in each row of a head, whose weight
+            is dropped: ``softmax_j`` is of ``[s_i0, s_i1, ..., sink_h]``.
     Returns:
         out ``[B, H, T, V]`` in q's dtype, and lse ``[B, H, T]``, natural log, float32 (float64 for
         float64), which is not differentiable. Both contiguous. A query that may see no key (False or -inf
-        everywhere) gets out 0, lse -inf and no gradient, as in ``scaled_dot_product_attention``;
-        ``torch.softmax`` would make it NaN.
+        everywhere) gets out 0, lse -inf (the sink, if there is one) and no gradient, as in
+        ``scaled_dot_product_attention``; ``torch.softmax`` would make it NaN.
     Raises:
-        ValueError: shapes or dtypes that disagree.
+        ValueError: shapes or dtypes that disagree; a window or a soft cap that is not positive.
         SpcompileError: the mask requires a gradient.
     """
     check_shapes("softmax_attention", q, k, v)
-    return rows.forward(Operands(q, k, v, mask), Options(causal, scale))
+    _check_options("softmax_attention", q, sinks, window, soft_cap)
+    options = Options(causal, scale, window=window, soft_cap=soft_cap)
+    return rows.forward(Operands(q, k, v, mask, sinks), options)
 
 
 def _fake_softmax(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,9 +109,18 @@ def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 @softmax_attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     check_shapes("softmax_attention", q, k, v)
+    _check_options("softmax_attention", q, sinks, window, soft_cap)
     return _fake_softmax(q, v)
 
 
@@ -99,9 +135,13 @@ def softmax_attention_backward(
     lse: Tensor,
     causal: bool,
     scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) of ``softmax_attention`` from its inputs, its results and ``grad`` of out."""
-    return rows.backward(grad, Operands(q, k, v, mask), out, lse, Options(causal, scale))
+    options = Options(causal, scale, window=window, soft_cap=soft_cap)
+    return rows.backward(grad, Operands(q, k, v, mask, sinks), out, lse, options)
 
 
 @softmax_attention_backward.register_fake
@@ -115,12 +155,15 @@ def _(
     lse: Tensor,
     causal: bool,
     scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     return _empty_like(q, k, v)
 
 
 def _save_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, ctx.causal, ctx.scale = inputs
+    q, k, v, mask, *ctx.options, sinks = inputs
     out, lse = output
     if ctx.needs_input_grad[3]:
         raise SpcompileError(
@@ -128,12 +171,24 @@ def _save_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
             "Remedy: detach the mask, or write this attention with torch.softmax."
         )
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, mask, out, lse)
+    ctx.save_for_backward(q, k, v, mask, out, lse, sinks)
 
 
 def _softmax_gradients(ctx: Any, grad: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    backward = torch.ops.spcompile.softmax_attention_backward
-    return *backward(grad, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None, None
+    *saved, sinks = ctx.saved_tensors
+    given = (*ctx.options,) if sinks is None else (*ctx.options, sinks)
+    grads = torch.ops.spcompile.softmax_attention_backward(grad, *saved, *given)
+    dsinks = None
+    if sinks is not None and ctx.needs_input_grad[8]:
+        dsinks = _sink_gradient(grad, saved[4], saved[5], sinks)
+    return *grads, None, None, None, None, None, dsinks
+
+
+def _sink_gradient(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """dsink_h = - sum over batch and rows of p_sink (dO . out), p_sink = exp(sink - lse)."""
+    weight = torch.exp(sinks.to(lse.dtype)[:, None] - lse)
+    common = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    return -(weight * common).sum((0, 2)).to(sinks.dtype)
 
 
 softmax_attention.register_autograd(_softmax_gradients, setup_context=_save_softmax)
@@ -142,31 +197,84 @@ softmax_attention.register_autograd(_softmax_gradients, setup_context=_save_soft
 # ---- softmax, this rank's rows ----
 
 
+class _Local(NamedTuple):
+    """This rank's rows and the keys that are given, as positions of one sequence."""
+
+    x: Operands
+    options: Options
+    first: int
+    """Which of the keys given is the first that is there."""
+
+
+def _local(x: Operands, options: Options, group: str, block: int, length: int, reach: int | None) -> _Local:
+    """Place this rank's rows among the keys; of neighbours' keys, drop what lies outside of the sequence."""
+    row, begin = current_rank(group) * block, 0
+    if reach is None:
+        return _Local(x, options._replace(first_row=row), 0)
+    begin = row - reach
+    first, end = max(0, begin), min(length, begin + x.k.shape[2])
+    count = max(0, end - first)
+    first = first if count else begin
+    k, v = (y.narrow(2, first - begin, count) for y in x[1:3])
+    mask = x.mask
+    if mask is not None and mask.shape[-1] > 1:
+        mask = mask[..., first : first + count]
+    return _Local(x._replace(k=k, v=v, mask=mask), options._replace(first_row=row - first), first - begin)
+
+
 @torch.library.custom_op("spcompile::local_softmax_attention", mutates_args=())
 def local_softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, group: str, block: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    group: str,
+    block: int,
+    causal: bool = True,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    length: int = 0,
+    reach: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Causal softmax attention of this rank's query rows against all keys.
+    """Softmax attention of this rank's query rows where the position says what a row may see.
 
-    Row i of ``q`` is token ``rank * block + i`` and sees the keys up to itself, so the work of rank r is
-    that of its visible keys; the rank of the process in ``group`` is read at run time and no mask is built.
+    Row i of ``q`` is token ``rank * block + i``, so the work of rank r is that of its visible keys; the rank
+    of the process in ``group`` is read at run time and no mask of rows x keys is built.
 
     Args:
         q: this rank's queries ``[B, H, block, K]``.
-        k, v: all keys and values ``[B, Hkv, S, *]``.
-        mask: None, or these rows' mask, broadcastable to ``[B, H, block, S]``, besides the causal one.
+        k, v: all keys and values ``[B, Hkv, S, *]``; or, where ``reach`` is given, this rank's and those of
+            its neighbours: the positions from ``rank * block - reach`` on, of which those before 0 and from
+            ``length`` on are not there, whatever they hold.
+        mask: None, or these rows' mask, broadcastable to ``[B, H, block, S]`` with the columns of all keys.
         group: registered name of the process group along the sequence.
         block: tokens per rank.
+        causal, scale, window, soft_cap, sinks: as in ``softmax_attention``.
     Returns:
         out and lse of these rows, as in ``softmax_attention``.
     """
-    options = Options(True, scale, current_rank(group) * block)
-    return rows.forward(Operands(q, k, v, mask), options)
+    options = Options(causal, scale, window=window, soft_cap=soft_cap)
+    here = _local(Operands(q, k, v, mask, sinks), options, group, block, length, reach)
+    return rows.forward(here.x, here.options)
 
 
 @local_softmax_attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, group: str, block: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    group: str,
+    block: int,
+    causal: bool = True,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    length: int = 0,
+    reach: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _fake_softmax(q, v)
 
@@ -183,10 +291,22 @@ def local_softmax_attention_backward(
     scale: float,
     group: str,
     block: int,
+    causal: bool = True,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    length: int = 0,
+    reach: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``local_softmax_attention``: dq of these rows; dk, dv of all keys from just these rows."""
-    options = Options(True, scale, current_rank(group) * block)
-    return rows.backward(grad, Operands(q, k, v, mask), out, lse, options)
+    """Gradients of ``local_softmax_attention``: dq of these rows; dk, dv of the keys given from just these
+    rows, 0 where a key is not there."""
+    options = Options(causal, scale, window=window, soft_cap=soft_cap)
+    here = _local(Operands(q, k, v, mask, sinks), options, group, block, length, reach)
+    dq, *grads = rows.backward(grad, here.x, out, lse, here.options)
+    if reach is not None:
+        behind = k.shape[2] - here.first - here.x.k.shape[2]
+        grads = [F.pad(y, (0, 0, here.first, behind)) for y in grads]
+    return dq, grads[0], grads[1]
 
 
 @local_softmax_attention_backward.register_fake
@@ -201,5 +321,11 @@ def _(
     scale: float,
     group: str,
     block: int,
+    causal: bool = True,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
+    length: int = 0,
+    reach: int | None = None,
 ) -> tuple[Tensor, ...]:
     return _empty_like(q, k, v)

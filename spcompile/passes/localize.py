@@ -258,7 +258,7 @@ class Localizer:
         if node.target in attention.RULES:  # by position: an operand that is not there has no dims
             given = iter(shapes)
             shapes = tuple(() if x is None else next(given) for x in node.args if attention.is_operand(x))
-        return Purpose(str(node.target), asked, whole, shapes, mark=mark)
+        return Purpose(str(node.target), asked, whole, shapes, mark=mark, edges=attention.edges(node))
 
     def note_gathers(self, node: fx.Node, step: Step) -> None:
         if not step.gathers:

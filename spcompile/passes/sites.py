@@ -20,7 +20,8 @@ class Site:
     kind: str
     """"softmax", "linear", or of a recurrence "scan" or "loop"."""
     mask: str
-    """"all", "causal", "general" (a mask that stays data), or "causal and general"; of a linear one also
+    """"all", "causal", "window of 4", "causal window of 4"; "and padding" (data per key), "and general" (data
+    of rows x keys); with ", soft cap", ", sinks" what else is done to the scores. Of a linear one also
     "reversed" and "bidirectional", "strictly" where a token does not see itself, and "with decay"."""
     rewritten: bool
     reason: str

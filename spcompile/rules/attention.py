@@ -20,7 +20,7 @@ from spcompile.placement import Partial, Placement, Replicate, Shard
 from spcompile.rules.base import Call, Context, Emit, Factors, Side, Split
 from spcompile.strategies import linear
 
-__all__ = ["FORWARD", "RULES", "forward_of", "is_operand"]
+__all__ = ["FORWARD", "RULES", "edges", "forward_of", "is_operand"]
 
 ops = torch.ops.spcompile
 
@@ -179,9 +179,22 @@ def _carry(
     return linear.forward(x, options, sequence, context.linear)[2]
 
 
+def edges(node: fx.Node) -> int:
+    """How many of its neighbours' keys a rank's rows see under the window of a softmax attention, or 0."""
+    backward = node.target is ops.softmax_attention_backward.default
+    if not backward and node.target is not ops.softmax_attention.default:
+        return 0
+    at = 7 if backward else 4
+    window = node.args[at + 2] if len(node.args) > at + 2 else node.kwargs.get("window")
+    return 0 if window is None else (int(window) - 1) * (1 if node.args[at] else 2)
+
+
 @dataclass
 class SoftmaxAttention:
     """softmax_attention and its backward: queries stay, keys and values are gathered by the strategy.
+
+    Under a window that is shorter than a shard these are its neighbours'. Sinks are whole, and their gradient
+    is made of other operators.
 
     Keys of another length than the queries (cross attention) are asked for whole; their gradients are then
     partial.
@@ -204,8 +217,9 @@ class SoftmaxAttention:
         alike = self.call.operands[first].shape[2] == self.call.operands[first + 1].shape[2]
         role = roles[index] if side == "in" else "q" if not self.backward or index == 0 else "kv"
         if shard.dim < 2:
-            return self._by_batch(shard, roles) if role != "mask" else None
-        if role == "mask" or (role == "kv" and not alike):
+            by = shard.at(1) if role == "sinks" else shard
+            return self._by_batch(by, roles) if role != "mask" else None
+        if role in ("mask", "sinks") or (role == "kv" and not alike):
             return None
         keys: Placement = shard if alike else Replicate()
         inputs = tuple(self._place(r, x, shard, keys) for r, x in zip(roles, self.call.operands, strict=True))
@@ -217,41 +231,54 @@ class SoftmaxAttention:
         """The lowering for one rank: no collective."""
         return self._emit(None, False)
 
+    def _option(self, index: int, name: str) -> Any:
+        """An argument behind the scale, which is there only where it is not the default."""
+        return self.call.argument(index + (9 if self.backward else 6), name)
+
     def _roles(self) -> list[str]:
         mask = ["mask"] if isinstance(self.call.args[4 if self.backward else 3], Tensor) else []
-        return ["q", "q", "kv", "kv", *mask, "q", "q"] if self.backward else ["q", "kv", "kv", *mask]
+        sinks = ["sinks"] if self._option(2, "sinks") is not None else []
+        before, after = (["q", "q"], ["q", "q"]) if self.backward else (["q"], [])
+        return [*before, "kv", "kv", *mask, *after, *sinks]
 
     def _place(self, role: str, x: Tensor, shard: Shard, keys: Placement) -> Placement:
+        if role == "sinks":
+            return Replicate()
         if role != "mask":
             return shard if role == "q" else keys
         rows = x.dim() - 2
         return shard.at(rows) if rows >= 0 and x.shape[rows] != 1 else Replicate()
 
     def _by_batch(self, shard: Shard, roles: list[str]) -> Split | None:
-        shared = {x.shape[shard.dim] for x, r in zip(self.call.operands, roles, strict=True) if r != "mask"}
-        if len(shared) > 1 or "mask" in roles:
+        tensors = [x for x, r in zip(self.call.operands, roles, strict=True) if r != "sinks"]
+        if len({x.shape[shard.dim] for x in tensors}) > 1 or "mask" in roles:
             return None  # grouped heads, or a mask that may or may not have the dim
+        of_sinks: Placement = shard.at(0) if shard.dim == 1 else Replicate()
+        inputs = tuple(of_sinks if r == "sinks" else shard for r in roles)
         outputs = (shard,) * len(self.call.outputs)
-        return Split((shard,) * len(roles), outputs, (None,) * len(roles), self._emit(None, False))
+        return Split(inputs, outputs, (None,) * len(roles), self._emit(None, False))
 
     def _emit(self, shard: Shard | None, alike: bool) -> Emit:
-        options = softmax.Options(*self.call.args[-2:])
+        causal, scale = self.call.args[7:9] if self.backward else self.call.args[4:6]
+        window, soft_cap = self._option(0, "window"), self._option(1, "soft_cap")
+        options = softmax.Options(causal, scale, window=window, soft_cap=soft_cap)
         roles = self._roles()
 
         def emit(context: Context, operands: list[Tensor]) -> Any:
             queries = None if shard is None else Sequence(context.group, shard.block, shard.length)
             keys = queries if alike else None
-            mask = operands[roles.index("mask")] if "mask" in roles else None
-            given = [x for x, r in zip(operands, roles, strict=True) if r != "mask"]
+            mask, sinks = (operands[roles.index(r)] if r in roles else None for r in ("mask", "sinks"))
+            given = [x for x, r in zip(operands, roles, strict=True) if r not in ("mask", "sinks")]
             if not self.backward:
-                x = softmax.Operands(given[0], given[1], given[2], mask)
+                x = softmax.Operands(given[0], given[1], given[2], mask, sinks)
                 context.took("softmax", rows.name(x, options), rows.refuses(x, options))
                 out, lse, kv = context.softmax.forward(x, options, queries, keys)
                 context.leave(self.call.site, keys, context.gathered(kv))
                 return out, lse
             grad, q, k, v, out, lse = given
-            x = softmax.Operands(q, k, v, mask)
-            kv = context.left(self.call.site, keys, lambda: context.softmax.gather(x, keys))
+            x = softmax.Operands(q, k, v, mask, sinks)
+            gather = lambda: context.softmax.gather(x, options, queries, keys)  # noqa: E731
+            kv = context.left(self.call.site, keys, gather)
             return context.softmax.backward(grad, x, out, lse, kv, options, queries, keys)
 
         return emit

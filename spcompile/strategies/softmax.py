@@ -20,7 +20,9 @@ class SoftmaxStrategy(Protocol):
     """
 
     @staticmethod
-    def gather(x: Operands, keys: Sequence | None) -> Tensor | None:
+    def gather(
+        x: Operands, options: Options, queries: Sequence | None, keys: Sequence | None
+    ) -> Tensor | None:
         """``kv`` of :meth:`forward` by itself, where a backward has none."""
         ...
 
@@ -31,7 +33,7 @@ class SoftmaxStrategy(Protocol):
         """This rank's rows of the output and log-sum-exp, and ``kv`` for the backward.
 
         Returns:
-            out, lse, and the keys and values of all ranks in the strategy's own layout (None: nothing was
+            out, lse, and the keys and values of other ranks in the strategy's own layout (None: nothing was
             gathered).
         """
         ...

@@ -24,13 +24,13 @@ class Strategy:
             (``exchange.py``), a ``SoftmaxStrategy`` for softmax (``softmax.py``).
         sends: (operator, collective) -> what is sent, and the bytes that one rank receives as a formula in P
             ranks, b tokens per rank, B, H, G key heads, K, V, w bytes an element; (K V+A) is a state and what
-            a run of tokens multiplies it by.
+            a run of tokens multiplies it by. With "edges" as a third part: of E neighbouring tokens alone.
     """
 
     name: str
     title: str
     where: str
-    sends: Mapping[tuple[str, str], tuple[str, str]]
+    sends: Mapping[tuple[str, ...], tuple[str, str]]
 
     def load(self) -> Any:
         """The implementation."""
@@ -40,6 +40,7 @@ class Strategy:
 
 _STATES = "(P-1) B H (K V+A) w"
 _KEYS = "(P-1) b B G (K+V) w"
+_EDGES = "(P-1) E B G (K+V) w"
 
 _LINEAR = (
     Strategy(
@@ -60,8 +61,13 @@ _SOFTMAX = (
         "spcompile.strategies.softmax_allgather:AllGather",
         {
             ("softmax_attention", "all_gather"): ("keys and values", _KEYS),
+            ("softmax_attention", "all_gather", "edges"): ("neighbours' keys and values", _EDGES),
             ("softmax_attention_backward", "all_gather"): ("keys and values again", _KEYS),
             ("softmax_attention_backward", "reduce_scatter"): ("gradients of keys and values", _KEYS),
+            ("softmax_attention_backward", "all_gather", "edges"): (
+                "gradients of neighbours' keys and values",
+                _EDGES,
+            ),
         },
     ),
 )

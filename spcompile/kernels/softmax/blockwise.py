@@ -1,14 +1,17 @@
 """Softmax attention in plain PyTorch, a block of query rows at a time: any device, dtype, mask, head sizes.
 
-    p_ij = softmax_j(scale * q_i k_j + mask_ij)    out_i = sum_j p_ij v_j    lse_i = log sum_j exp(...)
+    s_ij = scale * q_i k_j, or cap * tanh(scale * q_i k_j / cap)
+    p_ij = softmax_j(s_ij + mask_ij)    out_i = sum_j p_ij v_j    lse_i = log sum_j exp(...)
 
-The probabilities of one block of rows exist at a time, and the backward computes them again from whole rows
-(not from ``lse``), so a row whose keys are all masked by a huge negative number keeps its distribution.
+with a sink as one more logit of each row. The probabilities of one block of rows exist at a time, against the
+keys that one of its rows may see. The backward computes them again from whole rows (not from ``lse``), so a
+row whose keys are all masked by a huge negative number keeps its distribution.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,13 +25,38 @@ __all__ = ["backward", "forward"]
 _BUDGET = 1 << 24
 
 
-def _blocks(x: Operands, options: Options) -> Iterator[tuple[int, int, int]]:
-    """Row ranges [start, stop) with the number of keys that some row of the range may see."""
+class _Block(NamedTuple):
+    """Rows [start, stop), and the keys [first, end) that some of them may see."""
+
+    start: int
+    stop: int
+    first: int
+    end: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.first, self.end)
+
+
+def _blocks(x: Operands, options: Options) -> Iterator[_Block]:
+    """Blocks of rows that see some key, as many rows as the budget has room for."""
     (b, h, t, _), keys = x.q.shape, x.k.shape[2]
-    step = max(1, _BUDGET // max(1, b * h * keys))
+    row = max(1, b * h * keys)
+    if (
+        options.window is not None
+    ):  # what a row sees, and once more: a block's rows see that of its neighbours
+        row = min(row, max(1, b * h * 4 * options.window))
+    step = max(1, _BUDGET // row)
+    step = step if options.window is None else min(step, max(64, options.window))
     for start in range(0, t if keys else 0, step):
         stop = min(t, start + step)
-        yield start, stop, min(keys, options.first_row + stop) if options.causal else keys
+        first, end = options.seen(start, stop, keys)
+        if first < end:
+            yield _Block(start, stop, first, end)
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:
@@ -36,32 +64,47 @@ def _grouped(x: Tensor, kv_heads: int) -> Tensor:
     return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads))
 
 
-def _probabilities(
-    q: Tensor, k: Tensor, mask: Tensor | None, options: Options, start: int
-) -> tuple[Tensor, Tensor]:
-    """(probabilities [B, Hkv, G, t, S], lse [B, Hkv, G, t]); ``start`` is q's first row among those given."""
-    scores = (q @ k.unsqueeze(2).mT) * options.scale
+class _Weights(NamedTuple):
+    """Of a block of rows, [B, Hkv, G, t, ...]."""
+
+    p: Tensor
+    lse: Tensor
+    slope: Tensor | None
+    """d score / d (scale * q k), of a soft cap."""
+
+
+def _probabilities(q: Tensor, k: Tensor, x: Operands, options: Options, block: _Block) -> _Weights:
+    """The softmax of the rows ``q`` [B, Hkv, G, t, K] over the keys ``k`` [B, Hkv, keys, K] of a block."""
+    scores, slope, heads = (q @ k.unsqueeze(2).mT) * options.scale, None, k.shape[1]
+    if options.soft_cap is not None:
+        bounded = torch.tanh(scores / options.soft_cap)
+        scores, slope = options.soft_cap * bounded, 1 - bounded * bounded
+    mask = _mask_block(x.mask, heads, block)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    if options.causal:
-        rows = torch.arange(q.shape[3], device=q.device) + (options.first_row + start)
-        columns = torch.arange(k.shape[2], device=q.device)
-        scores = scores.masked_fill(columns > rows[:, None], -torch.inf)
+    visible = options.visible(*block, q.device)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
     top = scores.amax(-1, keepdim=True)
+    sinks = None if x.sinks is None else x.sinks.to(q.dtype).reshape(heads, -1, 1, 1)
+    if sinks is not None:
+        top = torch.maximum(top, sinks)
     top = torch.where(top == -torch.inf, 0.0, top)
     weights = torch.exp(scores - top)
     total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks - top)
     lse = (top + torch.log(total)).squeeze(-1)
-    return weights / torch.where(total == 0, 1.0, total), lse
+    return _Weights(weights / torch.where(total == 0, 1.0, total), lse, slope)
 
 
-def _mask_block(mask: Tensor | None, kv_heads: int, start: int, stop: int, seen: int) -> Tensor | None:
-    """The mask's rows [start, stop) and first ``seen`` columns, [B, Hkv, G, t, seen], any of them 1."""
+def _mask_block(mask: Tensor | None, kv_heads: int, block: _Block) -> Tensor | None:
+    """The mask's part of a block, [B, Hkv, G, t, keys], any of them 1."""
     if mask is None:
         return None
     mask = mask[(None,) * (4 - mask.dim())]
-    mask = mask[:, :, start:stop] if mask.shape[2] > 1 else mask
-    mask = mask[..., :seen] if mask.shape[3] > 1 else mask
+    mask = mask[:, :, block.rows] if mask.shape[2] > 1 else mask
+    mask = mask[..., block.keys] if mask.shape[3] > 1 else mask
     return mask.unsqueeze(2) if mask.shape[1] == 1 else _grouped(mask, kv_heads)
 
 
@@ -70,35 +113,36 @@ def forward(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
 
     Returns:
         out ``[B, H, T, V]`` in q's dtype and lse ``[B, H, T]`` in the state dtype, both contiguous. A row
-        that sees no key is 0 with lse -inf, as in ``scaled_dot_product_attention``.
+        that sees no key is 0 with lse -inf (or the sink), as in ``scaled_dot_product_attention``.
     """
-    q, k, v, mask = x
+    q, k, v = x[:3]
     wide, heads = state_dtype(q.dtype), k.shape[1]
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
-    for start, stop, seen in _blocks(x, options):
-        rows = _grouped(q[:, :, start:stop], heads).to(wide)
-        part = _mask_block(mask, heads, start, stop, seen)
-        p, row_lse = _probabilities(rows, k[:, :, :seen].to(wide), part, options, start)
-        out[:, :, start:stop] = (p @ v[:, :, None, :seen].to(wide)).flatten(1, 2)
-        lse[:, :, start:stop] = row_lse.flatten(1, 2)
+    if x.sinks is not None:
+        lse.copy_(x.sinks.to(wide)[:, None])
+    for block in _blocks(x, options):
+        rows = _grouped(q[:, :, block.rows], heads).to(wide)
+        keys, values = (y[:, :, block.keys].to(wide) for y in (k, v))
+        found = _probabilities(rows, keys, x, options, block)
+        out[:, :, block.rows] = (found.p @ values.unsqueeze(2)).flatten(1, 2)
+        lse[:, :, block.rows] = found.lse.flatten(1, 2)
     return out, lse
 
 
 def backward(grad: Tensor, x: Operands, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`forward`'s ``out``: dq, dk, dv contiguous, each in its input's dtype."""
-    q, k, v, mask = x
+    q, k, v = x[:3]
     wide, heads = state_dtype(q.dtype), k.shape[1]
     dq, dk, dv = (torch.zeros(y.shape, dtype=wide, device=y.device) for y in (q, k, v))
-    for start, stop, seen in _blocks(x, options):
-        rows = _grouped(q[:, :, start:stop], heads).to(wide)
-        grads = _grouped(grad[:, :, start:stop], heads).to(wide)
-        keys, values = k[:, :, :seen].to(wide), v[:, :, :seen].to(wide)
-        part = _mask_block(mask, heads, start, stop, seen)
-        p, _ = _probabilities(rows, keys, part, options, start)
-        dv[:, :, :seen] += (p.mT @ grads).sum(2)
+    for block in _blocks(x, options):
+        rows, grads = (_grouped(y[:, :, block.rows], heads).to(wide) for y in (q, grad))
+        keys, values = (y[:, :, block.keys].to(wide) for y in (k, v))
+        p, _, slope = _probabilities(rows, keys, x, options, block)
+        dv[:, :, block.keys] += (p.mT @ grads).sum(2)
         dp = grads @ values.unsqueeze(2).mT
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * options.scale
-        dq[:, :, start:stop] = (ds @ keys.unsqueeze(2)).flatten(1, 2)
-        dk[:, :, :seen] += (ds.mT @ rows).sum(2)
+        ds = ds if slope is None else ds * slope
+        dq[:, :, block.rows] = (ds @ keys.unsqueeze(2)).flatten(1, 2)
+        dk[:, :, block.keys] += (ds.mT @ rows).sum(2)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

@@ -5,9 +5,12 @@ part with the kernel's own causal flag). Two calls do just the work of the visib
 
     lse = log(exp(lse_1) + exp(lse_2))      out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2
 
-The kernel's backward takes the merged ``out`` and ``lse``, so the gradients of the parts simply add. On GPUs
-a call with the causal flag has as many keys as rows, so that it is all the same whether the kernel aligns its
-diagonal at the first keys or at the last.
+A window is blocks of rows, each with the keys that it sees and a mask of its own size, so that time and
+memory are T x window.
+
+The kernel's backward takes the merged ``out`` and ``lse``, so the gradients of the parts simply add; sinks
+need no more than to be in both (``rows.py``). On GPUs a call with the causal flag has as many keys as rows:
+it is all the same whether the kernel aligns its diagonal at the first keys or at the last.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from torch import Tensor
 
 from spcompile import _torch
 from spcompile.kernels.scan import state_dtype
-from spcompile.kernels.softmax.operands import Operands, Options
+from spcompile.kernels.softmax.operands import PLAIN, Operands, Options
 
 __all__ = ["backward", "forward", "imprecise", "refuses"]
 
@@ -31,16 +34,21 @@ _MASKED = -1e30
 _NONE_VISIBLE = -1e29
 
 
+# A window's rows are taken so many at a time, or as many as the window is long if that is between.
+_FEWEST_ROWS, _MOST_ROWS = 64, 512
+
 # CUDA's kernel: heads of at most so many numbers, a multiple of so many, and its kinds of numbers.
 _LARGEST, _MULTIPLE = 256, 8
 _CUDA = (torch.bfloat16, torch.float16)
 
 
-def refuses(x: Operands) -> str:
-    """Why the kernel does not take such operands, for the report; empty if it does."""
+def refuses(x: Operands, options: Options = PLAIN) -> str:
+    """Why the kernel does not take such a call, for the report; empty if it does."""
     q, name = x.q, str(x.q.dtype).removeprefix("torch.")
     if q.numel() == 0 or x.k.numel() == 0:
         return "no tokens"
+    if options.soft_cap is not None:
+        return "a soft cap"
     if q.device.type == "cpu":
         floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
         return "" if q.dtype in floats else name
@@ -52,6 +60,8 @@ def refuses(x: Operands) -> str:
         return f"{name}, not bfloat16 or float16"
     if x.mask is not None:
         return "a mask that is data"
+    if options.window is not None:
+        return "a sliding window"
     return f"heads of more than {_LARGEST} numbers" if _size(x) > _LARGEST else ""
 
 
@@ -97,16 +107,23 @@ def _widened(x: Tensor, size: int) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _mask_part(mask: Tensor | None, start: int, stop: int, dtype: torch.dtype) -> Tensor | None:
-    """Columns [start, stop) of the mask as the kernel's additive 4-D mask; dims of size 1 stay."""
-    if mask is None:
-        return None
-    mask = mask[(None,) * (4 - mask.dim())]
-    mask = mask[..., start:stop] if mask.shape[3] > 1 else mask
-    wide = state_dtype(dtype)
-    if mask.dtype == torch.bool:
-        return torch.where(mask, 0.0, _MASKED).to(wide)
-    return mask.to(wide).clamp(min=_MASKED)
+def _mask_part(x: Operands, call: _Call, options: Options) -> Tensor | None:
+    """The mask of a call, data and window, as the kernel's additive 4-D mask; dims of size 1 stay."""
+    mask, wide, visible = x.mask, state_dtype(x.q.dtype), None
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]
+        mask = mask[:, :, call.row : call.row + call.rows] if mask.shape[2] > 1 else mask
+        mask = mask[..., call.key : call.key + call.keys] if mask.shape[3] > 1 else mask
+        additive = mask.dtype != torch.bool
+        mask = mask.to(wide).clamp(min=_MASKED) if additive else torch.where(mask, 0.0, _MASKED).to(wide)
+    if options.window is not None:
+        place = (call.row, call.row + call.rows, call.key, call.key + call.keys)
+        visible = options.visible(*place, x.q.device)
+    if visible is None:
+        return mask
+    return torch.where(
+        visible, mask if mask is not None else visible.new_zeros((1, 1, 1, 1), dtype=wide), _MASKED
+    )
 
 
 class _Call(NamedTuple):
@@ -120,6 +137,8 @@ class _Call(NamedTuple):
 
 
 def _calls(x: Operands, options: Options) -> list[_Call]:
+    if options.window is not None:
+        return _windowed(x, options, options.window)
     rows, found = x.q.shape[2], []
     for start, stop, diagonal in _parts(x, options):
         keys = stop - start
@@ -130,22 +149,34 @@ def _calls(x: Operands, options: Options) -> list[_Call]:
     return found
 
 
-def _of_call(x: Operands, call: _Call, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def _windowed(x: Operands, options: Options, window: int) -> list[_Call]:
+    """Blocks of rows, each with all that it sees; none for rows that see nothing."""
+    rows, keys, found = x.q.shape[2], x.k.shape[2], []
+    step = min(max(window, _FEWEST_ROWS), _MOST_ROWS)
+    for row in range(0, rows, step):
+        stop = min(rows, row + step)
+        first, end = options.seen(row, stop, keys)
+        if first < end:
+            found.append(_Call(row, stop - row, first, end - first, False))
+    return found
+
+
+def _of_call(x: Operands, call: _Call, options: Options, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys, values and mask of a call."""
     k, v = (_widened(y.narrow(2, call.key, call.keys), size) for y in x[1:3])
-    return k, v, _mask_part(x.mask, call.key, call.key + call.keys, x.q.dtype)
+    return k, v, _mask_part(x, call, options)
 
 
 def forward(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
     """As :func:`.blockwise.forward`; ask :func:`imprecise` about the lse that it returns."""
-    q, _, v, mask = x
+    q, v = x.q, x.v
     wide, size = state_dtype(q.dtype), _size(x)
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
     wide_q, merged = _widened(q, size), False
     for call in _calls(x, options):
         rows = wide_q.narrow(2, call.row, call.rows)
-        keys, values, part_mask = _of_call(x, call, size)
+        keys, values, part_mask = _of_call(x, call, options, size)
         how = 0.0, call.diagonal
         on_cpu = partial(_torch.flash_attention_cpu, attn_mask=part_mask)
         flash = _torch.flash_attention_cuda if _on_gpu(q) else on_cpu
@@ -159,7 +190,7 @@ def forward(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
         one, other = (torch.exp(y - both).unsqueeze(-1) for y in (known, part_lse))
         ours.copy_(ours * one + part_out * other)
         known.copy_(both)
-    if mask is not None:
+    if x.mask is not None or options.window is not None:
         hidden = lse < _NONE_VISIBLE
         out = torch.where(hidden.unsqueeze(-1), 0.0, out)
         lse = torch.where(hidden, -torch.inf, lse)
@@ -187,7 +218,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Those of one call, from the gradient, the queries, the merged output and log-sum-exp."""
     grad, q, out, lse = (y.narrow(2, call.row, call.rows) for y in given)
-    k, v, mask = _of_call(x, call, size)
+    k, v, mask = _of_call(x, call, options, size)
     how = 0.0, call.diagonal
     if not _on_gpu(q):
         flash = _torch.flash_attention_cpu_backward

@@ -58,7 +58,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST = 2**31 - 1
 
 # Options and operands that may be left out and that this file has a line for.
-_KNOWN = frozenset({"first_row", "mask"})
+_KNOWN = frozenset({"first_row", "mask", "window"})
 
 # Of the choices of PyTorch's kernels the plain one. The backward is given what a forward would write down.
 _FORWARD = {"BACKEND": "TRITON"}
@@ -109,7 +109,8 @@ class Given(NamedTuple):
 
 def _band(options: Options) -> tuple[int | None, int | None]:
     """Row i, at position p, sees key j only where ``low <= p - j < high``; None: no bound."""
-    return 0 if options.causal else None, None
+    window = options.window
+    return 0 if options.causal else None if window is None else 1 - window, window
 
 
 def _within(distance: Tensor, band: tuple[int | None, int | None]) -> Tensor:

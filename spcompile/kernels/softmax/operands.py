@@ -1,12 +1,13 @@
-"""What a call of softmax attention is made of."""
+"""What a call of softmax attention is made of, and the one rule of which key a row may see."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-__all__ = ["Operands", "Options"]
+__all__ = ["PLAIN", "Operands", "Options"]
 
 
 class Operands(NamedTuple):
@@ -16,11 +17,53 @@ class Operands(NamedTuple):
     k: Tensor  # [B, Hkv, S, K]
     v: Tensor  # [B, Hkv, S, V]
     mask: Tensor | None = None  # bool (True = may see) or additive, broadcastable to [B, H, T, S]
+    sinks: Tensor | None = None  # [H]: a logit beside those of the keys, whose weight is dropped
 
 
 class Options(NamedTuple):
-    """The other arguments: row i of q sees key j, if causal, only where ``j <= first_row + i``."""
+    """The other arguments.
+
+    Row i of q is at position p = first_row + i among the keys and sees key j only where ``j <= p`` if causal,
+    and ``|p - j| < window`` if there is a window. Scores are ``scale * q_i k_j``, or
+    ``soft_cap * tanh(scale * q_i k_j / soft_cap)``.
+    """
 
     causal: bool
     scale: float
     first_row: int = 0
+    window: int | None = None
+    soft_cap: float | None = None
+
+    def seen(self, start: int, stop: int, keys: int) -> tuple[int, int]:
+        """Of so many keys those [first, end) that some row of [start, stop) may see."""
+        first, end = 0, keys
+        if self.causal:
+            end = min(end, self.first_row + stop)
+        if self.window is not None:
+            end = min(end, self.first_row + stop + self.window - 1)
+            first = max(first, self.first_row + start - self.window + 1)
+        return min(first, max(end, 0)), max(end, 0)
+
+    def visible(
+        self, start: int, stop: int, first: int, end: int, device: torch.device | str = "cpu"
+    ) -> Tensor | None:
+        """Which keys of [first, end) each row of [start, stop) may see, bool ``[rows, keys]``; None: all."""
+        top, low = self.first_row + stop - 1, self.first_row + start
+        ahead = self.causal and end - 1 > low
+        ahead = ahead or (self.window is not None and end - 1 >= low + self.window)
+        behind = self.window is not None and first <= top - self.window
+        if not ahead and not behind:
+            return None
+        rows = torch.arange(start, stop, device=device)[:, None] + self.first_row
+        distance = rows - torch.arange(first, end, device=device)
+        if self.window is None:
+            return distance >= 0
+        return (distance >= (0 if self.causal else 1 - self.window)) & (distance < self.window)
+
+
+PLAIN = Options(True, 1.0)
+"""Causal, and nothing more."""
+
+
+PLAIN = Options(True, 1.0)
+"""Causal, and nothing more."""

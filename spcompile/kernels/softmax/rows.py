@@ -5,24 +5,25 @@ PyTorch's flash attention comes first, then FlexAttention, which takes what flas
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from spcompile.kernels.softmax import blockwise, flash, flex
-from spcompile.kernels.softmax.operands import Operands, Options
+from spcompile.kernels.softmax.operands import PLAIN, Operands, Options
 
 __all__ = ["backward", "forward", "name", "refuses"]
 
 
-def name(x: Operands, options: Options) -> str:
+def name(x: Operands, options: Options = PLAIN) -> str:
     """The kernel that takes this call."""
-    if not flash.refuses(x):
+    if not flash.refuses(x, options):
         return "PyTorch's flash attention"
     return "ATen blocks" if flex.refuses(x, options) else "PyTorch's FlexAttention"
 
 
-def refuses(x: Operands, options: Options) -> str:
+def refuses(x: Operands, options: Options = PLAIN) -> str:
     """Why no fused kernel takes this call, for the report; empty if one does."""
-    why = flash.refuses(x)
+    why = flash.refuses(x, options)
     if not why or x.q.device.type != "cuda":
         return why
     more = flex.refuses(x, options)
@@ -31,21 +32,35 @@ def refuses(x: Operands, options: Options) -> str:
 
 def forward(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
     """Attention of the query rows given against all keys given; the result is as in ``blockwise.forward``."""
-    if not flash.refuses(x):
+    if not flash.refuses(x, options):
         out, lse = flash.forward(x, options)
         if not flash.imprecise(x.mask, lse):
-            return out, lse
+            return (out, lse) if x.sinks is None else _with_sinks(out, lse, x.sinks)
     elif not flex.refuses(x, options):
         with flex.or_blocks(x, options):
             return flex.forward(x, options)
     return blockwise.forward(x, options)
 
 
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """One more logit in each row's softmax, with a value of 0.
+
+    lse' = log(exp(lse) + exp(sink))      out' = exp(lse - lse') out
+    """
+    both = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    kept = torch.where(lse == -torch.inf, 0.0, torch.exp(lse - both))
+    return (out * kept.unsqueeze(-1)).to(out.dtype), both
+
+
 def backward(
     grad: Tensor, x: Operands, out: Tensor, lse: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`forward`'s ``out``; dk and dv are these rows' part of the sum over all rows."""
-    if not flash.refuses(x):
+    """Gradients of :func:`forward`'s ``out``; dk and dv are these rows' part of the sum over all rows.
+
+    Sinks are in ``out`` and ``lse``: exp(score - lse) is a key's weight beside them, and dO . out what the
+    gradients of a row's scores have in common.
+    """
+    if not flash.refuses(x, options):
         if not flash.imprecise(x.mask, lse):
             return flash.backward(grad, x, out, lse, options)
     elif not flex.refuses(x, options):

@@ -15,7 +15,8 @@ from spcompile.passes.recognize.edit import Editor, Refused
 from spcompile.passes.recognize.masks import Prover
 from spcompile.passes.recognize.safety import Snapshot, failed
 from spcompile.passes.recognize.softmax_masks import Found
-from spcompile.passes.shadow import Shadow, Value, trace
+from spcompile.passes.shadow import Shadow, trace
+from spcompile.passes.shadow_values import values_in
 from spcompile.passes.sites import Site, source_of
 
 __all__ = ["Site", "recognize"]
@@ -95,7 +96,7 @@ def _clean(shadow: Shadow, editor: Editor) -> None:
     for scope in shadow.scopes:
         nodes = [n for n in scope.graph.nodes if n in shadow.records]
         results = {n: shadow.records[n].result for n in nodes}
-        editor.erase([n for n in nodes if isinstance(results[n], Value) and results[n].live])
+        editor.erase([n for n in nodes if any(v.live for v in values_in([results[n]]))])
     _compile(shadow)
 
 

@@ -9,6 +9,7 @@ inside what is replaced.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -177,7 +178,8 @@ class Editor:
         """Drop the nodes that nothing uses any more, of these, where they only compute."""
         for node in reversed(nodes):
             record = self.shadow.records[node]
-            pure = record.pure or (record.begin == record.end and node.op == "call_method")
+            named = node.op == "call_method" or node.target is operator.getitem
+            pure = record.pure or (record.begin == record.end and named)
             if not node.users and pure and node.op in ("call_function", "call_method"):
                 self.replaced.add(node)
                 node.graph.erase_node(node)

@@ -22,8 +22,9 @@ from torch import fx
 from spcompile.passes.recognize import masks
 from spcompile.passes.recognize.common import check_one_place, check_private
 from spcompile.passes.recognize.dims import Atom, Dims, align, atoms_of, name_dims, resolve
-from spcompile.passes.recognize.edit import Editor, Operand, Refused
+from spcompile.passes.recognize.edit import Editor, Operand, Refused, Writer
 from spcompile.passes.recognize.products import Factor, peel, product_of, scalar, scaled
+from spcompile.passes.recognize.sinks import read_sink
 from spcompile.passes.recognize.softmax_masks import (
     Found,
     Step,
@@ -60,11 +61,16 @@ def _match_probabilities(v: Value, out: Dims, p: Factor, values: Factor, keys: A
         path.append(Factor(at, dims))
         at, dims, more = peel(at.args["input"], dims)
         path += more
-    if at.name != "softmax" or keys not in values.atoms:
+    sink = read_sink(at, dims, keys)
+    if keys not in values.atoms or (sink is None and at.name != "softmax"):
         return None
-    logits = at.args["self"] if "self" in at.args else at.args["input"]
-    if resolve(dims[at.args["dim"]]) != resolve((keys,)):
-        return None
+    if sink is not None:
+        path += sink.path
+        logits, at = sink.logits, sink.softmax
+    else:
+        logits = at.args["self"] if "self" in at.args else at.args["input"]
+        if resolve(dims[at.args["dim"]]) != resolve((keys,)):
+            return None
     found = _match_logits(logits, dims)
     if found is None:
         return None
@@ -90,6 +96,7 @@ def _match_probabilities(v: Value, out: Dims, p: Factor, values: Factor, keys: A
         walked[-1].dtype,
         interior,
         dropout=dropout,
+        sinks=None if sink is None else sink.sinks,
     )
 
 
@@ -129,6 +136,8 @@ def _steps_back(v: Value, dims: Dims) -> list[tuple[Value, Step]]:
         return [(sc[0], Step("scale", sc[1]))]
     a: Any = v.args.get("self")
     b = v.args.get("other")
+    if v.name == "tanh":
+        return [(a, Step("cap"))]
     if v.name == "masked_fill":
         m, fill = v.args["mask"], scalar(v.args["value"])
         return (
@@ -250,25 +259,37 @@ def rewrite(found: Found, editor: Editor, prover: masks.Prover) -> tuple[fx.Node
     node = editor.node_of(found.terminal)
     q, k, v = (editor.operand(f, node) for f in (found.q, found.k, found.v))
     roles = assign(found, q, k, v)
-    masking = decide(found, roles.t, prover)
+    masking = decide(found, roles.t, prover, lambda v: editor.find(v, node) is not None)
     w = editor.writer(node)
     dtype = found.dtype if found.dtype is not None and found.dtype.is_floating_point else found.terminal.dtype
     heads = roles.h + roles.shared
     lean = not set(roles.shared) & (set(atoms_of(k.dims)) | set(atoms_of(v.dims)))
     kv_heads = roles.h if lean else heads
     rows, keys = (roles.t,), (roles.s,)
-    mask, keep = emit_mask(w, editor, masking.general, (roles.b, heads, rows, keys), dtype)
+    mask = emit_mask(w, editor, masking.general, (roles.b, heads, rows, keys), dtype)
+    more = [masking.band.window, masking.soft_cap, _sinks(found, heads, editor, w)]
+    while more and more[-1] is None:
+        more.pop()
     q4 = w.to(w.arrange(q, (roles.b, heads, rows, roles.k)), dtype)
     k4 = w.to(w.arrange(k, (roles.b, kv_heads, keys, roles.k)), dtype)
     v4 = w.to(w.arrange(v, (roles.b, kv_heads, keys, roles.v)), dtype)
     op = torch.ops.spcompile.softmax_attention.default
-    call = w.call(op, q4, k4, v4, mask, masking.causal, float(masking.scale))
+    call = w.call(op, q4, k4, v4, mask, masking.band.causal, float(masking.scale), *more)
     out = w.call(operator.getitem, call, 0)
     if masking.uniform:
-        assert keep is not None
-        out = emit_uniform(w, out, v4, keep)
+        out = emit_uniform(w, out, w.call(operator.getitem, call, 1), v4)
     elif masking.undefined:
         out = emit_undefined(w, out, w.call(operator.getitem, call, 1), dtype)
     out = w.scatter(out, (roles.b, heads, rows, roles.v), found.out, found.terminal.shape)
     editor.replace(node, w.like(out, node, fresh=editor.written_later(node)))
     return call, masking.name
+
+
+def _sinks(found: Found, heads: tuple[Atom, ...], editor: Editor, w: Writer) -> fx.Node | None:
+    """The sinks as one number per query head."""
+    if found.sinks is None:
+        return None
+    operand = editor.operand(found.sinks, w.before)
+    if not set(atoms_of(operand.dims)) <= set(resolve(heads)):
+        raise Refused("its sinks are not one per head")
+    return w.arrange(operand, (heads,))

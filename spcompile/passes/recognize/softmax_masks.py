@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
 
 from spcompile.passes.recognize import masks
+from spcompile.passes.recognize.bands import Band, Split, band_of, split
 from spcompile.passes.recognize.dims import Atom, Dims
 from spcompile.passes.recognize.edit import Editor, Refused, Writer
 from spcompile.passes.recognize.products import Factor
@@ -23,13 +25,15 @@ class Step:
     """What happens to the scores, in order from the raw ones outward."""
 
     kind: str
-    """"scale", "bias" or "fill"."""
+    """"scale", "cap" (a tanh), "bias" or "fill"."""
     number: float = 1.0
     """The factor; the bias's sign; the value that is filled in."""
     value: Value | None = None
     dims: Dims = ()
     keep: bool = False
     """Of a fill: whether the mask says where to keep (or where to fill)."""
+    of_keys: bool = False
+    """Of a fill: whether the mask has keys, and no rows."""
 
 
 @dataclass
@@ -49,6 +53,8 @@ class Found:
     """Everything from the scores to the probabilities."""
     causal: bool = False
     dropout: bool = False
+    sinks: Factor | None = None
+    """A logit of each row beside those of the keys, whose weight is dropped."""
     by_hand: bool = True
     """Whether it is a softmax (a row that keeps no key is NaN) and not a library's attention (it is 0)."""
 
@@ -65,11 +71,13 @@ def _is_never(fill: float, dtype: torch.dtype | None) -> bool:
 
 @dataclass
 class Masking:
-    """What the steps come to: a scale, a proved mask, and the steps that stay data."""
+    """What the steps come to: the scores' numbers, a proved band, and the steps that stay data."""
 
     scale: float
-    causal: bool
+    soft_cap: float | None
+    band: Band
     general: list[Step]
+    sinks: bool = False
     uniform: bool = False
     """Whether a row that keeps no key is uniform over all keys, as a finite fill makes it, and not zero."""
     undefined: bool = False
@@ -77,49 +85,84 @@ class Masking:
 
     @property
     def name(self) -> str:
-        return (
-            " and ".join([*(["causal"] if self.causal else []), *(["general"] if self.general else [])])
-            or "all"
-        )
+        """For reports."""
+        data = {"padding" if s.of_keys else "general": None for s in self.general}
+        mask = " and ".join([*([self.band.name] if self.band.name else []), *data]) or "all"
+        more = [*(["soft cap"] if self.soft_cap is not None else []), *(["sinks"] if self.sinks else [])]
+        return ", ".join([mask, *more])
 
 
-def decide(found: Found, rows: Atom, prover: masks.Prover) -> Masking:
-    """Prove the masks, and fold the scales."""
-    scale, proved, general, all_infinite = 1.0, None, [], True
+def decide(found: Found, rows: Atom, prover: masks.Prover, held: Callable[[Value], bool]) -> Masking:
+    """Prove the masks, and fold the scales.
+
+    Args:
+        held: whether a Value can be had where the operator will stand.
+    """
+    scale, soft_cap = _scores(found.steps)
+    whole: masks.Pieces = [masks.Piece(1 - found.keys.size, rows.size - 1, True)]
+    proved, data, numbers = whole, list[Step](), list[float]()
     for n, step in enumerate(found.steps):
-        if step.kind == "scale":
-            scale *= step.number
+        if step.kind not in ("bias", "fill"):
             continue
-        after = math.prod(s.number for s in found.steps[n + 1 :] if s.kind == "scale")
+        after = _after(found.steps, n)
         if after <= 0:
             raise Refused("its masked scores are multiplied by a number that is not positive")
-        keep = _proved_keep(step, after, rows, found, prover)
-        if step.kind == "fill" or keep is not None:
-            all_infinite &= step.kind == "fill" and step.number == -math.inf
-        if keep is None:
-            general.append(
-                Step(
-                    step.kind,
-                    step.number * (after if step.kind == "bias" or step.number > -math.inf else 1),
-                    step.value,
-                    step.dims,
-                    step.keep,
-                )
-            )
+        part = _proved_part(step, after, rows, found, prover, held)
+        if part is None:
+            data.append(_scaled(step, after))
+            numbers += [data[-1].number] if step.kind == "fill" else []
         else:
-            general.append(Step("proved", 1.0, step.value, step.dims))
-            proved = keep if proved is None else masks.combine(lambda a, b: a and b, proved, keep)
-    kind = "all" if proved is None else masks.kind_of(proved)
-    data = [s for s in general if s.kind != "proved"]
-    if kind == "all" or (kind == "causal" and (not data or all_infinite)):
-        data, causal = (data, found.causal or kind == "causal")
-    else:
-        data, causal = _undo(found), found.causal
-    whole = proved is not None and len(general) == len([s for s in general if s.kind == "proved"])
-    keeps = whole and proved is not None and masks.keeps_every_row(proved, rows.size, found.keys.size)
+            proved = masks.combine(lambda a, b: a and b, proved, part.pieces)
+            data += [Step("fill", part.hides, k.value, k.dims, k.keep, True) for k in part.keys]
+            numbers.append(part.hides)
+    # With a sink a row that keeps no key gives it all its weight, whatever stands for the hidden scores.
+    keeps = found.sinks is not None or masks.keeps_every_row(proved, rows.size, found.keys.size)
+    band = band_of(proved)
+    if band is None or not (keeps if not data else _told_apart(found, band, numbers, data)):
+        data, band = _undo(found), Band()
+    band = Band(band.causal or found.causal, band.window)
+    keeps = keeps and (not data or found.sinks is not None)
     uniform = _uniform(data) and not keeps
     undefined = bool(data) and found.by_hand and not uniform and not keeps
-    return Masking(scale, causal, data, uniform, undefined)
+    return Masking(scale, soft_cap, band, data, found.sinks is not None, uniform, undefined)
+
+
+def _after(steps: Sequence[Step], n: int) -> float:
+    """What step ``n`` is multiplied by afterwards."""
+    return math.prod(s.number for s in steps[n + 1 :] if s.kind == "scale")
+
+
+def _scores(steps: Sequence[Step]) -> tuple[float, float | None]:
+    """The scale and the soft cap: c tanh(s q k) is cap * tanh(scale q k / cap), cap = |c|, scale = s c."""
+    caps = [n for n, s in enumerate(steps) if s.kind == "cap"]
+    if not caps:
+        return _after(steps, -1), None
+    if len(caps) > 1 or any(s.kind != "scale" for s in steps[: caps[0]]):
+        raise Refused("something other than a scale stands before the tanh of its scores")
+    cap = _after(steps, caps[0])
+    if cap == 0:
+        raise Refused("its scores are multiplied by zero")
+    inner = math.prod(s.number for s in steps[: caps[0]])
+    return inner * cap, abs(cap)
+
+
+def _scaled(step: Step, after: float) -> Step:
+    """A mask that stays data, with the scales that follow it."""
+    number = step.number * (after if step.kind == "bias" or step.number > -math.inf else 1)
+    return Step(step.kind, number, step.value, step.dims, step.keep)
+
+
+def _told_apart(found: Found, band: Band, numbers: Sequence[float], data: Sequence[Step]) -> bool:
+    """Whether the band may be taken off the data: whether it is known what becomes of a row without a key.
+
+    It is where all that is hidden is -inf, or one finite fill. Two masks that are added are not: twice a huge
+    negative number is another number, or -inf.
+    """
+    if not band.name or all(x == -math.inf for x in numbers):
+        return True
+    steps = [s for s in found.steps if s.kind in ("bias", "fill")]
+    alike = len(steps) == 1 or all(s.kind == "fill" for s in steps)
+    return alike and len(set(numbers)) == 1 and all(s.of_keys for s in data)
 
 
 def _uniform(steps: list[Step]) -> bool:
@@ -144,37 +187,62 @@ def _uniform(steps: list[Step]) -> bool:
 
 def _undo(found: Found) -> list[Step]:
     """Every mask as data, with the scales that follow it: what can't be proved stays general."""
-    out = []
-    for n, s in enumerate(found.steps):
-        after = math.prod(x.number for x in found.steps[n + 1 :] if x.kind == "scale")
-        if s.kind != "scale":
-            out.append(Step(s.kind, s.number * after, s.value, s.dims, s.keep))
-    return out
+    steps = enumerate(found.steps)
+    return [_scaled(s, _after(found.steps, n)) for n, s in steps if s.kind in ("bias", "fill")]
 
 
-def _proved_keep(
-    step: Step, after: float, rows: Atom, found: Found, prover: masks.Prover
-) -> masks.Pieces | None:
-    """Where the step keeps scores, as pieces of i - j, if it is proved to do nothing there and forbid the
-    rest."""
+@dataclass
+class _Part(Split):
+    """A step that is proved to do nothing where it keeps scores, and to forbid the rest."""
+
+    hides: float = -math.inf
+    """What a hidden score becomes."""
+
+
+def _proved_part(
+    step: Step,
+    after: float,
+    rows: Atom,
+    found: Found,
+    prover: masks.Prover,
+    held: Callable[[Value], bool],
+) -> _Part | None:
     assert step.value is not None
-    pieces = prover.pieces(step.value, step.dims, rows, found.keys)
-    if pieces is None:
-        return None
+    hidden: list[float] = []
+
+    def fill(x: Any) -> bool | None:
+        return bool(x) == step.keep
+
+    def bias(x: Any) -> bool | None:
+        number = float(x) * step.number * after
+        if number == 0:
+            return True
+        hidden.append(number)
+        return False if _is_never(number, found.dtype) else None
+
     if step.kind == "fill":
         if not _is_never(step.number * after, found.dtype):
             return None
-        return masks.mapped(lambda x: bool(x) == step.keep, pieces)
-    values = [float(p.value) * step.number * after for p in pieces]
-    if any(x != 0 and not _is_never(x, found.dtype) for x in values):
+        hidden.append(step.number * after)
+    does = fill if step.kind == "fill" else bias
+    pieces = prover.pieces(step.value, step.dims, rows, found.keys)
+    if pieces is not None:
+        if any(does(p.value) is None for p in pieces):
+            return None
+        return _Part(masks.mapped(does, pieces), [], max(hidden, default=-math.inf))
+    parts = split(prover, step.value, step.dims, rows, found.keys, does, held)
+    if parts is None:
         return None
-    return masks.mapped(lambda x: float(x) == 0, pieces)
+    if parts.keys and step.kind == "bias" and found.sinks is None:
+        # A row that keeps no key weighs all alike, but unlike after a fill its scores have a gradient.
+        return None
+    return _Part(parts.pieces, parts.keys, max(hidden, default=-math.inf))
 
 
 def emit_mask(
     w: Writer, editor: Editor, steps: Sequence[Step], groups: Sequence, dtype: torch.dtype
-) -> tuple[fx.Node | None, fx.Node | None]:
-    """What the steps do, as one node broadcastable to [B, H, T, S]; and the boolean part of it alone."""
+) -> fx.Node | None:
+    """What the steps do, as one node broadcastable to [B, H, T, S]."""
     keep: fx.Node | None = None
     bias: fx.Node | None = None
     for s in steps:
@@ -191,13 +259,13 @@ def emit_mask(
         x = x if s.number == 1 else w.call(torch.mul, x, s.number)
         bias = x if bias is None else w.call(torch.add, bias, x)
     if bias is not None and keep is not None:
-        return w.call(torch.where, keep, bias, w.number(-math.inf, dtype)), keep
-    return (keep if bias is None else bias), keep
+        return w.call(torch.where, keep, bias, w.number(-math.inf, dtype))
+    return keep if bias is None else bias
 
 
-def emit_uniform(w: Writer, out: fx.Node, v: fx.Node, keep: fx.Node) -> fx.Node:
+def emit_uniform(w: Writer, out: fx.Node, lse: fx.Node, v: fx.Node) -> fx.Node:
     """Rows that keep no key get the mean of all values."""
-    some = w.call(torch.any, keep, -1, keepdim=True)
+    some = w.call(torch.ne, w.call(torch.unsqueeze, lse, -1), -math.inf)
     mean = w.call(torch.mean, v, 2, keepdim=True)
     copies = w.shape(out)[1] // w.shape(v)[1]
     mean = mean if copies == 1 else w.call(torch.repeat_interleave, mean, copies, 1)
