@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
+import spcompile
+from spcompile import traffic
 from spcompile.simulate import simulated
 from tests.huggingface import BANDED, build
 from tests.proof import capture, eager
@@ -35,20 +38,20 @@ def square(graph: fx.Graph, block: int, length: int, ranks: int) -> list[str]:
 
 @pytest.mark.parametrize("name", BANDED)
 def test_loss_gradients_and_masks(name: str) -> None:
-    """At 47 tokens: a window of 7 is shorter than a shard, of up to 24, and its edges alone are sent."""
-    model, arguments = build(name, 47, use_cache=False)
+    """At 53 tokens: a window of 7 is shorter than a shard, of 18 or more, and its edges alone are sent."""
+    model, arguments = build(name, 53, use_cache=False)
     expected, joint = eager(model, arguments), capture(model, arguments)
     assert [(s.kind, s.mask) for s in joint.sites if s.rewritten] == [("softmax", m) for m in MASKS[name]]
     for ranks in (2, 3):
         local, _ = joint.shard(ranks)
-        assert not square(local.graph, -(-47 // ranks), 47, ranks)
+        assert not square(local.graph, -(-53 // ranks), 53, ranks)
         assert expected.error(*joint.run(ranks, nan_padding=True)) <= TOLERANCE
 
 
 def test_a_padded_batch() -> None:
     """Padding is one number per key, beside a window."""
-    model, arguments = build("mistral", 29, use_cache=False)
-    mask = torch.ones(2, 29, dtype=torch.long)
+    model, arguments = build("mistral", 33, use_cache=False)
+    mask = torch.ones(2, 33, dtype=torch.long)
     mask[0, 22:] = 0
     arguments["attention_mask"] = mask
     arguments["labels"] = arguments["labels"].masked_fill(mask == 0, -100)
@@ -56,13 +59,12 @@ def test_a_padded_batch() -> None:
     assert [s.mask for s in joint.sites] == ["causal window of 7 and padding"] * 2
     for ranks in (2, 4):
         local, _ = joint.shard(ranks)
-        assert not square(local.graph, -(-29 // ranks), 29, ranks)
+        assert not square(local.graph, -(-33 // ranks), 33, ranks)
         assert expected.error(*joint.run(ranks, nan_padding=True)) <= TOLERANCE
 
 
 def test_lengths_on_both_sides_of_the_window() -> None:
     """One function, compiled for lengths below and above its window, and below and above a shard."""
-    import torch.nn.functional as F
 
     def run(q: Tensor) -> Tensor:
         i = torch.arange(q.shape[2])
@@ -77,3 +79,56 @@ def test_lengths_on_both_sides_of_the_window() -> None:
         torch.testing.assert_close(*outs, rtol=0, atol=1e-12)
         grads = [torch.autograd.grad(out.square().sum(), q)[0] for out in outs]
         torch.testing.assert_close(*grads, rtol=0, atol=1e-11)
+
+
+class Windowed(nn.Module):
+    """Attention of 2 heads of 8 under a window, between projections."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.project, self.window = nn.Linear(16, 48), window
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = self.project(x).view(B, T, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        i = torch.arange(T, device=x.device)
+        keep = (i <= i[:, None]) & (i > i[:, None] - self.window)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep)
+        return (x + out.transpose(1, 2).reshape(B, T, 16)).pow(2).mean()
+
+
+def test_a_million_tokens_on_64_ranks() -> None:
+    """The report says what is sent, 4,095 tokens in place of 16,384, and nothing there is rows x T."""
+    ranks, tokens = 64, 1_048_576
+    with torch.device("meta"):
+        model = Windowed(4096)
+    report = spcompile.explain(model, ranks=ranks)(torch.zeros(1, tokens, 16, device="meta"))
+    assert [(s.mask, s.rewritten) for s in report.sites] == [("causal window of 4096", True)]
+    size = (ranks - 1) * 4095 * 2 * (8 + 8) * 4
+    found = {(c.phase, c.op, c.purpose): c for c in report.collectives}
+    for key in (
+        ("forward", "all_gather", "softmax: neighbours' keys and values"),
+        ("backward", "all_gather", "softmax: gradients of neighbours' keys and values"),
+    ):
+        row = found.pop(key)
+        assert (row.count, row.bytes, row.grows, row.values["E"]) == (1, size, False, 4095)
+        assert round(traffic._evaluated(row.formula, row.values)) == row.bytes
+    assert not any(c.grows for c in found.values())
+    # Three times the edges of all ranks; rows x T would be 16 GiB, of one byte each.
+    assert report.memory is not None and report.memory.backward < 3 * ranks * 4095 * 2 * 16 * 4
+
+
+@pytest.mark.parametrize("options", [{"regather": True}, {"regather": False}], ids=str)
+@pytest.mark.parametrize("window", [1, 3, 40])
+def test_edges_gathered_again_or_kept(window: int, options: dict[str, Any]) -> None:
+    """Edges, all keys or none; kept for the backward or gathered again."""
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model, x = Windowed(window).double(), torch.randn(2, 17, 16, dtype=torch.float64)
+    loss = torch.compile(model, backend=simulated(3, nan_padding=True, **options))(x)
+    want = model(x)
+    torch.testing.assert_close(loss, want, rtol=0, atol=1e-12)
+    weights = list(model.parameters())
+    grads = zip(torch.autograd.grad(loss, weights), torch.autograd.grad(want, weights), strict=True)
+    for got, right in grads:
+        torch.testing.assert_close(got, right, rtol=0, atol=1e-12)

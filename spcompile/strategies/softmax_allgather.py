@@ -52,19 +52,19 @@ class AllGather:
     def gather(
         x: Operands, options: Options, queries: Sequence | None, keys: Sequence | None
     ) -> Tensor | None:
-        """Packed in one collective; None where keys and values are whole already.
+        """Packed in one collective; None where keys and values are whole already, or a row sees but itself.
 
         Tokens come first, so that what the ranks send lies in the sequence's order and no copy follows.
         """
         group = others(keys)
         if group is None:
             return None
-        packed = _packed(x.k, x.v)
         reach = _reach(options, queries, keys)
+        if reach is not None and reach.left + reach.right == 0:
+            return None
+        packed = _packed(x.k, x.v)
         if reach is None:
             return collectives.all_gather(packed, group).reshape(-1, *packed.shape[1:])
-        if reach.left + reach.right == 0:
-            return packed.narrow(0, 0, 0)
         return neighbours(packed, 0, *reach, group, collectives.rank(group, packed.device))
 
     @staticmethod
@@ -115,11 +115,9 @@ class AllGather:
         assert keys is not None
         reach = _reach(options, queries, keys)
         if reach is None:
-            dk, dv = _scatter_kv(dk, dv, keys, summed=others(queries) is not None)
-        elif reach.left + reach.right:
-            rank = collectives.rank(keys.group, dk.device)
-            dk, dv = _unpacked(give_back(_packed(dk, dv), *reach, keys.group, rank), dk.shape[3])
-        return dq, dk, dv
+            return dq, *_scatter_kv(dk, dv, keys, summed=others(queries) is not None)
+        rank = collectives.rank(keys.group, dk.device)
+        return dq, *_unpacked(give_back(_packed(dk, dv), *reach, keys.group, rank), dk.shape[3])
 
 
 def _where(

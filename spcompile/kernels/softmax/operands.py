@@ -63,7 +63,3 @@ class Options(NamedTuple):
 
 PLAIN = Options(True, 1.0)
 """Causal, and nothing more."""
-
-
-PLAIN = Options(True, 1.0)
-"""Causal, and nothing more."""
