@@ -1,4 +1,4 @@
-"""Mixtures of experts as people spell them, and look-alikes in which a place in the order of all tokens counts."""
+"""Mixtures of experts as people spell them, and look-alikes in which a place among all tokens counts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ class Experts(nn.Module):
 
 def inputs_of(length: int, batch: int = 2) -> dict[str, Any]:
     """Tokens."""
-    return {"input_ids": torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(length))}
+    generator = torch.Generator().manual_seed(length)
+    return {"input_ids": torch.randint(VOCAB, (batch, length), generator=generator)}
 
 
 def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -173,7 +174,7 @@ def _columns(m: Experts, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
     """Slots stand k by k: all first choices, then all second ones."""
     flat = ids.t().reshape(-1)
     order = flat.argsort()
-    rows = x.repeat(m.top, 1)
+    rows = x.expand(m.top, *x.shape).reshape(-1, x.shape[1])
     y = grouped(rows[order], m.weight, _ends(_compared(flat, m.experts)))
     y = y[torch.argsort(order)] * w.t().reshape(-1)[:, None]
     return y.view(m.top, -1, x.shape[1]).sum(0)
