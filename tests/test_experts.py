@@ -57,6 +57,8 @@ MODELS = ["minimax", "qwen3_next", "granitemoehybrid", "jamba", "gpt_oss", "kimi
 INSIDE = 2e-5  # they compute norms, routers and the loss in float32
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name):
     model, inputs = zoo.MODELS[name](33)
@@ -119,6 +121,8 @@ def spellings(draw):
     return spelling
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(spellings(), st.integers(1, 3), st.integers(2, 9), st.integers(1, 2), st.integers(2, 4))
 def test_put_together_at_random(spelling, top, length, batch, ranks):
