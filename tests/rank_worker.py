@@ -230,7 +230,7 @@ def gdn2() -> dict[str, Any]:
 
 
 _CASES = (
-    *(train, train_each, delta, left, waits, other_shape_at_once, other_shape_later, other_model),
+    *(train, train_each, delta, experts, left, waits, other_shape_at_once, other_shape_later, other_model),
     *(mesh_of_two_axes, agreement, warm, gemma4, gdn2),
 )
 CASES = {f.__name__: f for f in _CASES}
