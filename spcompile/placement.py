@@ -14,7 +14,19 @@ from typing import Any
 
 from spcompile.sizes import Sized, at, expression, hint
 
-__all__ = ["Partial", "Placement", "Replicate", "Shard", "local_shape", "reshape_shard", "same_blocks"]
+__all__ = [
+    "Order",
+    "Partial",
+    "Placement",
+    "Replicate",
+    "Routed",
+    "Shard",
+    "Sharding",
+    "Unread",
+    "local_shape",
+    "reshape_shard",
+    "same_blocks",
+]
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,61 @@ class Shard(Sized):
         return self.start > 0 or self.start + self.length < ranks * self.block
 
 
-Placement = Replicate | Shard | Partial
+@dataclass(frozen=True)
+class Order:
+    """The order in which a sort puts the entries of its operand, a vector of slots (a token has one or more).
+
+    ``sort`` is the name of its node. ``ids`` names what it sorts where that is known to be integers >= 0 and
+    ascending, so that entries of one id lie together, the ids before them being smaller; else it is None.
+    """
+
+    sort: str
+    ids: str | None = None
+
+    def __str__(self) -> str:
+        return self.sort
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Dim ``slots.dim`` is in the order of a sort; each rank has the entries of the slots that it holds.
+
+    The slots lie on the ranks as ``slots`` says, and each rank has sorted its own (padding is last). Entry p
+    of its part is the entry of the whole tensor at the place where the sort of all ranks' slots has the one
+    that is p-th on this rank. So it is a permutation of a rank's own slots: what acts on each entry by itself
+    acts on it as on any shard, and nothing crosses the ranks on the way there or back.
+    """
+
+    order: Order
+    slots: Shard
+
+    def __str__(self) -> str:
+        return f"Routed({self.order}, {self.slots})"
+
+    @property
+    def dim(self) -> int:
+        """The dim in the sort's order."""
+        return self.slots.dim
+
+    def at(self, dim: int) -> Routed:
+        """The same entries on another dim (of another tensor)."""
+        return replace(self, slots=self.slots.at(dim))
+
+    def padded(self, ranks: int) -> bool:
+        """Whether some entry that a rank holds is not valid."""
+        return self.slots.padded(ranks)
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Of an operand that a rank does not need: what it would read there it knows from elsewhere."""
+
+    def __str__(self) -> str:
+        return "Unread"
+
+
+Sharding = Shard | Routed
+Placement = Replicate | Shard | Partial | Routed | Unread
 
 
 def same_blocks(a: Shard, b: Shard) -> bool:
@@ -99,6 +165,8 @@ def same_blocks(a: Shard, b: Shard) -> bool:
 
 def local_shape(shape: tuple[int, ...], placement: Placement) -> tuple[int, ...]:
     """The shape on each rank of a tensor of global ``shape``."""
+    if isinstance(placement, Routed):
+        return local_shape(shape, placement.slots)
     if not isinstance(placement, Shard):
         return tuple(shape)
     dim = placement.dim

@@ -82,6 +82,28 @@ def delta() -> dict[str, Any]:
     return {"error": expected.error(loss.detach(), left_behind(net, inputs))}
 
 
+def experts() -> dict[str, Any]:
+    """Mixtures of experts, one of them checkpointed and one that counts its load; a second length too."""
+    from torch.utils.checkpoint import checkpoint
+
+    from tests.experts import LOCAL, Experts, inputs_of
+
+    def spelling(m: Any, x: torch.Tensor, w: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        y = checkpoint(LOCAL["sorted_and_put_back"], m, x, w, ids, use_reentrant=False)
+        return LOCAL["with_counters"](m, x + y, w, ids)
+
+    torch.manual_seed(0)
+    net = Experts(spelling).double()
+    compiled, errors = torch.compile(net, backend="spcompile"), []
+    for length in (11, 14):
+        inputs = inputs_of(length)
+        expected = eager(net, inputs)
+        loss = compiled(**inputs)
+        loss.backward()
+        errors.append(expected.error(loss.detach(), left_behind(net, inputs)))
+    return {"errors": errors, "gathers": sum(len(r.gathers) for r in spcompile.report.RECORDS)}
+
+
 def left() -> dict[str, Any]:
     """What steps leave behind: of a model with several kinds of state and operators, and of an optimizer."""
     pairs = [(steps("together", spcompile.backend.spcompile), steps("together"))]
@@ -208,7 +230,7 @@ def gdn2() -> dict[str, Any]:
 
 
 _CASES = (
-    *(train, train_each, delta, left, waits, other_shape_at_once, other_shape_later, other_model),
+    *(train, train_each, delta, experts, left, waits, other_shape_at_once, other_shape_later, other_model),
     *(mesh_of_two_axes, agreement, warm, gemma4, gdn2),
 )
 CASES = {f.__name__: f for f in _CASES}

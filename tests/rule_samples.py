@@ -15,7 +15,7 @@ from tests.variants import KINDS, cotangents, draw, options_of
 
 aten, prims, ops = torch.ops.aten, torch.ops.prims, torch.ops.spcompile
 
-__all__ = ["EMPTY", "POINTWISE", "RANDOM", "SAMPLES", "flags", "n", "x"]
+__all__ = ["EMPTY", "POINTWISE", "RANDOM", "ROUTED", "SAMPLES", "flags", "n", "x"]
 
 END = 2**63 - 1
 
@@ -150,6 +150,7 @@ REDUCTIONS = [
     S(aten.topk.default, (x(4, 6), 3)),
     S(aten.topk.default, (x(7, 5), 2, 0), name="rows"),
     S(aten.sort.default, (x(4, 6), 0)),
+    S(aten.histc.default, (x(4, 6), 5, -1, 1)),
     S(aten.sort.stable, (x(4, 6),), dict(stable=True, dim=1, descending=True)),
     S(aten._softmax.default, (x(4, 6), 1, False)),
     S(aten._log_softmax.default, (x(4, 6), -2, False)),
@@ -208,6 +209,13 @@ CREATION = [
 ]
 
 # What comes of these is not told by their arguments: tests/test_rules.py has a test of its own for them.
+# Sharded in the order of a sort alone: tests/test_routing.py proves it.
+ROUTED = [
+    S(
+        aten._grouped_mm.default,
+        (x(7, 4).float(), x(3, 4, 8).float(), torch.tensor([2, 5, 7], dtype=torch.int32)),
+    )
+]
 EMPTY = [S(aten.new_empty_strided.default, (x(4, 6), [4, 6], [1, 4]))]
 RANDOM = [S(aten.rand.default, ([4, 6],)), S(aten.randn.default, ([4, 6],), dict(dtype=torch.float64))]
 

@@ -48,6 +48,14 @@ def run_ranks(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_experts_are_eager() -> None:
+    """Through Inductor, where a checkpointed region sorts again in the backward."""
+    for result in run_ranks("experts", 2, timeout=580):
+        assert max(result["errors"]) <= 1e-9 and not result["gathers"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("ranks", "case"), [(2, "train"), pytest.param(3, "train_each", marks=pytest.mark.sweep)]
 )

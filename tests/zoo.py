@@ -131,6 +131,26 @@ _model(
     "Mamba2",
     _SMALL | {"num_heads": 8, "head_dim": SIZE, "state_size": SIZE, "n_groups": 1, "chunk_size": 16},
 )
+# Mixtures of experts.
+_FEW = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_JAMBA = {
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 4,
+    "use_associative_scan": False,
+}
+_ZAYA = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32, "router_hidden_size": 16}
+_model("mixtral", "Mixtral", _DECODER | _FEW)
+_model("gpt_oss", "GptOss", _DECODER | _FEW | {"head_dim": SIZE, "sliding_window": 16})
+_model("granitemoehybrid", "GraniteMoeHybrid", _DECODER | _HYBRID | _MAMBA2 | _GRANITE | _FEW)
+_model("jamba", "Jamba", _DECODER | _JAMBA)
+_model("kimi_linear", "KimiLinear", _DECODER | _HYBRID | _KIMI | {"mlp_layer_types": ["dense", "sparse"]})
+_model("zaya", "Zaya", _DECODER | _ZAYA | {"head_dim": SIZE, "layer_types": ["hybrid", "hybrid"]})
 _model("mamba", "Mamba", _SMALL | {"state_size": 8, "use_associative_scan": False})
 _model("xlstm", "xLSTM", _SMALL | _XLSTM)
 

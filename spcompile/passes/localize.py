@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from spcompile import collectives
-from spcompile.passes import copies
+from spcompile.passes import copies, reorder
 from spcompile.passes.communicate import redistribute, shifted, surrounded
 from spcompile.passes.context import GraphContext
 from spcompile.passes.copies import source_line
@@ -22,8 +22,18 @@ from spcompile.passes.numbers import SYMBOLIC, unsized
 from spcompile.passes.propagate import Plan, Step, Value, value_of
 from spcompile.passes.reach import reaches
 from spcompile.phases import backward_of
-from spcompile.placement import Partial, Placement, Replicate, Shard, same_blocks
+from spcompile.placement import (
+    Partial,
+    Placement,
+    Replicate,
+    Routed,
+    Shard,
+    Sharding,
+    Unread,
+    same_blocks,
+)
 from spcompile.rules import Split, attention
+from spcompile.rules.base import split_of
 from spcompile.rules.ports import LEND
 from spcompile.sizes import hint
 from spcompile.traffic import Purpose
@@ -99,9 +109,11 @@ class Localizer:
     def version(self, value: Value, want: Placement, fill: float | None = None) -> Tensor:
         """The local tensor of ``value`` under ``want``, with ``fill`` in its padding if that is asked."""
         key = (value, want, fill)
+        if isinstance(want, Routed):
+            reorder.know(self, want)
         if key not in self.versions:
-            if fill is not None and isinstance(want, Shard) and want.padded(self.context.group.size):
-                local = self._run(value[0], self.context.where_valid, self.version(value, want), want, fill)
+            if fill is not None and isinstance(want, Sharding) and want.padded(self.context.group.size):
+                local = self.run_at(value[0], self.context.where_valid, self.version(value, want), want, fill)
             elif fill is not None:
                 local = self.version(value, want)
             else:
@@ -118,15 +130,17 @@ class Localizer:
                 return found
         have = self._at_hand(value, step, want)
         shape = tuple(self._global(value).shape)
+        if isinstance(have, Routed) or isinstance(want, Routed):
+            return reorder.reordered(self, value, have, want)
         local = self.version(value, have)
         if isinstance(have, Shard) and isinstance(want, Shard) and same_blocks(have, want):
             left, right = reach = self._reach.get(value, (0, 0))
             if -left <= have.start - want.start <= right:
                 if value not in self._around:
                     args = (self.context, local, have, want, shape, reach)
-                    self._around[value] = self._run(node, surrounded, *args)
-                return self._run(node, shifted, self._around[value], have, want, left)
-        return self._run(node, redistribute, self.context, local, have, want, shape)
+                    self._around[value] = self.run_at(node, surrounded, *args)
+                return self.run_at(node, shifted, self._around[value], have, want, left)
+        return self.run_at(node, redistribute, self.context, local, have, want, shape)
 
     def _at_hand(self, value: Value, step: Step | None, want: Placement) -> Placement:
         """The placement from which ``want`` is made: the native one, or whole."""
@@ -159,11 +173,11 @@ class Localizer:
         """A free or pulled value under ``want``, through its rule; None if the rule can't."""
         node, index = value
         assert step.rule is not None and step.call is not None
-        if isinstance(want, Shard):
-            split = step.rule.split("out", index, want)
+        if isinstance(want, Sharding):
+            split = split_of(step.rule, "out", index, want)
             if split is None:
                 return None
-            outs = self._run(node, split.emit, self.context, self._operands(step, split))
+            outs = self.run_at(node, split.emit, self.context, self.operands(step, split))
             placements: tuple[Placement, ...] = split.outputs
         else:
             if isinstance(want, Partial) and step.native != (want,):
@@ -172,15 +186,16 @@ class Localizer:
             operands = [self.version(v, p) for v, p in zip(step.operands, terms, strict=True)]
             outs = self._whole(node, step, operands)
             placements = tuple(want for _ in step.call.outputs)
-        self._store(node, outs, placements)
+        self.store(node, outs, placements)
         return self.versions[(value, placements[index], None)]
 
-    def _operands(self, step: Step, split: Split) -> list[Tensor]:
+    def operands(self, step: Step, split: Split) -> list[Any]:
         """The operands in the placements, and with the padding, that ``split`` wants."""
         wants = zip(step.operands, split.inputs, split.fills, strict=True)
-        return [self.version(value, placement, fill) for value, placement, fill in wants]
+        reorder.know_all(self, step, split)
+        return [None if isinstance(p, Unread) else self.version(value, p, fill) for value, p, fill in wants]
 
-    def _store(self, node: fx.Node, outs: Any, placements: tuple[Placement, ...]) -> None:
+    def store(self, node: fx.Node, outs: Any, placements: tuple[Placement, ...]) -> None:
         outs = tuple(outs) if isinstance(outs, (tuple, list)) else (outs,)
         for index, (out, placement) in enumerate(zip(outs, placements, strict=True)):
             if isinstance(out, Tensor):
@@ -189,15 +204,15 @@ class Localizer:
 
     def _poisoned(self, node: fx.Node, local: Tensor, placement: Placement) -> Tensor:
         ranks = self.context.group.size
-        if not (self.nan_padding and isinstance(placement, Shard) and placement.padded(ranks)):
+        if not (self.nan_padding and isinstance(placement, Sharding) and placement.padded(ranks)):
             return local
         if local.is_floating_point():
-            return self._run(node, self.context.where_valid, local, placement, math.nan)
+            return self.run_at(node, self.context.where_valid, local, placement, math.nan)
         step = self.plan.steps.get(node)
         if step is None or step.call is None or not any(x.is_floating_point() for x in step.call.operands):
             return local
         # A number that NaN is cast to may index out of bounds.
-        return self._run(node, self.context.where_valid, local, placement, 0)
+        return self.run_at(node, self.context.where_valid, local, placement, 0)
 
     # ------------------------------------------------------------------------------------------- emission
 
@@ -210,22 +225,22 @@ class Localizer:
         if step.native and step.native[0] == Partial("sum") and step.split is None:
             naturals = [(v, self.plan.natural(v)) for v in step.operands]
             terms = [self.version(v, p if p == Partial("sum") else Replicate()) for v, p in naturals]
-            self._store(node, self._whole(node, step, terms), step.native)
+            self.store(node, self._whole(node, step, terms), step.native)
             return
         if step.split is None:
             self.note_gathers(node, step)
             outs = self._whole(node, step, [self.version(v, Replicate()) for v in step.operands])
-            self._store(node, outs, tuple(Replicate() for _ in step.call.outputs))
+            self.store(node, outs, tuple(Replicate() for _ in step.call.outputs))
             return
         split = step.split
-        self._store(
-            node, self._run(node, split.emit, self.context, self._operands(step, split)), split.outputs
+        self.store(
+            node, self.run_at(node, split.emit, self.context, self.operands(step, split)), split.outputs
         )
         for index, (got, native) in enumerate(zip(split.outputs, step.native, strict=True)):
             if got != native:
                 shape = tuple(self._global((node, index)).shape)
                 local = self.versions[((node, index), got, None)]
-                moved = self._run(node, redistribute, self.context, local, got, native, shape)
+                moved = self.run_at(node, redistribute, self.context, local, got, native, shape)
                 self.versions[((node, index), native, None)] = self._poisoned(node, moved, native)
 
     def _whole(self, node: fx.Node, step: Step, operands: list[Tensor]) -> Any:
@@ -233,10 +248,10 @@ class Localizer:
         assert step.call is not None
         whole = getattr(step.rule, "whole_emit", None)
         if whole is not None:
-            return self._run(node, whole(), self.context, operands)
-        return self._run(node, step.call.run, operands)
+            return self.run_at(node, whole(), self.context, operands)
+        return self.run_at(node, step.call.run, operands)
 
-    def _run(self, node: fx.Node, function: Any, *args: Any) -> Any:
+    def run_at(self, node: fx.Node, function: Any, *args: Any) -> Any:
         with self.emitter.serving(node, spcompile=self._purpose(node, function, args)):
             return self.emitter.run(function, *args)
 
@@ -264,7 +279,7 @@ class Localizer:
         if not step.gathers:
             return
         for value in step.operands:
-            if isinstance(self.plan.natural(value), Shard):
+            if isinstance(self.plan.natural(value), Sharding):
                 x = self._global(value)
                 size = math.prod(map(hint, x.shape)) * x.dtype.itemsize
                 note = GatherNote(node.name, str(node.target), step.gathers, size, source_line(node))
@@ -301,7 +316,9 @@ class Localizer:
         for dtype in dict.fromkeys(x.dtype for _, x in self._pending):
             bucket = [(v, x) for v, x in self._pending if x.dtype == dtype]
             last = bucket[-1][0][0]
-            sums = self._run(last, collectives.all_reduce_bucket, [x for _, x in bucket], self.context.group)
+            sums = self.run_at(
+                last, collectives.all_reduce_bucket, [x for _, x in bucket], self.context.group
+            )
             for (value, _), whole in zip(bucket, sums, strict=True):
                 self.versions[(value, Replicate(), None)] = whole
         self._pending.clear()
@@ -316,7 +333,7 @@ class Localizer:
             value = value_of(x)
             if value in self.partial and self.plan.natural(value) == Partial("sum"):
                 term = self.version(value, Partial("sum"))
-                local = self._run(x, lambda: term * self.context.group.size)
+                local = self.run_at(x, lambda: term * self.context.group.size)
             else:
                 local = self.version(value, Replicate())
             return self.emitter.node_of(self.restrided(x, local))
@@ -347,7 +364,7 @@ class Localizer:
             return local
         order = sorted(range(local.dim()), key=lambda d: hint(strides[d]), reverse=True)
         back = [order.index(d) for d in range(local.dim())]
-        return self._run(node, lambda: local.permute(order).contiguous().permute(back))
+        return self.run_at(node, lambda: local.permute(order).contiguous().permute(back))
 
 
 def same_strides(x: Tensor, strides: tuple[int, ...]) -> bool:

@@ -17,8 +17,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from spcompile._torch import OpOverload
 from spcompile.passes.numbers import SYMBOLIC, is_size, size_symbols, unsized
-from spcompile.placement import Partial, Placement, Replicate, Shard
+from spcompile.passes.routes import Routes, routes
+from spcompile.placement import Order, Partial, Placement, Replicate, Routed, Shard, Sharding, Unread
 from spcompile.rules import PULLED, Call, Rule, Split, attention, commits, rule_for
+from spcompile.rules.base import split_of
 from spcompile.rules.pointwise import is_pointwise
 from spcompile.sizes import hint
 
@@ -51,8 +53,9 @@ class Step:
     """What is known of one operator node.
 
     ``kind``: "free" (computed from inputs alone, every consumer asks for the version it needs), "pulled" (a
-    view of something computed), or "computed" (one native placement per output). ``split`` is how a computed
-    node runs on shards, None if it runs whole; ``gathers`` says why sharded operands are gathered for it.
+    view of something computed, or an order), or "computed" (one native placement per output). ``split`` is
+    how a computed node runs on shards, None if it runs whole; ``gathers`` says why sharded operands are
+    gathered for it.
     """
 
     call: Call | None
@@ -66,9 +69,10 @@ class Step:
 
 @dataclass
 class Plan:
-    """The result of :func:`propagate`: a step for each node, and the sequence dims found."""
+    """The result of :func:`propagate`: a step for each node, the sequence dims found, and orders of sorts."""
 
     ranks: int
+    sorts: dict[Order, fx.Node] = field(default_factory=dict)
     steps: dict[fx.Node, Step] = field(default_factory=dict)
     marks: dict[Value, list[Shard]] = field(default_factory=dict)
 
@@ -91,24 +95,25 @@ def propagate(graph: fx.Graph, ranks: int, seeds: Mapping[Value, Shard]) -> Plan
         ranks: the number of ranks on the sequence axis.
         seeds: tensors whose sequence dim is known.
     """
-    plan = Plan(ranks)
+    found = routes(graph)
+    plan = Plan(ranks, found.sorts)
     sizes = size_symbols(n.meta.get("val") for n in graph.nodes)
     for node in graph.nodes:
         size = is_size(node.meta.get("val"), sizes)  # written anew where it is used
         if node.op == "call_function" and not is_output(node) and not size:
-            plan.steps[node] = _step(node, sizes)
+            plan.steps[node] = _step(node, sizes, found)
     _mark(plan, seeds)
     for node, step in plan.steps.items():
         _choose(plan, node, step)
     return plan
 
 
-def _step(node: fx.Node, sizes: frozenset[Any]) -> Step:
+def _step(node: fx.Node, sizes: frozenset[Any], found: Routes) -> Step:
     leaves = tree_leaves((node.args, node.kwargs))
     operands = [x for x in leaves if isinstance(x, fx.Node) and isinstance(x.meta.get("val"), Tensor)]
     if not _takes_tensors(node, leaves, sizes) or not _returns_tensors(node) or not _only_computes(node):
         return Step(None, None, tuple(map(value_of, operands)))
-    call = call_of(node)
+    call = call_of(node, found.of(operands), found.makes.get(node))
     return Step(call, rule_for(call), tuple(map(value_of, operands)))
 
 
@@ -126,14 +131,14 @@ def _only_computes(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and not node.target._schema.is_mutable
 
 
-def call_of(node: fx.Node) -> Call:
+def call_of(node: fx.Node, known: tuple[Any, ...] = (), makes: Any = None) -> Call:
     """The call that ``node`` makes, with the global fake values of its operands and results."""
 
     def value(x: Any) -> Any:
         return x.meta["val"] if isinstance(x, fx.Node) else x
 
     args, kwargs = tree_map(value, (node.args, node.kwargs))
-    return Call(node.target, args, kwargs, node.meta["val"], attention.forward_of(node))
+    return Call(node.target, args, kwargs, node.meta["val"], attention.forward_of(node), known, makes)
 
 
 def _returns_tensors(node: fx.Node) -> bool:
@@ -190,6 +195,9 @@ def _mark(plan: Plan, seeds: Mapping[Value, Shard]) -> None:
 def _choose(plan: Plan, node: fx.Node, step: Step) -> None:
     naturals = [plan.natural(v) for v in step.operands]
     if step.call is not None and step.rule is not None:
+        if getattr(step.rule, "lazy", False):
+            _order(plan, step, naturals)
+            return
         if not commits(node.target) and all(p is None for p in naturals):
             step.kind = "free"
             return
@@ -201,10 +209,20 @@ def _choose(plan: Plan, node: fx.Node, step: Step) -> None:
             step.native = tuple(Partial("sum") for _ in step.call.outputs)
             return
         _choose_split(plan, node, step, naturals)
-    if step.split is None and any(isinstance(p, Shard) for p in naturals):
+    if step.split is None and any(isinstance(p, Sharding) for p in naturals):
         step.gathers = "no rule" if step.rule is None else "no dim of it can be sharded so"
         if step.call is None:
             step.gathers = "it writes, has a body, or takes what is known at run time only"
+
+
+def _order(plan: Plan, step: Step, naturals: list[Placement | None]) -> None:
+    """A sort of slots: each consumer asks for the rank's own order, or for that of all slots."""
+    assert step.rule is not None
+    (value, *_), (natural, *_) = step.operands, naturals
+    shards = [natural] if natural is not None else plan.marks.get(value, [])
+    splits = (step.rule.split("in", 0, p.unshifted()) for p in shards if isinstance(p, Shard))
+    split = next((s for s in splits if s is not None), None)
+    step.kind, step.native = "pulled", (Replicate() if split is None else split.outputs[0],)
 
 
 def _stays_partial(plan: Plan, node: fx.Node, step: Step, naturals: list[Placement | None]) -> bool:
@@ -239,13 +257,15 @@ def _pull(plan: Plan, node: fx.Node, step: Step, naturals: list[Placement | None
     assert step.rule is not None
     native: Placement = Partial("sum") if _stays_partial(plan, node, step, naturals) else Replicate()
     for index, placement in enumerate(naturals):
-        if isinstance(placement, Shard):
-            split = step.rule.split("in", index, placement)
+        if isinstance(placement, Sharding):
+            split = split_of(step.rule, "in", index, placement)
             if split is None:
                 continue
-            if isinstance(split.outputs[0], Shard):
+            if isinstance(split.outputs[0], Sharding):
                 native = split.outputs[0]
                 break
+            if isinstance(placement, Routed):
+                return False
             entries = _entries_taken(plan, step.operands[index], placement)
             if entries <= FEW and _loses_nothing(plan, node, step, split):
                 return False
@@ -267,6 +287,8 @@ def _choose_split(plan: Plan, node: fx.Node, step: Step, naturals: list[Placemen
     for index, placement in enumerate(naturals):
         if isinstance(placement, Shard):
             candidates += [step.rule.split("in", index, p) for p in {placement.unshifted(): 0, placement: 0}]
+        elif isinstance(placement, Routed):
+            candidates.append(split_of(step.rule, "in", index, placement))
     for index in range(len(step.call.outputs)):
         for mark in plan.marks.get((node, index), ()):
             candidates.append(step.rule.split("out", index, mark))
@@ -384,7 +406,9 @@ def _moved_bytes(step: Step, naturals: Iterable[Placement | None], split: Split)
     assert step.call is not None
     moved = 0.0
     for x, have, want in zip(step.call.operands, naturals, split.inputs, strict=True):
-        sliced = isinstance(have, Replicate) and not isinstance(want, Partial)
+        if isinstance(want, Unread):
+            continue
+        sliced = isinstance(have, Replicate) and not isinstance(want, Partial | Routed)
         if have is not None and have != want and not sliced:
             moved += _bytes(x)
     for x, placement in zip(step.call.outputs, split.outputs, strict=True):

@@ -20,6 +20,7 @@ from spcompile.rules import (
     pointwise,
     ports,
     reductions,
+    routing,
     scans,
     views,
 )
@@ -60,8 +61,8 @@ RULES: dict[Any, str | Callable[[Call], Rule | None]] = {
     aten.cummax.default: reductions.rowwise,
     aten.cummin.default: reductions.rowwise,
     aten.topk.default: reductions.rowwise,
-    aten.sort.default: reductions.rowwise,
-    aten.sort.stable: reductions.rowwise,
+    aten.sort.default: routing.sort,
+    aten.sort.stable: routing.sort,
     aten._softmax.default: reductions.rowwise,
     aten._log_softmax.default: reductions.rowwise,
     aten.glu.default: reductions.rowwise,
@@ -79,18 +80,20 @@ RULES: dict[Any, str | Callable[[Call], Rule | None]] = {
     # Indexing
     # A row of the table for each index: any row may be asked for.
     aten.embedding.default: "v d, ... -> ... d; whole v; linear 0",
-    aten.gather.default: indexing.gather,
+    aten.gather.default: routing.gather,
     aten.scatter.value: indexing.scatter,
-    aten.scatter.src: indexing.scatter,
+    aten.scatter.src: routing.scatter,
     aten.scatter.reduce: indexing.scatter,
     aten.scatter.value_reduce: indexing.scatter,
     aten.scatter_reduce.two: indexing.scatter,
-    aten.scatter_add.default: indexing.scatter_add,
+    aten.scatter_add.default: routing.scatter_add,
     aten.bucketize.Tensor: indexing.searchsorted,
     aten.searchsorted.Tensor: indexing.searchsorted,
-    aten.index.Tensor: indexing.index,
-    aten.index_put.default: indexing.index_put,
+    aten.index.Tensor: routing.index,
+    aten.index_put.default: routing.index_put,
     aten._unsafe_masked_index_put_accumulate.default: indexing.index_put,
+    aten.histc.default: routing.histogram,
+    aten._grouped_mm.default: routing.grouped_mm,
     # Creation
     aten.full.default: creation.full,
     aten.new_empty_strided.default: creation.like,
@@ -99,6 +102,12 @@ RULES: dict[Any, str | Callable[[Call], Rule | None]] = {
     aten.randn.default: creation.random("randn"),
     **kernels.KERNELS,
     **attention.RULES,
+}
+
+# Operators of other libraries, by name: they are there once the library is imported.
+LIBRARIES: dict[str, Callable[[Call], Rule | None]] = {
+    "transformers::grouped_mm_fallback": routing.grouped_mm,
+    "transformers::grouped_mm_fallback_backward": routing.grouped_mm_with_gradients,
 }
 
 # Same entries under other dims: pulled by each consumer in the placement that it needs, so that a gather
@@ -162,7 +171,7 @@ def _drops_nothing(call: Call) -> bool:
 
 def rule_for(call: Call) -> Rule | None:
     """The rule of this call, or None: then it is computed whole on every rank."""
-    entry = RULES.get(call.op, ports.PORTS.get(call.op))
+    entry = RULES.get(call.op, ports.PORTS.get(call.op)) or LIBRARIES.get(call.op._name)
     if entry is None:
         if _draws(call.op) and not _drops_nothing(call):
             return creation.OneDraw(call)

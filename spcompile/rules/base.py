@@ -18,13 +18,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from spcompile import collectives
 from spcompile.errors import SpcompileError
-from spcompile.placement import Partial, Placement, Replicate, Shard
+from spcompile.placement import Partial, Placement, Replicate, Routed, Shard, Sharding
 from spcompile.sizes import key
 from spcompile.strategies import strategy_of
 from spcompile.strategies.exchange import StartExchange
 from spcompile.strategies.softmax import SoftmaxStrategy
 
-__all__ = ["Call", "Context", "Emit", "Factors", "Rule", "Side", "Split", "along", "parse"]
+__all__ = ["Call", "Context", "Emit", "Factors", "Rule", "Side", "Split", "along", "parse", "split_of"]
 
 Side = Literal["in", "out"]
 
@@ -33,16 +33,26 @@ class Call:
     """One call of an operator: its arguments with (fake or real) tensors as leaves, and its results.
 
     ``site`` is the same of an attention and of its backward; None of a backward whose forward is not there.
+    ``known`` is what is known of the entries of each operand, ``makes`` of those of the result
+    (``rules/routing.py``).
     """
 
     def __init__(
-        self, op: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any, site: Any = None
+        self,
+        op: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        out: Any,
+        site: Any = None,
+        known: tuple[Any, ...] = (),
+        makes: Any = None,
     ) -> None:
-        self.op, self.site = op, site
+        self.op, self.site, self.makes = op, site, makes
         self.args = tuple(args)
         self.kwargs = dict(kwargs)
         self._leaves, self._spec = tree_flatten((self.args, self.kwargs))
         self.operands = [x for x in self._leaves if isinstance(x, Tensor)]
+        self.known = known or (None,) * len(self.operands)
         self.outputs: tuple[Any, ...] = tuple(out) if isinstance(out, (tuple, list)) else (out,)
 
     def argument(self, index: int, name: str, default: Any = None) -> Any:
@@ -74,6 +84,7 @@ class Context:
         self.softmax: SoftmaxStrategy = strategy_of("softmax", softmax).load()
         self._left: dict[Any, dict[Any, Tensor | None]] = {}
         self._cache: dict[Any, Tensor] = {}
+        self._routes: dict[tuple[Routed, str], Tensor] = {}
 
     def took(self, kind: str, kernel: str, refused: str = "") -> None:
         """A kernel takes an attention, and why that is not a fused one: for the report."""
@@ -165,13 +176,38 @@ class Context:
         """A seed that no other draw of this graph has and that all ranks share, 0-dim int64."""
         raise AssertionError("only the context of a graph (GraphContext) gives out seeds")
 
-    def where_valid(self, x: Tensor, shard: Shard, other: Tensor | float | bool) -> Tensor:
+    def note_route(self, routed: Routed, ids: Tensor, slots: Tensor) -> None:
+        """A rank has sorted its own slots: their ``ids``, and which ``slots`` these are (a permutation)."""
+        self._routes |= {(routed.at(0), "ids"): ids, (routed.at(0), "slots"): slots}
+
+    def knows_route(self, routed: Routed) -> bool:
+        """Whether :meth:`route` knows this order."""
+        return (routed.at(0), "slots") in self._routes
+
+    def route(self, routed: Routed, what: str = "slots") -> Tensor:
+        """Of each entry in a sort's order, the slot of this rank that it is of, [outer * block] int64.
+
+        Or its "places", the inverse, and its "ids", which are ascending (what padding has is the last).
+        """
+        known = self._routes
+        key = routed.at(0), what
+        if what == "places" and key not in known:  # with the tags of the region that reads it first
+            slots = self.route(routed)
+            known[key] = torch.scatter(
+                torch.zeros_like(slots), 0, slots, torch.arange(slots.shape[0], device=slots.device)
+            )
+        return known[key]
+
+    def where_valid(self, x: Tensor, shard: Sharding, other: Tensor | float | bool) -> Tensor:
         """``x``, a local tensor placed as ``shard``, with ``other`` in its padding."""
 
         def mask() -> Tensor:
-            valid = self.valid(shard, x.device)
-            if shard.outer != 1:
-                valid = valid.expand(shard.outer, shard.block).reshape(-1)
+            slots = shard.slots if isinstance(shard, Routed) else shard
+            valid = self.valid(slots, x.device)
+            if slots.outer != 1:
+                valid = valid.expand(slots.outer, slots.block).reshape(-1)
+            if isinstance(shard, Routed):
+                valid = valid[self.route(shard)]
             return valid.reshape([-1 if d == shard.dim else 1 for d in range(x.dim())])
 
         valid = self.cached(("mask", shard, x.dim(), x.device), mask)
@@ -201,15 +237,23 @@ class Split:
 class Rule(Protocol):
     """A rule's interface; one whose whole form is not the plain call has ``whole_emit() -> Emit`` too.
 
-    One that writes a number where no operand has an entry (a pad) has it as ``beyond``.
+    One that writes a number where no operand has an entry (a pad) has it as ``beyond``. One that is asked for
+    a ``Routed`` placement too has a true ``orders``. One whose result each consumer asks for in its own
+    placement, as it does of a view, has a true ``lazy``.
     """
 
     @property
     def linear(self) -> tuple[frozenset[int], ...]:
         """Sets of operands in which the call is linear: if exactly they are sums, the outputs are too."""
 
-    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+    def split(self, side: Side, index: int, shard: Any) -> Split | None:
         """How the call runs if operand (or output) ``index`` is placed as ``shard``; None if it can't."""
+
+
+def split_of(rule: Any, side: Side, index: int, placement: Sharding) -> Split | None:
+    """What a rule says of a placement; nothing of one in a sort's order, if it does not know of such."""
+    knows = isinstance(placement, Shard) or getattr(rule, "orders", False)
+    return rule.split(side, index, placement) if knows else None
 
 
 Dims = tuple[str | None, ...]
@@ -223,6 +267,8 @@ class Factors:
     and is whole where that is None; one that some outputs have and others not is whole unless the rule is
     ``mixed``: then it is reduced in the others. ``emit`` replaces the plain call: it is given the split.
     ``fill`` is what padding of a reduced factor must hold, by default the neutral element of ``reduce``.
+    ``anywhere`` says that ``emit`` does not ask which entries these are, as the plain call never does: a rule
+    that holds for blocks of one entry acts on each entry alike, so in any order of them.
     ``beyond`` is the number that every entry is which comes from no operand, if that is known.
     """
 
@@ -236,12 +282,18 @@ class Factors:
     fill: float | None = None
     mixed: bool = False
     beyond: float | None = None
+    anywhere: bool = False
+
+    @property
+    def orders(self) -> bool:
+        """Whether entries may be in any order."""
+        return self.emit is None or self.anywhere
 
     def __post_init__(self) -> None:
         if self.fill is None and self.reduce is not None:
             self.fill = {"sum": 0.0, "max": -math.inf, "min": math.inf, "product": 1.0}[self.reduce]
 
-    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+    def split(self, side: Side, index: int, shard: Sharding) -> Split | None:
         """See :class:`Rule`."""
         factor = (self.inputs if side == "in" else self.outputs)[index][shard.dim]
         if factor is None or factor in self.whole:
@@ -253,13 +305,13 @@ class Factors:
             mixed = any(factor in dims for dims in self.outputs)
             if self.reduce is None or (mixed and not self.mixed):
                 return None
-            outputs = tuple(p if isinstance(p, Shard) else Partial(self.reduce) for p in outputs)
-        fills = tuple(self.fill if reduced and isinstance(p, Shard) else None for p in inputs)
+            outputs = tuple(p if isinstance(p, Sharding) else Partial(self.reduce) for p in outputs)
+        fills = tuple(self.fill if reduced and isinstance(p, Sharding) else None for p in inputs)
         split = Split(inputs, outputs, fills, _run(self.call))
         return split if self.emit is None else Split(inputs, outputs, fills, self.emit(split))
 
 
-def _place(dims: Dims, factor: str, shard: Shard) -> Placement:
+def _place(dims: Dims, factor: str, shard: Sharding) -> Placement:
     return shard.at(dims.index(factor)) if factor in dims else Replicate()
 
 

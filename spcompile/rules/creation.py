@@ -30,7 +30,8 @@ def full(call: Call) -> Factors:
         shape = list(local_shape(tuple(call.outputs[0].shape), split.outputs[0]))
         return lambda context, operands: call.op(shape, *call.args[1:], **call.kwargs)
 
-    return Factors(call, (), (_own_factors(call),), emit=emit, beyond=call.argument(1, "fill_value"))
+    beyond = call.argument(1, "fill_value")
+    return Factors(call, (), (_own_factors(call),), emit=emit, beyond=beyond, anywhere=True)
 
 
 def like(call: Call) -> Factors:
@@ -43,7 +44,7 @@ def like(call: Call) -> Factors:
         shape = local_shape(tuple(out.shape), split.outputs[0])
         return lambda context, operands: operands[0].new_empty(shape, dtype=out.dtype, device=out.device)
 
-    return Factors(call, (dims if same else (None,) * x.dim(),), (dims,), emit=emit)
+    return Factors(call, (dims if same else (None,) * x.dim(),), (dims,), emit=emit, anywhere=True)
 
 
 def iota(call: Call) -> Factors:

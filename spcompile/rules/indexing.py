@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spcompile.placement import Partial, Replicate, Shard
+from spcompile.placement import Partial, Replicate, Routed, Shard, Sharding
 from spcompile.rules.base import Call, Context, Dims, Factors, Rule, Side, Split
 
 __all__ = ["gather", "index", "index_put", "scatter", "scatter_add", "searchsorted"]
@@ -134,11 +134,12 @@ class Picked:
     factors: Factors
     indexed: dict[int, int]
     linear: tuple[frozenset[int], ...] = ()
+    orders = True
 
-    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+    def split(self, side: Side, index: int, shard: Sharding) -> Split | None:
         """See :class:`spcompile.rules.base.Rule`."""
         (x, *_), (out,) = self.factors.call.operands, self.factors.call.outputs
-        if (side, index) != ("in", 0) or shard.dim not in self.indexed:
+        if (side, index) != ("in", 0) or shard.dim not in self.indexed or isinstance(shard, Routed):
             return self.factors.split(side, index, shard)
         if shard.outer != 1 or 2 * out.numel() > x.numel():
             return None
@@ -172,20 +173,21 @@ class Accumulate:
     factors: Factors
     indexed: dict[int, int]
     entries: Dims
+    orders = True
 
     @property
     def linear(self) -> tuple[frozenset[int], ...]:
         """In x and the values together."""
         return (frozenset({0, len(self.factors.inputs) - 1}),)
 
-    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+    def split(self, side: Side, index: int, shard: Sharding) -> Split | None:
         """See :class:`spcompile.rules.base.Rule`."""
         if (side == "out" or index == 0) and shard.dim in self.indexed:
-            return self._of_block(shard) if shard.outer == 1 else None
+            return self._of_block(shard) if isinstance(shard, Shard) and shard.outer == 1 else None
         split = self.factors.split(side, index, shard)
         if split is None or not isinstance(split.outputs[0], Partial):
             return split
-        if not isinstance(split.inputs[-1], Shard):
+        if not isinstance(split.inputs[-1], Sharding):
             return None  # broadcast values: padding would add them once more
         fills = (*(None for _ in split.inputs[1:]), 0.0)
         return replace(split, inputs=(Partial("sum"), *split.inputs[1:]), fills=fills)

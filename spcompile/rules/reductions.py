@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spcompile import collectives
-from spcompile.placement import Partial, Shard
+from spcompile.placement import Partial, Routed, Shard, Sharding
 from spcompile.rules.base import Call, Context, Dims, Emit, Factors, Side, Split, along
 
 __all__ = ["REDUCED_BY", "Variance", "mean", "reduction", "rowwise"]
@@ -100,7 +100,7 @@ def mean(call: Call) -> Factors:
 
         return divided
 
-    rule.emit = emit
+    rule.emit, rule.anywhere = emit, True
     return rule
 
 
@@ -113,12 +113,13 @@ class Variance:
 
     call: Call
     linear: tuple[frozenset[int], ...] = ()
+    orders = True
 
-    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+    def split(self, side: Side, index: int, shard: Sharding) -> Split | None:
         """See :class:`spcompile.rules.base.Rule`."""
         if side == "out" or shard.dim not in _reduced_dims(self.call):
             return reduction(self.call).split(side, index, shard)
-        if self.call.operands[0].is_complex():
+        if isinstance(shard, Routed) or self.call.operands[0].is_complex():
             return None
         terms = tuple(Partial("sum") for _ in self.call.outputs)
         # Padding is as far from the mean as what fills it, so it is the squares that must be masked.

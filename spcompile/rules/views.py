@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from spcompile.placement import Partial, Replicate, Shard, local_shape, reshape_shard
+from spcompile.placement import Partial, Replicate, Routed, Shard, Sharding, local_shape, reshape_shard
 from spcompile.rules.base import Call, Context, Emit, Factors, Side, Split, along
 from spcompile.sizes import bounds_of
 
@@ -36,12 +36,13 @@ class Reshape:
 
     call: Call
     linear: tuple[frozenset[int], ...] = (frozenset({0}),)
+    orders = True
 
-    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+    def split(self, side: Side, index: int, shard: Sharding) -> Split | None:
         """See :class:`spcompile.rules.base.Rule`."""
         (source,), (target,) = self.call.operands, self.call.outputs
         shapes = tuple(source.shape), tuple(target.shape)
-        other = reshape_shard(shard, *(shapes if side == "in" else shapes[::-1]))
+        other = _reshaped(shard, *(shapes if side == "in" else shapes[::-1]))
         if other is None:
             return None
         before, after = (shard, other) if side == "in" else (other, shard)
@@ -52,6 +53,14 @@ class Reshape:
         """A reshape: the operand's strides may no longer be those for which a view was asked."""
         shape = tuple(self.call.outputs[0].shape)
         return lambda context, operands: operands[0].reshape(shape)
+
+
+def _reshaped(shard: Sharding, source: tuple[int, ...], target: tuple[int, ...]) -> Sharding | None:
+    """Where the sequence lies; a dim in a sort's order stays the dim that it is: nothing is merged."""
+    if isinstance(shard, Shard):
+        return reshape_shard(shard, source, target)
+    slots = reshape_shard(shard.slots, source, target)
+    return shard.at(slots.dim) if slots is not None and slots == shard.slots.at(slots.dim) else None
 
 
 def reshape(call: Call) -> Reshape:
@@ -79,7 +88,7 @@ def expand(call: Call) -> Factors:
         shape = local_shape(tuple(out.shape), split.outputs[0])
         return lambda context, operands: operands[0].expand(shape)
 
-    return Factors(call, (inputs,), (outputs,), linear=(frozenset({0}),), emit=emit)
+    return Factors(call, (inputs,), (outputs,), linear=(frozenset({0}),), emit=emit, anywhere=True)
 
 
 def _without(call: Call, dim: int) -> tuple[tuple[str, ...], tuple[str, ...], frozenset[str]]:
@@ -113,14 +122,15 @@ class Select:
 
     call: Call
     linear: tuple[frozenset[int], ...] = (frozenset({0}),)
+    orders = True
 
-    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+    def split(self, side: Side, index: int, shard: Sharding) -> Split | None:
         """See :class:`spcompile.rules.base.Rule`."""
         (x,) = self.call.operands
         dim, entry = self.call.argument(1, "dim") % x.dim(), self.call.argument(2, "index")
         if side == "out" or shard.dim != dim:
             return unbind(self.call).split(side, index, shard)
-        if shard.outer != 1:
+        if isinstance(shard, Routed) or shard.outer != 1:
             return None
         return _of_one_rank(shard, entry % x.shape[dim], lambda local, at: local.select(dim, at))
 
@@ -131,15 +141,16 @@ class SelectScatter:
 
     call: Call
     linear: tuple[frozenset[int], ...] = (frozenset({0, 1}),)
+    orders = True
 
-    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+    def split(self, side: Side, index: int, shard: Sharding) -> Split | None:
         """See :class:`spcompile.rules.base.Rule`."""
         base = self.call.operands[0]
         dim, entry = self.call.argument(2, "dim") % base.dim(), self.call.argument(3, "index")
         if (side, index) == ("in", 1) or shard.dim != dim:
             dims, kept, whole = _without(self.call, dim)
             return Factors(self.call, (dims, kept), (dims,), whole).split(side, index, shard)
-        if shard.outer != 1:
+        if isinstance(shard, Routed) or shard.outer != 1:
             return None
         place = shard.window(shard.start + entry % base.shape[dim], 1)
         return Split(
@@ -176,14 +187,15 @@ class Window:
 
     call: Call
     linear: tuple[frozenset[int], ...] = (frozenset({0}),)
+    orders = True
 
-    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+    def split(self, side: Side, index: int, shard: Sharding) -> Split | None:
         """See :class:`spcompile.rules.base.Rule`."""
         (x,), (out,) = self.call.operands, self.call.outputs
         dim, start, step = self._bounds()
         if shard.dim != dim or x.shape[dim] == out.shape[dim]:
             return Split((shard,), (shard,), (None,), self._on_other_dim(shard))
-        if step != 1 or shard.outer != 1:
+        if isinstance(shard, Routed) or step != 1 or shard.outer != 1:
             return None
         if side == "in" and out.shape[dim] == 1:
             return _of_one_rank(shard, start, lambda local, at: local.narrow(dim, at, 1))
@@ -200,7 +212,7 @@ class Window:
         step = self.call.argument(4, "step", 1)
         return dim, bounds_of(start, stop, step, x.shape[dim])[0], step
 
-    def _on_other_dim(self, shard: Shard) -> Emit:
+    def _on_other_dim(self, shard: Sharding) -> Emit:
         dim, _, _ = self._bounds()
         if shard.dim == dim:
             return lambda context, operands: operands[0]
@@ -217,6 +229,7 @@ class Pad:
     """constant_pad_nd: along the sequence it renames positions and writes the value where nothing was."""
 
     call: Call
+    orders = True
 
     @property
     def beyond(self) -> float:
@@ -228,20 +241,22 @@ class Pad:
         """A sum of padded terms is the padded sum only if the value is zero."""
         return (frozenset({0}),) if self.beyond == 0 else ()
 
-    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+    def split(self, side: Side, index: int, shard: Sharding) -> Split | None:
         """See :class:`spcompile.rules.base.Rule`."""
         (x,), (out,) = self.call.operands, self.call.outputs
         pads = list(self.call.args[1])
         pads += [0] * (2 * x.dim() - len(pads))
         left, right = pads[2 * (x.dim() - 1 - shard.dim) :][:2]
-        if (left or right) and shard.outer != 1:
+        if not (left or right):
+            return Split((shard,), (shard,), (None,), self._emit(shard, False))
+        if isinstance(shard, Routed) or shard.outer != 1:
             return None
         origin = shard.start if side == "out" else shard.start - left
-        before = shard.window(origin + left, x.shape[shard.dim]) if left or right else shard
-        after = shard.window(origin, out.shape[shard.dim]) if left or right else shard
-        return Split((before,), (after,), (None,), self._emit(before, left or right))
+        before = shard.window(origin + left, x.shape[shard.dim])
+        after = shard.window(origin, out.shape[shard.dim])
+        return Split((before,), (after,), (None,), self._emit(before, True))
 
-    def _emit(self, before: Shard, moves: bool) -> Emit:
+    def _emit(self, before: Sharding, moves: bool) -> Emit:
         value = self.beyond
         (x,) = self.call.operands
         pads = list(self.call.args[1])
@@ -268,8 +283,9 @@ class SliceScatter:
 
     call: Call
     linear: tuple[frozenset[int], ...] = (frozenset({0, 1}),)
+    orders = True
 
-    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+    def split(self, side: Side, index: int, shard: Sharding) -> Split | None:
         """See :class:`spcompile.rules.base.Rule`."""
         base, source = self.call.operands
         dim = self.call.argument(2, "dim", 0) % base.dim()
@@ -281,7 +297,7 @@ class SliceScatter:
             return Split(
                 (shard, shard), (shard,), (None, None), lambda context, operands: self.call.run(operands)
             )
-        if step != 1 or shard.outer != 1:
+        if isinstance(shard, Routed) or step != 1 or shard.outer != 1:
             return None
         start = bounds_of(start, stop, step, base.shape[dim])[0]
         origin = shard.start - start if (side, index) == ("in", 1) else shard.start
@@ -297,19 +313,20 @@ class Concatenation:
     """cat: along the sequence, each entry is taken from the tensor whose positions it lies among."""
 
     call: Call
+    orders = True
 
     @property
     def linear(self) -> tuple[frozenset[int], ...]:
         """In all tensors together."""
         return (frozenset(range(len(self.call.operands))),)
 
-    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+    def split(self, side: Side, index: int, shard: Sharding) -> Split | None:
         """See :class:`spcompile.rules.base.Rule`."""
         (out,), xs = self.call.outputs, self.call.operands
         dim = self.call.argument(1, "dim", 0) % max(out.dim(), 1)
         if shard.dim != dim:
             return along_dim(self.call).split(side, index, shard)
-        if shard.outer != 1 or any(x.dim() != out.dim() for x in xs):
+        if isinstance(shard, Routed) or shard.outer != 1 or any(x.dim() != out.dim() for x in xs):
             return None
         starts = [0, *accumulate(x.shape[dim] for x in xs)]
         origin = shard.start - starts[index] if side == "in" else shard.start
