@@ -11,7 +11,9 @@ values are read once for each piece.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +49,7 @@ def _pieces(x: Operands) -> list[Operands]:
 class _Pieces:
     """What a forward and a backward over pieces have in common."""
 
-    parts: list[fused.Forward] | list[fused.Backward]
+    parts: Sequence[Any]  # of fused.Forward or fused.Backward
 
     def total(self) -> tuple[Tensor, ...]:
         """What the tokens do to the state, or to its gradient: decays are the same for all keys."""

@@ -226,11 +226,7 @@ class Writer:
         return x if list(order) == list(range(len(order))) else self.call(torch.permute, x, tuple(order))
 
     def to(self, x: fx.Node, dtype: torch.dtype | None) -> fx.Node:
-        return (
-            x
-            if x.meta["example_value"].dtype == dtype or dtype is None
-            else self.method("to", x, dtype)
-        )
+        return x if x.meta["example_value"].dtype == dtype or dtype is None else self.method("to", x, dtype)
 
     def arrange(self, operand: Operand, groups: Sequence[Group], expand: bool = True) -> fx.Node:
         """The operand as one dim per group of atoms.
