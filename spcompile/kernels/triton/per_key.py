@@ -96,11 +96,13 @@ def sum_behind(
 def sum_rows(ones, x, PARTS: tl.constexpr, WALK: tl.constexpr = False):
     """The sum of the rows that ``ones`` has for each row.
 
-    WALK: within a walk, whose loads a loop in it would keep from being under way early. Elsewhere a loop it
-    is: of products that follow from each other both groups of warps would hold all columns.
+    WALK: within a walk, whose loads a loop in it would keep from being under way early. Elsewhere, where rows
+    are enough for a group of warps, it is a loop: of products that follow from each other both groups would
+    hold all columns.
     """
+    UNROLLED: tl.constexpr = WALK or x.shape[0] < 64
     total = tl.zeros(x.shape, tl.float32)
-    for _ in tl.range(PARTS, loop_unroll_factor=PARTS if WALK else 1):
+    for _ in tl.range(PARTS, loop_unroll_factor=PARTS if UNROLLED else 1):
         part = x.to(tl.bfloat16)
         total = tl.dot(ones.to(tl.bfloat16), part, total)
         x -= part.to(tl.float32)
