@@ -337,8 +337,13 @@ class _Kind(NamedTuple):
 def _kind(x: Operands, options: Options) -> _Kind:
     sizes = x.q.shape[1], x.k.shape[1], x.k.shape[3], x.v.shape[3]
     mask = () if x.mask is None else (x.mask.dtype, *(size == 1 for size in x.mask.shape))
-    precise = x.q.dtype == torch.float32 and not _tf32()
+    precise = x.q.dtype == torch.float32 and not _tf32() and max(sizes[2:]) <= 128 and _holds(x.q.device)
     return _Kind(options._replace(first_row=0), x.q.device, x.q.dtype, sizes, mask, precise)
+
+
+def _holds(device: torch.device) -> bool:
+    """Whether the tiles that three products need are known to fit: on sm_80 heads of 128 take 229 KB."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _tf32() -> bool:
@@ -368,7 +373,8 @@ _failed: dict[_Kind, str] = {}
 
 
 def _run(which: int, x: Operands, options: Options, tensors: tuple[Tensor | None, ...]) -> Any:
-    with torch.no_grad(), own_dtypes(x.q):
+    # Inside an operator autograd's keys are off, and block masks are made with vmap, whose trace needs them.
+    with _torch.differentiable(), torch.no_grad(), own_dtypes(x.q):
         return _compiled(_kind(x, options))[which](*(y if y is None else y.detach() for y in tensors))
 
 
