@@ -24,6 +24,7 @@ from tests.test_flex import mask_of
 CASES: dict[str, tuple[str, torch.dtype, bool, int, list[tuple[int, int, int]]]] = {
     "bf16, bool": ("bool", torch.bfloat16, True, 2, [(140, 150, 10), (130, 260, 130), (150, 280, 130)]),
     "fp32, minimum": ("minimum", torch.float32, False, 1, [(131, 60, 0)]),
+    "bf16, alibi": ("alibi", torch.bfloat16, True, 2, [(130, 60, 10)]),
     "fp32": ("none", torch.float32, True, 2, [(70, 140, 70)]),
 }
 SIZES = 16, 24  # of keys and values
@@ -60,6 +61,7 @@ def found(case: str, written: list[Written]) -> list[dict[str, Any]]:
             for at, (a, b) in enumerate(zip(got, want, strict=True))
         ]
         errors = [float((a - b).abs().max() / b.abs().max().clamp_min(0.1)) for a, b in pairs]
+        assert dtype != torch.float32 or all("'tf32x3'" in code.code for code in written)
         largest = max(max(code.largest) for code in written)
         counts = {"graphs": len(written) - before, "largest": largest, "entries": t * s}
         results.append({"errors": errors} | counts)

@@ -24,7 +24,7 @@ from torch._higher_order_ops.flex_attention import flex_attention as operator
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spcompile import _torch
-from spcompile.attention import reference
+from spcompile.attention import reference  # and the operators
 from spcompile.kernels.softmax import blockwise, flex, rows
 from spcompile.kernels.softmax.operands import Operands, Options
 from tests.proof import relative_error
@@ -361,3 +361,31 @@ def test_few_compilations(monkeypatch: pytest.MonkeyPatch) -> None:
         x, grad = drawn("bias", t, s, torch.float32)
         assert max(errors(x, grad, Options(True, 0.3, first))) < 4e-5
     assert counter.frame_count == 4
+
+
+@pytest.mark.slow
+def test_compiled_within_a_compiled_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From inside our operators, forward and backward, where these run in a graph of the user's."""
+    asked = []
+
+    def count(kind: Any) -> Any:
+        asked.append(kind)
+        return real(kind)
+
+    outer = torch.compile(
+        lambda *x: torch.ops.spcompile.softmax_attention(*x, True, 0.3)[0] * 2, backend="aot_eager"
+    )
+    real = functools.cache(flex._compiled.__wrapped__)
+    monkeypatch.setattr(flex, "_compiled", count)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(rows.flash, "refuses", lambda x: "a mask that is data")
+    monkeypatch.setattr(flex, "refuses", lambda x, options: "")
+    x, grad = drawn("bool", 30, 30, torch.float64)
+    leaves = [y.clone().requires_grad_() for y in x[:3]]
+    got = outer(*leaves, x.mask)
+    grads = torch.autograd.grad(got, leaves, grad)
+    want = reference.softmax_attention(*leaves, x.mask, True, 0.3)[0] * 2
+    wants = torch.autograd.grad(want, leaves, grad)
+    for a, b in zip((got, *grads), (want, *wants), strict=True):
+        assert relative_error(a.detach(), b.detach()) < 1e-11
+    assert len(asked) == 2

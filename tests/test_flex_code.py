@@ -16,10 +16,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
 TOLERANCE = {"fp32": 2e-6, "bf16": 6e-3}
 
 
-PLAIN = pytest.param("fp32", marks=pytest.mark.sweep)
+MORE_CASES = [pytest.param(case, marks=pytest.mark.sweep) for case in ("fp32", "bf16, alibi")]
 
 
-@pytest.mark.parametrize("case", ["bf16, bool", "fp32, minimum", PLAIN])
+@pytest.mark.parametrize("case", ["bf16, bool", "fp32, minimum", *MORE_CASES])
 def test_the_compiled_code(case: str) -> None:
     """Forward and backward; no buffer of rows x keys; compiled once, and once more for other lengths."""
     (results,) = workers.found("flex_worker", case, timeout=570, TRITON_INTERPRET="1").values()
@@ -28,3 +28,12 @@ def test_the_compiled_code(case: str) -> None:
         assert lse < 2e-6 and max(out, *gradients) < TOLERANCE[case.split(",")[0]], result
         assert result["largest"] < result["entries"], "of the size of a mask"
     assert [result["graphs"] for result in results] == [2, 2, 0][: len(results)]
+
+
+@pytest.mark.parametrize(("dtype", "size", "arch"), [("float32", 128, 90)])
+def test_the_machine_code(dtype: str, size: int, arch: int) -> None:
+    """With a bias: it compiles, would start, and multiplies on the tensor cores."""
+    kernels = workers.found("flex_machine", dtype, str(size), timeout=570, SM=str(arch))
+    assert set(kernels) == {"forward", "again", "backward"}
+    for kernel in kernels.values():
+        assert kernel["shared"] <= kernel["most"] and kernel["products"] > 0, kernels

@@ -62,7 +62,11 @@ _KNOWN = frozenset({"first_row", "mask", "window"})
 
 # Of the choices of PyTorch's kernels the plain one. The backward is given what a forward would write down.
 _FORWARD = {"BACKEND": "TRITON"}
-_BACKWARD = _FORWARD | {
+# Products of float32 where nobody allowed TF32: by three TF32 products, as our own kernels have them.
+# PyTorch's choice, "ieee", leaves the tensor cores unused, and spills (heads of 128: 6,936 bytes, not 240).
+_PRECISE = {"FLOAT32_PRECISION": "'tf32x3'"}
+_BACKWARD = {
+    "BACKEND": "TRITON",
     "PRESCALE_QK": False,
     "ROWS_GUARANTEED_SAFE": False,
     "BLOCKS_ARE_CONTIGUOUS": False,
@@ -203,21 +207,29 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 # ---- the programs that are compiled ----
 
 
+class _Call(NamedTuple):
+    """Options, and those of PyTorch's kernels."""
+
+    options: Options
+    forward: dict[str, Any]
+    backward: dict[str, Any]
+
+
 def _attend(
-    options: Options, q: Tensor, k: Tensor, v: Tensor, given: Given, blocks: tuple[Tensor, ...]
+    call: _Call, q: Tensor, k: Tensor, v: Tensor, given: Given, blocks: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
     """out and the log-sum-exp of what ``score_mod`` returns."""
-    mask_mod, score_mod = modifications(options, given)
+    mask_mod, score_mod = modifications(call.options, given)
     lengths = q.shape[2], k.shape[2]
-    how = {"mask_mod": mask_mod, "seq_lengths": lengths, "compute_q_blocks": False}
-    block_mask = BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=BLOCK, **how)
-    more = {"scale": options.scale, "enable_gqa": True, "return_aux": AuxRequest(lse=True)}
-    out, aux = flex_attention(q, k, v, score_mod, block_mask, kernel_options=_FORWARD, **more)
+    of_rows = {"mask_mod": mask_mod, "seq_lengths": lengths, "compute_q_blocks": False}
+    block_mask = BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=BLOCK, **of_rows)
+    more = {"scale": call.options.scale, "enable_gqa": True, "return_aux": AuxRequest(lse=True)}
+    out, aux = flex_attention(q, k, v, score_mod, block_mask, kernel_options=call.forward, **more)
     return out, aux.lse
 
 
 def _lse(
-    options: Options, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, given: Given, blocks: tuple[Tensor, ...]
+    call: _Call, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, given: Given, blocks: tuple[Tensor, ...]
 ) -> Tensor:
     """The log-sum-exp of what ``score_mod`` returns, from that of the scores (NOTE above)."""
     if given.top is None:
@@ -226,11 +238,11 @@ def _lse(
     in_block = F.pad(again, (0, -q.shape[2] % BLOCK)).unflatten(-1, (-1, BLOCK)).any(-1)
     part, part_at, whole, whole_at = blocks
     few = torch.where(in_block, part, 0), part_at, torch.where(in_block, whole, 0), whole_at
-    _, found = _attend(options, q, k, v, given, few)
+    _, found = _attend(call, q, k, v, given, few)
     return torch.where(again, found, lse - given.top.squeeze(-1))
 
 
-def _gradients(options: Options) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _gradients(call: _Call) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """FlexAttention's backward as one function of tensors, which Dynamo does not look into.
 
     Its modifications are functions of the tensors that they read as well.
@@ -253,7 +265,7 @@ def _gradients(options: Options) -> Callable[..., tuple[Tensor, Tensor, Tensor]]
 
         def of(tensors: tuple[Tensor, ...]) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
             fresh = iter(tensors)
-            return modifications(options, Given(*(next(fresh) if x else None for x in there)))
+            return modifications(call.options, Given(*(next(fresh) if x else None for x in there)))
 
         def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor, *tensors: Tensor) -> Tensor:
             return of(tensors)[0](b, h, i, j)
@@ -272,18 +284,25 @@ def _gradients(options: Options) -> Callable[..., tuple[Tensor, Tensor, Tensor]]
             *blocks, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=lengths
         )
         given = q, k, v, out, lse, grad, None, score_mod, back, described.as_tuple()
-        return _torch.flex_attention_backward(*given, options.scale, dict(_BACKWARD), tensors, tensors)[:3]
+        back_with = call.options.scale, dict(call.backward), tensors, tensors
+        return _torch.flex_attention_backward(*given, *back_with)[:3]
 
     return torch.compiler.allow_in_graph(gradients)
 
 
-def programs(options: Options) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Forward and backward as functions of tensors; ``options.first_row`` is not read, ``first`` is."""
-    gradients = _gradients(options)
+def programs(options: Options, precise: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward as functions of tensors; ``options.first_row`` is not read, ``first`` is.
+
+    Args:
+        precise: float32 is multiplied by three products of TF32.
+    """
+    how = _PRECISE if precise else {}
+    call = _Call(options, _FORWARD | how, _BACKWARD | how)
+    gradients = _gradients(call)
 
     def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, first: Tensor) -> tuple[Tensor, Tensor]:
         given = _given(options, q, k, mask, first)
-        out, lse = _attend(options, q, k, v, given, _blocks(options, q, k, given))
+        out, lse = _attend(call, q, k, v, given, _blocks(options, q, k, given))
         lse = lse if given.top is None else lse + given.top.squeeze(-1)
         return out.contiguous(), lse.contiguous()
 
@@ -299,7 +318,7 @@ def programs(options: Options) -> tuple[Callable[..., Any], Callable[..., Any]]:
     ) -> tuple[Tensor, ...]:
         given = _given(options, q, k, mask, first)
         blocks = _blocks(options, q, k, given)
-        lse = _lse(options, q, k, v, lse, given, blocks) * math.log2(math.e)  # as the kernel has it
+        lse = _lse(call, q, k, v, lse, given, blocks) * math.log2(math.e)  # as the kernel has it
         return tuple(x.contiguous() for x in gradients(grad, q, k, v, out, lse, *given, *blocks))
 
     return forward, backward
@@ -313,12 +332,25 @@ class _Kind(NamedTuple):
     dtype: torch.dtype
     sizes: tuple[int, ...]  # query heads, key heads, sizes of keys and of values
     mask: tuple[Any, ...]  # dtype, and which dims are broadcast
+    precise: bool  # float32, and TF32 is not allowed
 
 
 def _kind(x: Operands, options: Options) -> _Kind:
     sizes = x.q.shape[1], x.k.shape[1], x.k.shape[3], x.v.shape[3]
     mask = () if x.mask is None else (x.mask.dtype, *(size == 1 for size in x.mask.shape))
-    return _Kind(options._replace(first_row=0), x.q.device, x.q.dtype, sizes, mask)
+    precise = x.q.dtype == torch.float32 and not _tf32() and max(sizes[2:]) <= 128 and _holds(x.q.device)
+    return _Kind(options._replace(first_row=0), x.q.device, x.q.dtype, sizes, mask, precise)
+
+
+def _holds(device: torch.device) -> bool:
+    """Whether the tiles that three products need are known to fit: on sm_80 heads of 128 take 229 KB."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _tf32() -> bool:
+    """Whether the user allows products of float32 by TF32, as PyTorch's matrix products on a GPU ask."""
+    chosen = torch.backends.cuda.matmul.fp32_precision
+    return chosen == "tf32" if chosen != "none" else torch.get_float32_matmul_precision() != "highest"
 
 
 @functools.cache
@@ -329,7 +361,7 @@ def _compiled(kind: _Kind) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """
     number, found = len(_seen), []
     _seen.append(kind)
-    for program in programs(kind.options):
+    for program in programs(kind.options, kind.precise):
         name = f"flex_{program.__name__}_{number}"
         code = program.__code__.replace(co_name=name)
         own = types.FunctionType(code, program.__globals__, name, program.__defaults__, program.__closure__)
@@ -342,7 +374,8 @@ _failed: dict[_Kind, str] = {}
 
 
 def _run(which: int, x: Operands, options: Options, tensors: tuple[Tensor | None, ...]) -> Any:
-    with torch.no_grad(), own_dtypes(x.q):
+    # Inside an operator autograd's keys are off, and block masks are made with vmap, whose trace needs them.
+    with _torch.differentiable(), torch.no_grad(), own_dtypes(x.q):
         return _compiled(_kind(x, options))[which](*(y if y is None else y.detach() for y in tensors))
 
 
