@@ -61,11 +61,6 @@ def softmax_of_half(q, k, v):
 
 
 @left("")
-def softcap(q, k, v):
-    return (torch.tanh(q @ k.mT / 5) * 5).softmax(-1) @ v
-
-
-@left("")
 def probabilities_masked_after(q, k, v):
     return (q @ k.mT).softmax(-1).tril() @ v
 
@@ -198,10 +193,10 @@ def test_padding_stays_data() -> None:
 
     pad = torch.ones(B, T, dtype=torch.bool)
     pad[0, -2:] = False
-    assert see(fn, *qkv(), pad).rewritten == [("softmax", "causal and general")]
-    assert see(finite, *qkv(), pad).rewritten == [("softmax", "general")]
+    assert see(fn, *qkv(), pad).rewritten == [("softmax", "causal and padding")]
+    assert see(finite, *qkv(), pad).rewritten == [("softmax", "causal and padding")]
     left_padded = pad.flip(-1)  # its first rows see no key: eager's finite fill makes them uniform
-    assert see(finite, *qkv(), left_padded).rewritten == [("softmax", "general")]
+    assert see(finite, *qkv(), left_padded).rewritten == [("softmax", "causal and padding")]
 
 
 def test_a_row_that_keeps_no_key_is_nan_where_eager_says_so() -> None:
