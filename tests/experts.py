@@ -170,6 +170,13 @@ def _with_counters(m: Experts, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
 
 
 @_local
+def _skipped(m: Experts, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+    """The last expert does nothing: its tokens go to the first, without weight."""
+    skip = ids == m.experts - 1
+    return _sorted_and_put_back(m, x, w.masked_fill(skip, 0), ids.masked_fill(skip, 0))
+
+
+@_local
 def _columns(m: Experts, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
     """Slots stand k by k: all first choices, then all second ones."""
     flat = ids.t().reshape(-1)

@@ -114,8 +114,8 @@ def _bound(found: Routes, node: fx.Node) -> int | None:
         start, step = node.kwargs.get("start", 0), node.kwargs.get("step", 1)
         fixed = all(type(x) is int for x in (start, step, node.args[0]))
         return start + step * node.args[0] if fixed and start >= 0 and step >= 0 else None
-    if node.target is aten.full.default:
-        value = node.args[1]
+    if node.target in (aten.full.default, aten.scalar_tensor.default):
+        value = node.args[-1]
         return value if type(value) is int and value >= 0 else None
     if node.target is aten.where.self:
         tops = [found.ids[x].top if x in found.ids else None for x in node.args[1:]]
