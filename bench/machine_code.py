@@ -32,7 +32,6 @@ __all__ = [
     "compiled",
     "compiled_scan",
     "described",
-    "wide_offsets",
 ]
 
 
@@ -180,12 +179,6 @@ def compiled_scan(name: str, arch: int | str) -> Any:
 
 def _target(arch: int | str) -> GPUTarget:
     return GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
-
-
-def wide_offsets(kernel: Any) -> bool:
-    """Whether every offset that all of a program shares has 64 bits: operands may have 2^31 entries."""
-    offsets = re.findall(r"tt\.addptr [^:]*: !tt\.ptr<\w+>, (i\d+)", kernel.asm["ttir"])
-    return bool(offsets) and set(offsets) == {"i64"}
 
 
 class Code(NamedTuple):

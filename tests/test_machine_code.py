@@ -13,6 +13,10 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux alone")
 
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
 from bench.machine_code import (  # noqa: E402
     AMD,
     SCANS,
@@ -21,8 +25,12 @@ from bench.machine_code import (  # noqa: E402
     compiled,
     compiled_scan,
     described,
-    wide_offsets,
 )
+from bench.triton_ir import products_of_turned_products, wide_offsets  # noqa: E402
+
+# kernel -> bytes of stack on sm_90, bf16, heads of 256. The pairs of a chunk hold q, k and their gradients of
+# all keys; where nothing is moved out of the loop it is 240.
+WAIVED = {"per key, pairs back": 160}
 
 
 @pytest.mark.timeout(500)
@@ -66,10 +74,11 @@ def test_a_kernel_compiles(
     made = compiled(expected, size, dtype, arch)
     code = described(made, arch)
     assert code.shared <= SHARED[arch], "it would not start"
-    assert wide_offsets(made)
-    if size <= 128 and dtype == torch.bfloat16 and arch == 90:
+    assert wide_offsets(made.asm["ttir"]) and not products_of_turned_products(made.asm["ttir"])
+    if dtype == torch.bfloat16 and arch == 90:
         # Triton 3.6 spills 80 bytes in `readings` of KDA, 16 and 8 on the way to dq and dk per key.
-        assert code.stack <= (80 if triton.__version__.startswith("3.6") else 0) and code.blocks
+        allowed = WAIVED.get(variant, 0) if size > 128 else 80 if triton.__version__.startswith("3.6") else 0
+        assert code.stack <= allowed and code.blocks
         assert (code.wide > 0) == expected.wide and code.wide + code.products > 0
 
 
@@ -78,4 +87,31 @@ def test_a_kernel_compiles(
 def test_the_scan_compiles(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     made = compiled_scan(name, 90)
-    assert described(made, 90).stack == 0 and wide_offsets(made)
+    assert described(made, 90).stack == 0 and wide_offsets(made.asm["ttir"])
+    assert not products_of_turned_products(made.asm["ttir"])
+
+
+@triton.jit
+def turned(x, y, z, n, TURNED: tl.constexpr):
+    i, j = tl.arange(0, 64)[:, None] * 64, tl.arange(0, 64)[None, :]
+    a, b = tl.load(x + i + j), tl.load(y + i + j)
+    state = tl.zeros([64, 64], dtype=tl.float32)
+    out = tl.zeros([64, 64], dtype=tl.float32)
+    for _ in range(n):
+        state = tl.dot(a, b, state)
+        if TURNED:
+            out = tl.dot(tl.trans(state * 2).to(b.dtype), b, out)
+        else:
+            out = tl.dot(tl.trans(a), b, out)
+    tl.store(z + i + j, out + state)
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_what_was_miscompiled_is_seen(wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line with the transposed result of a product; offsets here have 32 bits."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    kinds = {"x": "*bf16", "y": "*bf16", "z": "*fp32", "n": "i32", "TURNED": "constexpr"}
+    source = ASTSource(fn=turned, signature=kinds, constexprs={"TURNED": wrong})
+    text = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ttir"]
+    found = [product.text for product in products_of_turned_products(text)]
+    assert found == (["out = tl.dot(tl.trans(state * 2).to(b.dtype), b, out)"] if wrong else [])
