@@ -378,7 +378,7 @@ def test_compiled_within_a_compiled_program(monkeypatch: pytest.MonkeyPatch) -> 
     real = functools.cache(flex._compiled.__wrapped__)
     monkeypatch.setattr(flex, "_compiled", count)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(rows.flash, "refuses", lambda x: "a mask that is data")
+    monkeypatch.setattr(rows.flash, "refuses", lambda x, options: "a mask that is data")
     monkeypatch.setattr(flex, "refuses", lambda x, options: "")
     x, grad = drawn("bool", 30, 30, torch.float64)
     leaves = [y.clone().requires_grad_() for y in x[:3]]

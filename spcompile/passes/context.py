@@ -62,14 +62,15 @@ class GraphContext(Context):
     def gather_again(self, node: fx.Node) -> None:
         """One of ``held`` is gathered again in the backward.
 
-        The chain from this rank's keys on, not the gather alone: what is left untagged of it is saved.
+        The chain from this rank's keys on, not the gather alone: what is left untagged of it is saved. Sizes
+        are no part of it: the backward has them.
         """
         chain = [node]
         while chain:
             node = chain.pop()
             self._again(node)
             if node.target is not torch.ops._c10d_functional.all_gather_into_tensor.default:
-                chain += node.all_input_nodes
+                chain += [x for x in node.all_input_nodes if isinstance(x.meta["val"], Tensor)]
 
     def cached(self, key: Any, compute: Any) -> Tensor:
         # Shared by nodes of several regions, so it must not carry the tags of the first that asks.
