@@ -19,9 +19,8 @@ from spcompile.config import Config
 from spcompile.errors import SpcompileError
 from spcompile.frontend import Frontend, prepare
 from spcompile.groups import sequence_group
-from spcompile.passes import Sharded, chunks, shard_joint_graph
+from spcompile.passes import Sharded, chunks, overlap, shard_joint_graph
 from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
-from spcompile.passes.overlap import SCHEDULER, erase_dead_waits
 from spcompile.passes.ports import close_ports
 from spcompile.report import RECORDS, Record, strategy_names
 from spcompile.serve import inputs_of, like, served
@@ -87,7 +86,7 @@ def spcompile(
     RECORDS.append(record)
     told = Told(record, gm, source_hash())
     patches: dict[str, Any] = {
-        **(SCHEDULER if group.size > 1 else {}),
+        **(overlap.scheduler(overlap.on_gpu(example_inputs)) if group.size > 1 else {}),
         **chosen,
         "joint_custom_pre_pass": JointPass(group, config, frontend, told, bool(boundary.sizes)),
         "post_grad_custom_post_pass": WaitPass(told),
@@ -173,7 +172,7 @@ class WaitPass(_torch.CustomGraphPass):
         self.told = told
 
     def __call__(self, graph: fx.Graph) -> None:
-        erase_dead_waits(graph)
+        overlap.erase_dead_waits(graph)
         chunks.in_pieces(graph)
         close_ports(graph)
         self.told.saw_final(graph)

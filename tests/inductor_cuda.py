@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 
 import spcompile
 from spcompile.agreement import Agreement
+from spcompile.passes import overlap
 from spcompile.report import RECORDS, Report
 
 RANKS = 4
@@ -175,6 +176,7 @@ def generated(model: nn.Module, inputs: list[Tensor]) -> list[str]:
         a_gpu(),
         mock.patch.object(compile_fx, "_compile_fx_inner", taken),
         mock.patch.object(graph.GraphLowering, "_compile_to_module", stopped),
+        mock.patch.object(overlap, "on_gpu", return_value=True),
         mock.patch.object(Agreement, "before_compiling"),
         mock.patch.object(Agreement, "before_calling"),
         functorch_config.patch(force_non_lazy_backward_lowering=True),

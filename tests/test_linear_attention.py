@@ -58,6 +58,14 @@ def test_chunks_that_are_traced(
     compare(draw(KINDS[kind], 2, 2, length, 4, 5), options_of(KINDS[kind], reverse))
 
 
+@every_kind
+def test_tokens_next_to_each_other_in_memory(kind: str) -> None:
+    """Of one head, so that no copy sets them right."""
+    x = draw(KINDS[kind], 1, 1, 64, 4, 5)
+    turned = (None if y is None else y.mT.contiguous().mT for y in x[:5])
+    compare(x._replace(**dict(zip(x._fields[:5], turned, strict=True))), options_of(KINDS[kind]))
+
+
 @pytest.mark.parametrize(("k", "v"), [(16, 16), (16, 48), (64, 32), (256, 64)])
 @every_kind
 def test_head_sizes(kind: str, k: int, v: int) -> None:

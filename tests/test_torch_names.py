@@ -20,7 +20,7 @@ from torch._inductor.output_code import CompiledFxGraph
 
 from spcompile import _torch, floats, inductor
 from spcompile.backend import JointPass, WaitPass
-from spcompile.passes.overlap import SCHEDULER
+from spcompile.passes.overlap import scheduler
 from spcompile.warm import NO_CACHES
 
 SOURCES = Path(_torch.__file__).parent
@@ -283,13 +283,14 @@ def test_graph_hooks() -> None:
 HOOKS = ("joint_custom_pre_pass", "post_grad_custom_post_pass")
 
 
-@pytest.mark.parametrize("name", [*HOOKS, *SCHEDULER, *NO_CACHES])
+@pytest.mark.parametrize("name", [*HOOKS, *scheduler(True), *NO_CACHES])
 def test_inductor_has_the_option(name: str) -> None:
     assert name in inductor_config.get_config_copy(), moved(f"torch._inductor.config.{name}", "is gone")
 
 
 def test_inductor_has_the_pass_that_sinks_waits() -> None:
-    for name in SCHEDULER["reorder_for_compute_comm_overlap_passes"]:
+    key = "reorder_for_compute_comm_overlap_passes"
+    for name in (*scheduler(True)[key], *scheduler(False)[key]):
         found = callable(getattr(comms, name, None))
         assert found, moved(f"torch._inductor.comms.{name}", "is gone: waits would stand before the work")
 

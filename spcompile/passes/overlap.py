@@ -5,27 +5,36 @@ gather again what the forward gathered, for nobody.
 
 NOTE [Who orders waits]: a strategy writes start, intra-chunk work, wait, and the graph keeps that order.
 Inductor's scheduler then moves operators to lower the peak of memory, which can put the work behind the wait
-again; its own pass ``sink_waits_iterative`` runs after that and puts it back, as far as the peak of memory
-allows (``sink_waits``, which does not look at it, put what all layers compute again behind the first gather
-of a backward). It can also put the start behind work that does not need it; the other pass moves it up.
+again; its own pass ``sink_waits`` runs after that and puts it back. On GPUs that is ``sink_waits_iterative``,
+which goes as far as the peak of memory allows: the other put what all layers compute again behind the first
+gather of a backward (KDA's). On a CPU the iterative one leaves waits where they are. The scheduler can also
+put the start behind work that does not need it; another pass of Inductor's moves it up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
-__all__ = ["SCHEDULER", "erase_dead_waits"]
+__all__ = ["erase_dead_waits", "on_gpu", "scheduler"]
 
-SCHEDULER: dict[str, Any] = {
-    "reorder_for_compute_comm_overlap": True,
-    "reorder_for_compute_comm_overlap_passes": [
-        "reorder_communication_preserving_peak_memory",
-        "sink_waits_iterative",
-    ],
-}
-"""Inductor's options for several ranks; see NOTE [Who orders waits]."""
+_SINK = {True: "sink_waits_iterative", False: "sink_waits"}
+
+
+def on_gpu(inputs: Iterable[Any]) -> bool:
+    """Whether a graph with such inputs is one for a GPU."""
+    return any(isinstance(x, Tensor) and x.device.type not in ("cpu", "meta") for x in inputs)
+
+
+def scheduler(gpu: bool) -> dict[str, Any]:
+    """Inductor's options for several ranks; see NOTE [Who orders waits]."""
+    passes = ["reorder_communication_preserving_peak_memory", _SINK[gpu]]
+    return {
+        "reorder_for_compute_comm_overlap": True,
+        "reorder_for_compute_comm_overlap_passes": passes,
+    }
 
 
 def erase_dead_waits(graph: fx.Graph) -> None:

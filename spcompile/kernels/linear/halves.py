@@ -130,7 +130,7 @@ def gradients(
         return _without_decay(q, k, diagonal, scores, queries, keys)
     if of.pairs is not None:
         return _of_scalar(of, of.pairs, q, k, g, exclusive, diagonal, scores, queries, keys, decay)
-    dk = torch.zeros_like(k) if keys is None else _copy(keys)
+    dk = k.new_zeros(k.shape) if keys is None else _copy(keys)  # contiguous, for views of halves
     dq = None if queries is None else _copy(queries)
     dg = g.new_zeros(g.shape[0], 1, g.shape[2]) if decay is None else decay
     half = k.shape[1]
