@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is for Linux alone")
 
-from bench import device
+from bench import device, growth
 from bench.kernels import OF_FLA, Step
 from bench.options import Options
 from bench.registry import BENCHMARKS
@@ -53,3 +53,22 @@ def test_without_a_gpu_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> 
     assert failed["note"].startswith("failed") and "float64" in said[-1]
     (table,) = kernels.tables([made, failed])
     assert table[1][0] == "kernel" and len(table[2]) == 2
+
+
+def test_an_earlier_checkout_is_measured_beside_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two ranks, each in its own folder, and the table says how much faster this one is."""
+    asked: list[Any] = []
+
+    def launch(*work: Any, folder: str | None = None, **_: Any) -> list[dict[str, Any]]:
+        asked.append((work[1]["ranks"], folder))
+        seconds = 2.0 if folder else 1.0
+        return [{"seconds": seconds, "error": 0.0, "first": 3.0, "bytes": 1, "repeats": 1}] * 2
+
+    monkeypatch.setattr(growth, "launch", launch)
+    chosen = Options(True, 1024, 1, 0.0, 0, "spcompile", print, before="earlier")
+    layer = BENCHMARKS["layer"]
+    rows = [layer.measure(step, chosen) for step in layer.plan(chosen)]
+    assert asked == [(2, "earlier")] * 2 + [(2, None)] * 2
+    (_, heads, body), _ = layer.tables(rows)
+    assert [row[heads.index("faster")] for row in body] == ["", "2.0x"]
+    assert len(layer.plots(rows)[0][2]) == 2
