@@ -18,6 +18,7 @@ from spcompile import budget
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.memory import Large, Memory, timeline
+from spcompile.phases import is_tangent
 from spcompile.placement import Shard
 from spcompile.sizes import hint
 from spcompile.strategies import strategy_of
@@ -94,8 +95,7 @@ class Record:
         Returns:
             Which of the two it is.
         """
-        tangents = any(n.op == "placeholder" and n.name.startswith("tangents") for n in graph.nodes)
-        phase = "backward" if tangents else "forward"
+        phase = "backward" if any(map(is_tangent, graph.nodes)) else "forward"
         self.transfers = [t for t in self.transfers if t.phase != phase] + transfers(
             graph, self.group.size, phase, self.batch
         )
@@ -301,7 +301,7 @@ def _batch(plan: Any) -> int | None:
     """How many sequences the inputs hold: what lies before the sequence's dim."""
     found: dict[fx.Node, int] = {}
     for (node, _), marks in plan.marks.items():
-        if node.op == "placeholder" and not node.name.startswith("tangents") and marks:
+        if node.op == "placeholder" and not is_tangent(node) and marks:
             shape = tuple(map(hint, node.meta["val"].shape))
             found[node] = min(prod(shape[: mark.dim]) * hint(mark.outer) for mark in marks)
     return max(found.values(), default=None)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import sympy
@@ -25,6 +26,7 @@ __all__ = [
     "Sized",
     "at",
     "bounds_of",
+    "bytes_of",
     "ceil_div",
     "expression",
     "hint",
@@ -42,6 +44,11 @@ def is_symbolic(size: Any) -> bool:
 def hint(size: Any) -> int:
     """The size at hand; records no guard, so nothing that must be right may depend on it."""
     return int(size.node.hint) if isinstance(size, SymInt) else int(size)
+
+
+def bytes_of(x: Tensor) -> int:
+    """The bytes of a tensor's entries, at the sizes at hand."""
+    return prod(map(hint, x.shape)) * x.dtype.itemsize
 
 
 def surely(condition: bool | torch.SymBool) -> bool:

@@ -35,7 +35,7 @@ from spcompile.placement import (
 from spcompile.rules import Split, attention
 from spcompile.rules.base import split_of
 from spcompile.rules.ports import LEND
-from spcompile.sizes import hint
+from spcompile.sizes import bytes_of, hint
 from spcompile.traffic import Purpose
 
 __all__ = ["GatherNote", "Localizer", "same_strides", "source_line"]
@@ -280,8 +280,7 @@ class Localizer:
             return
         for value in step.operands:
             if isinstance(self.plan.natural(value), Sharding):
-                x = self._global(value)
-                size = math.prod(map(hint, x.shape)) * x.dtype.itemsize
+                size = bytes_of(self._global(value))
                 note = GatherNote(node.name, str(node.target), step.gathers, size, source_line(node))
                 self.gathers.append(note)
 

@@ -5,7 +5,6 @@ This pass only analyses. It knows no operator by name: it asks the rule table in
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from spcompile.placement import Order, Partial, Placement, Replicate, Routed, Sh
 from spcompile.rules import PULLED, Call, Rule, Split, attention, commits, rule_for
 from spcompile.rules.base import split_of
 from spcompile.rules.pointwise import is_pointwise
-from spcompile.sizes import hint
+from spcompile.sizes import bytes_of
 
 __all__ = ["Plan", "Step", "call_of", "propagate", "value_of"]
 
@@ -410,12 +409,8 @@ def _moved_bytes(step: Step, naturals: Iterable[Placement | None], split: Split)
             continue
         sliced = isinstance(have, Replicate) and not isinstance(want, Partial | Routed)
         if have is not None and have != want and not sliced:
-            moved += _bytes(x)
+            moved += bytes_of(x)
     for x, placement in zip(step.call.outputs, split.outputs, strict=True):
         if isinstance(placement, Partial):
-            moved += _bytes(x)
+            moved += bytes_of(x)
     return moved
-
-
-def _bytes(x: Any) -> int:
-    return math.prod(map(hint, x.shape)) * x.dtype.itemsize

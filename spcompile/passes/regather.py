@@ -7,7 +7,6 @@ heads of 128 numbers in bf16 4 GiB a layer, beside which what a layer of 64 rank
 from __future__ import annotations
 
 import operator
-from math import prod
 
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from spcompile import _torch
 from spcompile.passes.context import GraphContext
 from spcompile.phases import backward_of
-from spcompile.sizes import hint
+from spcompile.sizes import bytes_of
 
 __all__ = ["gather_again"]
 
@@ -25,8 +24,10 @@ _PART = 0.1
 
 def gather_again(graph: fx.Graph, context: GraphContext, option: bool | str) -> None:
     """Tag what the backward gathers again, by the option ``regather``."""
+    if not context.held or option is False:
+        return
     backward = backward_of(graph.nodes)
-    if not context.held or not backward or option is False:
+    if not backward:
         return
     allowed = 0.0
     if option == "auto":
@@ -61,4 +62,4 @@ def _saved_besides(backward: set[fx.Node], held: set[fx.Node]) -> int:
 
 def _bytes(node: fx.Node) -> int:
     tensors = (x for x in tree_leaves(node.meta.get("val")) if isinstance(x, Tensor))
-    return sum(prod(map(hint, x.shape)) * x.dtype.itemsize for x in tensors)
+    return sum(map(bytes_of, tensors))
