@@ -140,20 +140,23 @@ def gate(kind: str, heads: int, tokens: int, size: int = 1) -> Tensor | None:
     return g
 
 
+def each_token(x: Operands) -> Operands:
+    """A constant decay as one for each token."""
+    g = x.log_decay
+    return x if g is None else x._replace(log_decay=g.expand(*x.k.shape[:3], g.shape[3]).clone())
+
+
 def errors(case: str) -> dict[str, float]:
     """Of one case; of what is zero in the reference, the absolute one.
 
-    That of a constant decay is a sum of numbers of either sign: its error is relative to that of their sizes.
+    A constant decay's gradient is a sum of numbers of either sign: its error is relative to their sizes'.
     """
-    _, kind, _, _, options = parsed(case)
+    *_, options = parsed(case)
     x = draw_case(case)
     assert x.initial_state is not None
     grad, grad_final = torch.randn_like(x.v), torch.randn_like(x.initial_state)
 
-    leaves = [None if y is None else y.double() for y in x]
-    if kind.startswith("constant"):
-        leaves[3] = leaves[3].expand(*x.k.shape[:3], -1).clone()
-    leaves = [None if y is None else y.requires_grad_() for y in leaves]
+    leaves = [None if y is None else y.double().requires_grad_() for y in each_token(x)]
     out, final = reference.linear_attention(*leaves, *options)
     given = [y for y in leaves if y is not None]
     pulled = iter(torch.autograd.grad([out, final], given, [grad.double(), grad_final.double()]))
@@ -172,12 +175,18 @@ def errors(case: str) -> dict[str, float]:
     found = {}
     for name, (g, w) in zip(names, pairs, strict=True):
         assert g is not None
-        w, size_of = w.detach(), w.detach().norm()
-        if name == "dlog_decay" and kind.startswith("constant"):
-            w, size_of = w.sum(2, keepdim=True), w.abs().sum(2).norm()
-        assert g.shape == w.shape
-        found[name] = float((g.double() - w).norm() / size_of.clamp_min(1e-3))
+        found[name] = relative(g, w)
     return found
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """The error of ``got``, which may be the sum of ``want`` over the tokens."""
+    want = want.detach()
+    size = want.norm()
+    if got.shape != want.shape:
+        want, size = want.sum(2, keepdim=True), want.abs().sum(2).norm()
+    assert got.shape == want.shape
+    return float((got.double() - want).norm() / size.clamp_min(1e-3))
 
 
 def totals(case: str) -> float:
@@ -229,8 +238,8 @@ def on_ranks() -> dict[str, float]:
             grads = cotangents(x)
             narrow = Operands(*(None if y is None else y.float() for y in x))
             got = sharded(Ranks(ranks, patch), narrow, options, (grads[0].float(), grads[1].float()))
-            want = references(x, options, grads)
-            error = max(float((a - b).norm() / b.norm()) for a, b in zip(got, want, strict=True))
+            want = references(each_token(x), options, grads)
+            error = max(map(relative, got, want))
             found[f"{kind}, {ranks} ranks, reverse={reverse}"] = error
     return found
 
