@@ -53,6 +53,7 @@ test: lint
 sweep: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m sweep tests $(PYTEST_ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.hash_seeds --sweep
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.random_graphs --count 1000
 
 # Beside the Triton that is installed, which it hides; it needs no torch of its own.
 OLDER := build/triton-3.6.0

@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--before",
         metavar="FOLDER",
-        help="layer, model: an earlier checkout of this project beside this one on two ranks, alone",
+        help="layer, model, variants: an earlier checkout beside this one on two ranks, alone",
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()

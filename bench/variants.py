@@ -6,7 +6,7 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-from bench.growth import ALONE, INDUCTOR, PAIR, Variant
+from bench.growth import ALONE, INDUCTOR, PAIR, Variant, compared
 from bench.launch import WorkerError, launch, reason
 from bench.options import Options, Row, Table
 from spcompile.attention.variants import VARIANTS
@@ -26,7 +26,8 @@ class VariantsCompile:
     def plan(self, options: Options) -> list[tuple[str, Variant]]:
         """Inductor first; every step is the same work for every length, since lengths are not in it."""
         names = ("linear_llama3", "gla") if options.quick else tuple(VARIANTS)
-        return [(BASIC, INDUCTOR), *((name, variant) for name in names for variant in self.variants)]
+        variants = compared(options.before) if options.before else self.variants
+        return [(BASIC, INDUCTOR), *((name, variant) for name in names for variant in variants)]
 
     def measure(self, step: tuple[str, Variant], options: Options) -> Row:
         name, variant = step
@@ -40,7 +41,7 @@ class VariantsCompile:
             }
             work = row | {"backend": backend, "ranks": variant.ranks}
             try:
-                got = launch("bench.variants_worker", work, variant.ranks, 1, env=cold)
+                got = launch("bench.variants_worker", work, variant.ranks, 1, env=cold, folder=variant.folder)
             except WorkerError as error:
                 options.log(str(error))
                 return row | {"note": "failed: " + reason(error)[:80]}

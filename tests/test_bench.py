@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is for Linux alone")
 
-from bench import device, growth
+from bench import device, growth, variants
 from bench.kernels import OF_FLA, Step
 from bench.options import Options
 from bench.registry import BENCHMARKS
@@ -62,9 +62,10 @@ def test_an_earlier_checkout_is_measured_beside_this_one(monkeypatch: pytest.Mon
     def launch(*work: Any, folder: str | None = None, **_: Any) -> list[dict[str, Any]]:
         asked.append((work[1]["ranks"], folder))
         seconds = 2.0 if folder else 1.0
-        return [{"seconds": seconds, "error": 0.0, "first": 3.0, "bytes": 1, "repeats": 1}] * 2
+        return [{"seconds": seconds, "step": 0.1, "error": 0.0, "first": 3.0, "bytes": 1, "repeats": 1}] * 2
 
     monkeypatch.setattr(growth, "launch", launch)
+    monkeypatch.setattr(variants, "launch", launch)
     chosen = Options(True, 1024, 1, 0.0, 0, "spcompile", print, before="earlier")
     layer = BENCHMARKS["layer"]
     rows = [layer.measure(step, chosen) for step in layer.plan(chosen)]
@@ -72,3 +73,9 @@ def test_an_earlier_checkout_is_measured_beside_this_one(monkeypatch: pytest.Mon
     (_, heads, body), _ = layer.tables(rows)
     assert [row[heads.index("faster")] for row in body] == ["", "2.0x"]
     assert len(layer.plots(rows)[0][2]) == 2
+
+    asked.clear()
+    plan = BENCHMARKS["variants"].plan(chosen)
+    for step in plan:
+        BENCHMARKS["variants"].measure(step, chosen)
+    assert asked == [(1, None), *[(2, "earlier"), (2, None)] * 2]

@@ -97,7 +97,10 @@ def test_keys_are_saved_or_gathered_again() -> None:
         assert sum(row.count for row in report.collectives if row.op == "all_gather") == expected
 
 
-@pytest.mark.parametrize(("heads", "pattern"), [(1, "N"), (1, "LLLN"), (8, "NN")])
+@pytest.mark.parametrize(
+    ("heads", "pattern"),
+    [(1, "N"), *(pytest.param(*how, marks=pytest.mark.sweep) for how in ((1, "LLLN"), (8, "NN")))],
+)
 def test_more_than_a_tenth_of_what_is_saved_is_gathered_again(heads: int, pattern: str) -> None:
     """By default. What else is saved is estimated before the partitioner chooses it; here it has chosen."""
     torch.manual_seed(0)

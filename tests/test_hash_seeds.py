@@ -1,4 +1,7 @@
-"""One graph text under every hash seed; the whole sweep is ``python -m tests.hash_seeds --sweep``."""
+"""One graph text under every hash seed; the whole sweep is ``python -m tests.hash_seeds --sweep``.
+
+Each process of the tests on real ranks has hashes of its own as well, and tests/test_ranks.py compares texts.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ def test_one_graph_under_every_seed() -> None:
     assert all(len(digest) == 64 for digest in found[0].values()), found[0]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("case", ["gemma4", pytest.param("gdn2", marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("case", ["gemma4", "gdn2"])
 def test_ranks_whose_hashes_differ_train(case: str) -> None:
     seeds = ["0", "1"]  # under which Gemma 4 walks its layers' types in two orders
     for result in run_ranks(case, 2, timeout=580, each=[{"PYTHONHASHSEED": seed} for seed in seeds]):

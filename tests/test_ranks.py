@@ -66,7 +66,7 @@ def test_training_and_inference_are_eager(ranks: int, case: str) -> None:
         assert result["graphs"] == 3 and result["same_text"]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.timeout(600)
 def test_a_delta_rule_before_a_softmax_layer_is_eager() -> None:
     for result in run_ranks("delta", 2, timeout=580):

@@ -34,8 +34,10 @@ def case(name: str, pattern: str) -> tuple[Eager, Joint]:
     return eager(model, inputs), capture(model, inputs)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("pattern", ["L", "LN"])
+@pytest.mark.parametrize(
+    ("pattern", "ranks"),
+    [("LN", 3), *(pytest.param(*how, marks=pytest.mark.sweep) for how in (("LN", 2), ("L", 2), ("L", 3)))],
+)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_is_eager(name: str, pattern: str, ranks: int) -> None:
     expected, joint = case(name, pattern)

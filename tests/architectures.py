@@ -1,0 +1,275 @@
+"""Causal language models of transformers, shrunk and sharded: ``python -m tests.architectures [NAMES...]``.
+
+Every architecture that transformers' table of causal language models lists and that can be made small by the
+names of its sizes. Each runs in a process of its own, a training step on simulated ranks, all short of
+Inductor; ``--plan`` asks ``spcompile.explain`` for 2,048 tokens besides. What is done is kept in a file, one
+line of JSON for each, and not done again; ``--table`` prints it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from tabulate import tabulate
+from torch import nn
+
+import spcompile
+from spcompile.simulate import simulated
+from tests.proof import Eager, eager, left_behind, loss_of
+from tests.third_party import load
+
+__all__ = ["EXACT", "INSIDE", "build", "check", "names", "plan"]
+
+# Theirs may compute norms, rotary embeddings, softmax or routers in float32, whatever the model's dtype.
+EXACT, INSIDE = 1e-9, 2e-5
+LENGTH, PLANNED, VOCAB = 97, 2048, 128
+LARGEST = 20_000_000  # parameters: what has more was not made small
+
+_SIZES: dict[Any, tuple[str, ...]] = {
+    VOCAB: ("vocab_size",),
+    64: ("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim"),
+    128: (
+        *("intermediate_size", "n_inner", "ffn_dim", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim", "d_inner"),
+        "ffn_hidden_size",
+    ),
+    2: (
+        *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"),
+        *("num_decoder_layers", "num_encoder_layers", "num_key_value_heads", "num_experts_per_tok", "moe_k"),
+        *("moe_topk", "linear_num_key_heads", "mamba_expand"),
+    ),
+    4: (
+        *("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"),
+        *(
+            "encoder_attention_heads",
+            "num_experts",
+            "num_local_experts",
+            "n_routed_experts",
+            "moe_num_experts",
+        ),
+        "linear_num_value_heads",
+    ),
+    4096: ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"),
+    16: (
+        *(
+            "head_dim",
+            "sliding_window",
+            "attention_chunk_size",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "v_head_dim",
+        ),
+        *("linear_key_head_dim", "linear_value_head_dim", "state_size", "mamba_d_state", "mamba_d_head"),
+    ),
+    8: ("qk_rope_head_dim", "mamba_n_heads", "rotary_dim"),
+    24: ("q_lora_rank",),
+    32: ("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size"),
+    1: ("n_group", "topk_group", "first_k_dense_replace", "num_expert_groups", "bos_token_id"),
+    0: ("pad_token_id",),
+}
+_SMALL = {name: size for size, found in _SIZES.items() for name in found} | {
+    "eos_token_id": 2,
+    "is_decoder": True,
+    "use_cache": False,
+}
+_RANDOM = ("dropout", "pdrop", "layerdrop", "jitter_noise", "drop_path")
+
+
+def names() -> dict[str, str]:
+    """Type of model -> its class, of every causal language model."""
+    found: dict[str, str] = load("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return dict(found)
+
+
+def build(name: str) -> nn.Module:
+    """A small model of an architecture, random, in float64 and train mode, without anything at random.
+
+    Raises:
+        Exception: whatever its configuration says of such sizes.
+    """
+    configuration = load("transformers.models.auto.configuration_auto").CONFIG_MAPPING[name]
+    default = configuration()
+    sizes = {key: size for key, size in _SMALL.items() if hasattr(default, key)}
+    chances = {key: 0.0 for key in vars(default) if any(word in key for word in _RANDOM)}
+    torch.manual_seed(0)
+    made = getattr(load("transformers"), names()[name])
+    config = configuration(**sizes, **chances)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in made(config).parameters())
+    if count > LARGEST:
+        raise ValueError(f"{count:,} parameters, whatever sizes are given")
+    model: nn.Module = made(config)
+    return model.double().train()
+
+
+def inputs_of(length: int) -> dict[str, Any]:
+    """Tokens and labels."""
+    ids = torch.randint(3, VOCAB, (2, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids.clone(), "use_cache": False}
+
+
+def reference(model: nn.Module, inputs: dict[str, Any]) -> Eager:
+    """What eager leaves behind, with experts one by one."""
+    config = getattr(model, "config", None)
+    default = getattr(config, "_experts_implementation", None)
+    if default is None:
+        return eager(model, inputs)
+    config._experts_implementation = "eager"
+    try:
+        return eager(model, inputs)
+    finally:
+        config._experts_implementation = default
+
+
+def check(name: str, ranks: int) -> dict[str, Any]:
+    """The error of a training step on simulated ranks, and where the graph breaks."""
+    torch.compiler.reset()
+    model, inputs = build(name), inputs_of(LENGTH)
+    expected = reference(model, inputs)
+    model = copy.deepcopy(model)
+    torch._dynamo.utils.counters.clear()
+    loss = loss_of(torch.compile(model, backend=simulated(ranks, nan_padding=True))(**inputs))
+    loss.backward()
+    breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+    return {"error": expected.error(loss.detach(), left_behind(model, inputs)), "breaks": breaks}
+
+
+def plan(name: str) -> dict[str, Any]:
+    """What a step of 2,048 tokens would do on four ranks."""
+    torch.compiler.reset()
+    model, inputs = build(name).float(), inputs_of(PLANNED)
+    seconds = {}
+    for ranks in (1, 4):
+        report = spcompile.explain(model, ranks=ranks)(**inputs)
+        seconds[ranks] = report.pass_seconds.get("shard", 0.0)
+        torch.compiler.reset()
+    sites = Counter(f"{s.kind}, {s.mask}" if s.mask else s.kind for s in report.sites if s.rewritten)
+    left = Counter(f"{s.kind}: {s.reason}" for s in report.sites if not s.rewritten)
+    gathered = Counter(f"{g.op} {g.shape}" if hasattr(g, "shape") else str(g.op) for g in report.gathers)
+    alone, memory = report.alone, report.memory
+    return {
+        "sites": dict(sites),
+        "left": dict(left),
+        "gathers": dict(gathered),
+        "saved": [alone.saved if alone else 0, memory.saved if memory else 0],
+        "seconds": [seconds[1], seconds[4]],
+    }
+
+
+def measured(name: str, ranks: list[int], planned: bool) -> dict[str, Any]:
+    """All that is asked of one architecture; what stops it is told."""
+    row: dict[str, Any] = {"name": name}
+    began = time.perf_counter()
+    try:
+        build(name)
+    except Exception as error:
+        return row | {"note": f"not made small: {_line(error)}"}
+    for p in ranks:
+        try:
+            row[f"P={p}"] = check(name, p)
+        except Exception as error:
+            row[f"P={p}"] = {"note": _line(error)}
+    if planned:
+        try:
+            row |= plan(name)
+        except Exception as error:
+            row["plan"] = _line(error)
+    return row | {"took": time.perf_counter() - began}
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:240]
+
+
+def apart(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The same in a process of its own, which may crash or take too long."""
+    how = [sys.executable, "-m", "tests.architectures", "--one", name, "--ranks", *map(str, args.ranks)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            [*how, *["--plan"] * args.plan],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=args.timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"name": name, "note": f"not done in {args.timeout} s"}
+    lines = [line.removeprefix("ROW ") for line in done.stdout.splitlines() if line.startswith("ROW ")]
+    found: dict[str, Any] = json.loads(lines[0]) if lines else {}
+    return found or {"name": name, "note": f"ended with {done.returncode}: {done.stderr.strip()[-200:]}"}
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """Of one number of ranks."""
+    if "error" not in found:
+        return str(found.get("note", ""))[:100]
+    error = found["error"]
+    return "exact" if error <= EXACT else f"{error:.0e}" if error <= INSIDE else f"WRONG {error:.0e}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The architectures, one a line."""
+    heads = ["architecture", "ranks", "graph breaks", "attention", "left", "gathered", "1 / 4 ranks save"]
+    body = []
+    for row in sorted(rows, key=lambda row: row["name"]):
+        found = {k: v for k, v in row.items() if k.startswith("P=")}
+        said = row.get("note") or "; ".join(f"{p}: {verdict(x)}" for p, x in found.items())
+        breaks = max((x.get("breaks", 0) for x in found.values()), default="")
+        listed = (
+            "; ".join(f"{n} {what}" for what, n in row.get(k, {}).items())
+            for k in ("sites", "left", "gathers")
+        )
+        alone, each = row.get("saved", (0, 0))
+        body.append([row["name"], said, breaks, *listed, f"{alone / each:.1f}x" if each else ""])
+    return tabulate(body, heads, tablefmt="github")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.architectures", description=__doc__)
+    parser.add_argument("names", nargs="*", help="types of model, as transformers has them (default: all)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--plan", action="store_true", help="also what 2,048 tokens on four ranks would do")
+    parser.add_argument("--timeout", type=int, default=600, help="seconds for each (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=Path("architectures.jsonl"))
+    parser.add_argument("--table", action="store_true", help="print what is kept, as Markdown, and end")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print("ROW " + json.dumps(measured(args.one, args.ranks, args.plan)), flush=True)
+        return 0
+    rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    if args.table:
+        print(table(rows))
+        return 0
+    kept = {row["name"] for row in rows}
+    todo = [name for name in args.names or names() if name not in kept]
+    with ThreadPoolExecutor(args.jobs) as pool, args.out.open("a") as out:
+        done = as_completed([pool.submit(apart, name, args) for name in todo])
+        for each in track(done, "architectures", total=len(todo)):
+            rows.append(each.result())
+            print(json.dumps(rows[-1]), file=out, flush=True)
+    wrong = [
+        row["name"]
+        for row in rows
+        if any("WRONG" in verdict(x) for k, x in row.items() if k.startswith("P="))
+    ]
+    print(f"{len(rows)} architectures; wrong: {', '.join(wrong) or 'none'}")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
