@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import SymInt, Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import CheckpointPolicy
 
 from spcompile._torch import tensor_metadata
@@ -133,7 +132,8 @@ class Emitter(TorchDispatchMode):
                 return out
             self.declined.add(func)
         out = func(*args, **kwargs)
-        if not any(isinstance(x, Tensor) for x in tree_leaves(out)):
+        outs = out if isinstance(out, (tuple, list)) else (out,)
+        if not any(isinstance(x, Tensor) for x in outs):
             return out
         return self._record(func, args, kwargs, out)
 
@@ -142,7 +142,7 @@ class Emitter(TorchDispatchMode):
         # An operator may answer with one of its inputs (an alias, a no-op cast): it stays that input's node.
         if isinstance(out, Tensor) and id(out) in self._nodes:
             return out
-        args, kwargs = tree_map(self.node_of, (args, kwargs))
+        args, kwargs = fx.node.map_aggregate((args, kwargs), self.node_of)
         node = self._create(func, args, kwargs, out)
         if isinstance(out, Tensor):
             return self.bind(out, node)

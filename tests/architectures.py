@@ -9,7 +9,6 @@ line of JSON for each, and not done again; ``--table`` prints it.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import subprocess
@@ -137,7 +136,6 @@ def check(name: str, ranks: int) -> dict[str, Any]:
     torch.compiler.reset()
     model, inputs = build(name), inputs_of(LENGTH)
     expected = reference(model, inputs)
-    model = copy.deepcopy(model)
     torch._dynamo.utils.counters.clear()
     loss = loss_of(torch.compile(model, backend=simulated(ranks, nan_padding=True))(**inputs))
     loss.backward()
