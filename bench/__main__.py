@@ -64,10 +64,12 @@ def take(console: Console, name: str, benchmark: Benchmark, options: Options) ->
 def save(args: argparse.Namespace, name: str, benchmark: Benchmark, rows: list[Row]) -> list[str]:
     """Write a benchmark's files; return their names."""
     stem = ("quick_" if args.quick else "") + name + ("_before" if args.before else "")
-    command = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
+    given = ["FOLDER" if x == args.before else x for x in sys.argv[1:]]
+    command = shlex.join(["python", "-m", "bench", *given])
     header = [
         benchmark.title,
         f"command: {command}",
+        *([f"FOLDER: a checkout of {output.commit(args.before)}"] if args.before else []),
         f"machine: {output.machine()}",
         time.strftime("%Y-%m-%d"),
         "environment of every contender, for times: " + " ".join(f"{k}={v}" for k, v in KEPT.items()),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench import cases
-from bench.launch import KEPT, RETURNED, WorkerError, launch, reason
+from bench.launch import KEPT, RETURNED, Report, WorkerError, launch, reason
 from bench.options import Options, Row, Table
 
 MODES = {"forward": False, "forward+backward": True}
@@ -75,12 +75,17 @@ class Growth:
             "eager_fits": fits,
             "budget": options.budget,
         }
+
+        def ask(env: dict[str, str], **more: bool) -> list[Report]:
+            task = work | more
+            return launch(
+                "bench.worker", task, variant.ranks, options.threads, env=env, folder=variant.folder
+            )
+
         try:
-            how = "bench.worker", work, variant.ranks, options.threads
-            got = launch(*how, env=KEPT, folder=variant.folder)
+            got = ask(KEPT)
             if all("seconds" in rank for rank in got):
-                how = "bench.worker", work | {"peak": True}, variant.ranks, options.threads
-                peaks = launch(*how, env=RETURNED, folder=variant.folder)
+                peaks = ask(RETURNED, peak=True)
                 got = [rank | peak for rank, peak in zip(got, peaks, strict=True)]
         except WorkerError as error:
             options.log(str(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ def machine() -> str:
     system = f"{platform.system()} {platform.machine()}"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     return f"{cpu}, {cores()} cores{memory}, {system}, {versions}"
+
+
+def commit(folder: str) -> str:
+    """The commit of a checkout, or its folder's name where it is none."""
+    asked = ["git", "-C", folder, "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return Path(folder).name
 
 
 def _lines(path: str) -> list[str]:

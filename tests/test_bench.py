@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is for Linux alone")
 
-from bench import device, growth, variants
+from bench import device, growth, output, variants
 from bench.kernels import OF_FLA, Step
 from bench.options import Options
 from bench.registry import BENCHMARKS
@@ -73,6 +74,7 @@ def test_an_earlier_checkout_is_measured_beside_this_one(monkeypatch: pytest.Mon
     (_, heads, body), _ = layer.tables(rows)
     assert [row[heads.index("faster")] for row in body] == ["", "2.0x"]
     assert len(layer.plots(rows)[0][2]) == 2
+    assert output.commit(os.devnull) == "null"  # what is no checkout keeps its name
 
     asked.clear()
     plan = BENCHMARKS["variants"].plan(chosen)

@@ -12,8 +12,9 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
-# Run for each change: one on two ranks and one on two axes. The others are compiled no otherwise.
-ALWAYS = ("plain_loop", "fsdp2_2x2")
+# Run for each change: one on two ranks. Two axes are in tests/test_sharded_parameters.py; the others are
+# compiled no otherwise.
+ALWAYS = ("plain_loop",)
 
 
 def losses(command: list[str]) -> list[float]:

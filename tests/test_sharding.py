@@ -43,7 +43,7 @@ def how() -> Iterator[Any]:
                 yield pytest.param(recognize, length, ranks, id=f"{name}-{ranks}", marks=marks)
 
 
-@pytest.mark.parametrize(("recognize", "length", "ranks"), how())
+@pytest.mark.parametrize(("recognize", "length", "ranks"), list(how()))
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize(("pattern", "normaliser"), LAYERS, ids=str)
 def test_every_pattern_is_eager(
