@@ -174,7 +174,7 @@ OTHERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]], list[int] 
 }
 
 
-@pytest.mark.parametrize("length", [16, 13, 6])
+@pytest.mark.parametrize("length", [13, *(pytest.param(n, marks=pytest.mark.sweep) for n in (16, 6))])
 @pytest.mark.parametrize("name", OTHERS)
 def test_neighbours(name: str, length: int) -> None:
     body, shapes, tokens = OTHERS[name]

@@ -14,6 +14,9 @@ from demo import compare, text
 from spcompile.simulate import simulated
 
 WINDOWS, ROUNDS, LENGTH, RANKS = 2, 3, 24, 2
+NAMES = [n for n in models.names() if n.endswith(":tiny")]
+# One of each kind of memory state for each change, the others for a release.
+KINDS = ("linear_llama3:tiny", "mamba2:tiny", "gla:tiny", "kda:tiny")
 
 
 def losses(model: nn.Module, batches: list[Tensor], backend: object = None) -> list[float]:
@@ -30,7 +33,9 @@ def losses(model: nn.Module, batches: list[Tensor], backend: object = None) -> l
     return found
 
 
-@pytest.mark.parametrize("name", [n for n in models.names() if n.endswith(":tiny")])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in KINDS else pytest.mark.sweep) for n in NAMES]
+)
 def test_curves_are_equal(name: str) -> None:
     batches = text.batches(text.read(None), LENGTH, WINDOWS, 0) * ROUNDS
     curves = []

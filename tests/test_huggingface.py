@@ -17,17 +17,23 @@ CASES: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in MODELS if name
 CASES += [("llama", {"use_cache": False}), ("llama", {"use_cache": True})]
 
 
-@pytest.mark.parametrize("recognize", [True, False], ids=["recognized", "propagation-alone"])
+@pytest.mark.parametrize("ranks", [3, pytest.param(2, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize(
+    "recognize",
+    [
+        pytest.param(True, id="recognized"),
+        pytest.param(False, id="propagation-alone", marks=pytest.mark.sweep),
+    ],
+)
 @pytest.mark.parametrize(("name", "inputs"), CASES, ids=str)
-def test_loss_and_gradients(name: str, inputs: dict[str, Any], recognize: bool) -> None:
+def test_loss_and_gradients(name: str, inputs: dict[str, Any], recognize: bool, ranks: int) -> None:
     model, arguments = build(name, 37, **inputs)
     expected, joint = eager(model, arguments), capture(model, arguments, recognize)
     if recognize:
         assert [(s.kind, s.rewritten) for s in joint.sites] == [("softmax", True)] * 2
-    for ranks in (2, 3):
-        _, sharded = joint.shard(ranks)
-        assert not sharded.gathers
-        assert expected.error(*joint.run(ranks, nan_padding=True)) <= TOLERANCE
+    _, sharded = joint.shard(ranks)
+    assert not sharded.gathers
+    assert expected.error(*joint.run(ranks, nan_padding=True)) <= TOLERANCE
 
 
 def test_gpt2_which_breaks_the_graph() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,13 @@ VARIANTS = [
     *("rwkv6", "deltanet", "gated_deltanet", "kda", "based", "rebased"),
 ]
 LENGTH = 7  # no multiple of the ranks
+# Of each kind of memory state one is looked at for each change, the others for a release.
+KINDS = ("linear_llama3", "gla", "gated_deltanet", "kda")
+
+
+def some(names: Iterable[str]) -> list[Any]:
+    """The names, others than ``KINDS`` for a release alone."""
+    return [pytest.param(n, marks=() if n in KINDS else pytest.mark.sweep) for n in names]
 
 
 @functools.lru_cache(maxsize=1)
@@ -47,7 +56,7 @@ def test_a_variant_is_eager(name: str, pattern: str, ranks: int) -> None:
     assert expected.error(*joint.run(ranks, nan_padding=True)) <= 1e-9
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", some(VARIANTS))
 def test_what_crosses_ranks(name: str) -> None:
     """One all-gather of summaries each way per layer, by the formula; besides it halos, losses, gradients.
 
@@ -87,7 +96,7 @@ def zeros(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-@pytest.mark.parametrize("name", ["linear_llama3", *VARIANTS])
+@pytest.mark.parametrize("name", some(["linear_llama3", *VARIANTS]))
 def test_no_product_is_one_with_zeros(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What several ranks compute is what one does, and for the delta rules the matrix that they send.
 
@@ -106,7 +115,7 @@ def test_no_product_is_one_with_zeros(name: str, monkeypatch: pytest.MonkeyPatch
     assert one_of_four <= alone + (12 if TABLE[name].delta else 0)
 
 
-@pytest.mark.parametrize("name", [n for n, row in TABLE.items() if row.delta or row.decay == "diagonal"])
+@pytest.mark.parametrize("name", some(n for n, row in TABLE.items() if row.delta or row.decay == "diagonal"))
 def test_a_layer_is_the_same_few_operators(name: str) -> None:
     """On CPUs, of a delta rule or decays per key: no product of a chunk is Inductor's to compile.
 
