@@ -157,7 +157,7 @@ def plan(name: str) -> dict[str, Any]:
         torch.compiler.reset()
     sites = Counter(f"{s.kind}, {s.mask}" if s.mask else s.kind for s in report.sites if s.rewritten)
     left = Counter(f"{s.kind}: {s.reason}" for s in report.sites if not s.rewritten)
-    gathered = Counter(f"{g.op} {g.shape}" if hasattr(g, "shape") else str(g.op) for g in report.gathers)
+    gathered = Counter(g.op for g in report.gathers)
     alone, memory = report.alone, report.memory
     return {
         "sites": dict(sites),

@@ -89,7 +89,7 @@ def verdict(case: Case) -> str:
     try:
         error = error_of(case)
     except Exception as raised:
-        ours = isinstance(raised, SpcompileError) and not isinstance(raised, AssertionError)
+        ours = isinstance(raised, SpcompileError)
         text = " ".join(str(raised).split())[:200]
         return f"{'refused' if ours else 'raised'} {type(raised).__name__}: {text}"
     return "" if error <= EXACT else f"wrong by {error:.2g}"
@@ -101,7 +101,7 @@ def shrunk(case: Case, verdict_of: Callable[[Case], str] = verdict) -> Case:
     at = len(case.steps) - 1
     while at >= 0:
         less = case._replace(steps=case.steps[:at] + case.steps[at + 1 :])
-        if verdict_of(less).split(" ")[:2] == kind or (kind[0] == "wrong" == verdict_of(less)[:5]):
+        if verdict_of(less).split(" ")[:2] == kind:
             case = less
         at -= 1
     return case
