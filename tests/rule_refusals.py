@@ -41,13 +41,21 @@ for _name in ("mixing channels", "in steps"):
         **_refused(aten.convolution.default, _name, CHANNELS, (1, 0), (2, 0)),
         **_refused(aten.convolution_backward.default, _name, CHANNELS, (0, 1), (1, 1), (2, 0), (2, 1)),
     }
-for _name in ("causal", "all"):
+for _name in ("causal", "all", "cross"):
     CONSERVATIVE |= {
         **_refused(ops.linear_attention.default, _name, HEAD_SIZE, (0, 3), (1, 3), (2, 3)),
         **_refused(
             ops.linear_attention_backward.default, _name, HEAD_SIZE, *((i, 3) for i in range(5)), (4, 2)
         ),
     }
+CONSERVATIVE |= _refused(
+    ops.linear_attention_backward.default,
+    "cross, final",
+    HEAD_SIZE,
+    *((i, 3) for i in range(6)),
+    (1, 2),
+    (5, 2),
+)
 for _name in ("causal", "all", "window", "window, cap, sinks"):
     CONSERVATIVE |= {
         **_refused(ops.softmax_attention.default, _name, HEAD_SIZE, (2, 3)),

@@ -369,6 +369,15 @@ def _attention() -> list[S]:
                 name=name,
             ),
         ]
+    q, k, v, grad, final = x(2, 3, 7, 4), x(2, 3, 9, 4, seed=1), x(2, 3, 9, 5), x(2, 3, 7, 5), x(2, 3, 4, 5)
+    of, options = (q, k, v, None, None, None), (False, 0.7)
+    state = ops.linear_attention(*of, *options)[1]
+    backward = ops.linear_attention_backward.default
+    found += [
+        S(ops.linear_attention.default, (*of, *options), name="cross"),
+        S(backward, (grad, None, *of, state, *options), name="cross"),
+        S(backward, (grad, final, *of, state, *options), name="cross, final"),
+    ]
     q, k, v, mask = x(2, 6, 7, 4), x(2, 3, 5, 4), x(2, 3, 5, 8), x(7, 5)
     out, lse = ops.softmax_attention(q, k, v, mask, False, 0.7)
     found += [

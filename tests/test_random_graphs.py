@@ -6,8 +6,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from tests import random_graphs
+from tests.proof import capture, eager
 from tests.random_graphs import Case, Program, drawn, error_of, shrunk
 from tests.random_operations import OPERATIONS, VOCAB, Given, Operation, Step
 
@@ -28,6 +30,57 @@ CASES = st.builds(
 @given(CASES)
 def test_put_together_at_random(case: Case) -> None:
     assert error_of(case) <= random_graphs.EXACT
+
+
+FOUND = {
+    "linear attention of fewer queries than keys": Case(
+        (
+            Step("attention", 2, 3, 8, 2, 5),
+            Step("unsqueeze", 0, 9, 11, 1, 8),
+            Step("transpose", 0, 1, 3, 8, 5),
+            Step("repeat", 0, 0, 7, 3, 1),
+            Step("attention", 1, 2, 8, 3, 0),
+        ),
+        batch=1,
+        length=13,
+        ranks=3,
+    ),
+}
+"""What has been wrong, shrunk."""
+
+
+@pytest.mark.parametrize("case", FOUND.values(), ids=FOUND)
+def test_found_at_random(case: Case) -> None:
+    assert error_of(case) <= random_graphs.EXACT
+
+
+class Latents(nn.Module):
+    """Linear attention from learned latents to the tokens, and back (Perceiver)."""
+
+    def __init__(self, back: bool) -> None:
+        super().__init__()
+        self.embedding, self.back = nn.Embedding(VOCAB, 6, dtype=torch.float64), back
+        self.latents = nn.Parameter(torch.randn(1, 4, 6, dtype=torch.float64))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """The loss."""
+        x = self.embedding(ids)
+        latents = self.latents.expand(len(ids), -1, -1)
+        q, k = (x, latents) if self.back else (latents, x)
+        q, k, v = (x.unsqueeze(1) for x in (q.softmax(-1), k.exp(), k * k.cos()))
+        out, state = torch.ops.spcompile.linear_attention(q, k, v, None, None, None, False, 1.0)
+        return out.sin().square().mean() + state.cos().square().mean()
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_linear_attention_to_other_tokens_gathers_none(back: bool, ranks: int) -> None:
+    """Only terms of what has the latents' size cross the ranks."""
+    torch.manual_seed(0)
+    model, inputs = Latents(back), {"ids": torch.randint(VOCAB, (2, 13))}
+    joint = capture(model, inputs)
+    assert eager(model, inputs).error(*joint.run(ranks, nan_padding=True)) <= random_graphs.EXACT
+    assert not joint.shard(ranks)[1].gathers
 
 
 def test_every_operation_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

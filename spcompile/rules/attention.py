@@ -109,10 +109,42 @@ class LinearAttention:
             return Split((shard,) * len(sizes), tuple(alike), (None,) * len(sizes), self._emit(None))
         if not _is_sequence(shard) or role in ("state", "constant"):
             return None
+        q, k = (self._arguments()[name].shape[2] for name in ("q", "k"))
+        if q != k:
+            return self._across(shard, roles, keys=self._of_keys(side, index))
         place: dict[str, Placement] = {"tokens": shard, "state": Replicate(), "": Replicate()}
         inputs = tuple(place.get(r, Replicate()) for r in roles)
         outputs = tuple(place.get(r, Partial("sum")) for r in results)
         return Split(inputs, outputs, (None,) * len(inputs), self._emit(shard))
+
+    def _of_keys(self, side: Side, index: int) -> bool:
+        """Whether an operand (a result) has the tokens of keys and values, not those of queries."""
+        if side == "out":
+            return self.backward and index in (1, 2)
+        return [name for name, x in self._arguments().items() if x is not None][index] in ("k", "v")
+
+    def _across(self, shard: Shard, roles: list[str], keys: bool) -> Split:
+        """Queries of another length than the keys: either are sharded, the others whole; padding is zero.
+
+        A part of the queries has a term of the gradients of keys, values and state. A part of the keys has a
+        term of the state, and so of every output.
+        """
+        of_keys = [self._of_keys("in", i) for i in range(len(roles))]
+        theirs: Placement = Replicate() if keys or not self.backward else Partial("sum")
+        place = {"tokens": Replicate(), "state": Replicate()}
+        inputs = [
+            shard if role == "tokens" and of == keys else place[role]
+            for role, of in zip(roles, of_keys, strict=True)
+        ]
+        if not keys and self.call.args[1] is not None and self.backward:
+            inputs[1] = theirs  # the gradient of the final state
+        if self.backward:
+            own: tuple[Placement, ...] = (Replicate(), shard, shard) if keys else (shard, theirs, theirs)
+            outputs = (*own, *(Replicate(),) * (len(self.call.outputs) - 3))
+        else:
+            outputs = (Partial("sum"), Partial("sum")) if keys else (shard, Replicate())
+        fills = tuple(0.0 if isinstance(x, Shard) else None for x in inputs)
+        return Split(tuple(inputs), outputs, fills, self._emit(None))
 
     def whole_emit(self) -> Emit:
         """The lowering for one rank: no collective."""
@@ -158,7 +190,8 @@ class LinearAttention:
                 with context.again(kernel.again):
                     out, final, carry = linear.forward(x, options, sequence, context.linear)
                 ours = carry is not None and carry is not x.initial_state
-                context.leave(self.call.site, sequence, context.keep(carry) if ours else carry)
+                if sequence is not None or options.causal:  # else it is ``final``, or a term of it
+                    context.leave(self.call.site, sequence, context.keep(carry) if ours else carry)
                 return out, final
             key = self.call.site, sequence
             carry = context.left(*key, lambda: _carry(x, given, options, sequence, context))
