@@ -131,7 +131,7 @@ class LinearAttention:
         """
         of_keys = [self._of_keys("in", i) for i in range(len(roles))]
         theirs: Placement = Replicate() if keys or not self.backward else Partial("sum")
-        place = {"tokens": Replicate(), "state": Replicate()}
+        place: dict[str, Placement] = {"tokens": Replicate(), "state": Replicate()}
         inputs = [
             shard if role == "tokens" and of == keys else place[role]
             for role, of in zip(roles, of_keys, strict=True)
