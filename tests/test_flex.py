@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spcompile import _torch
 from spcompile.attention import reference  # and the operators
-from spcompile.kernels.softmax import blockwise, flex, rows
+from spcompile.kernels.softmax import blockwise, flex, flex_told, rows
 from spcompile.kernels.softmax.operands import Operands, Options
 from tests.proof import relative_error
 
@@ -116,11 +116,14 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- equal to blocks of ATen operators
 
 KINDS = ("none", "bool", "bias", "per head", "padding", "minimum", "documents", "far", "column", "alibi")
+PACKED = ("packed", "packed alike", "packed at random", "packed, bool", "packed, minimum", "packed, alibi")
 
 
 def mask_of(kind: str, sizes: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor | None:
     """A mask of [B, H, T, S]; most have a row that sees nothing, or nothing but masked keys."""
     (b, h, t, s), least = sizes, torch.finfo(torch.float32).min
+    if kind.startswith("packed"):
+        kind = kind.partition(", ")[2] or "none"
     i, j = torch.arange(t)[:, None], torch.arange(s)
     if kind == "none":
         return None
@@ -143,13 +146,23 @@ def mask_of(kind: str, sizes: tuple[int, int, int, int], dtype: torch.dtype) -> 
     return torch.randn(t, s).to(dtype)
 
 
+def documents_of(kind: str, b: int, s: int) -> Tensor | None:
+    """Numbers of the tokens' documents: ascending, of one number for all sequences, or in any order."""
+    if not kind.startswith("packed"):
+        return None
+    if kind == "packed at random":
+        return torch.randint(-2, 3, (b, s))
+    ids = (torch.rand(b, s) < 5 / s).cumsum(1)
+    return ids[:1].int() if kind == "packed alike" else ids
+
+
 def drawn(kind: str, t: int, s: int, dtype: torch.dtype, heads: tuple[int, int] = (4, 2)) -> tuple[Any, ...]:
     """Operands and a gradient; tokens before heads in memory, values wider than keys."""
     torch.manual_seed(hash((t, s)) % 1000)
     (h, hkv), b = heads, 2
     sizes = (h, t, 4), (hkv, s, 4), (hkv, s, 6), (h, t, 6)
     q, k, v, grad = (torch.randn(b, n, m, d).to(dtype).transpose(1, 2) for m, n, d in sizes)
-    return Operands(q, k, v, mask_of(kind, (b, h, t, s), dtype)), grad
+    return Operands(q, k, v, mask_of(kind, (b, h, t, s), dtype), None, documents_of(kind, b, s)), grad
 
 
 def errors(x: Operands, grad: Tensor, options: Options) -> list[float]:
@@ -167,7 +180,7 @@ def errors(x: Operands, grad: Tensor, options: Options) -> list[float]:
 
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + PACKED)
 @pytest.mark.usefixtures("on_cpu")
 def test_every_kind_of_mask(kind: str, causal: bool, window: int | None) -> None:
     """Rows of the middle of a sequence against all of its keys."""
@@ -177,7 +190,7 @@ def test_every_kind_of_mask(kind: str, causal: bool, window: int | None) -> None
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.sampled_from(KINDS),
+    st.sampled_from(KINDS + PACKED),
     st.integers(1, 200),
     st.integers(1, 300),
     st.integers(0, 320),
@@ -203,18 +216,18 @@ def test_any_call(
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["none", "bool", "alibi"])
+@pytest.mark.parametrize("kind", ["none", "bool", "alibi", "packed"])
 @pytest.mark.usefixtures("on_cpu")
 def test_rows_of_ranks(kind: str, ranks: int) -> None:
     """The rows of all ranks are the whole, and their terms of dk and dv its gradients."""
     x, grad = drawn(kind, 290, 290, torch.float64)
     leaves = [y.clone().requires_grad_() for y in x[:3]]
-    want = reference.softmax_attention(*leaves, x.mask, True, 0.3)[0]
+    want = reference.softmax_attention(*leaves, x.mask, True, 0.3, documents=x.documents)[0]
     wants = torch.autograd.grad(want, leaves, grad)
     block, found = -(-290 // ranks), []
     for first in range(0, 290, block):
         own = slice(first, first + block)
-        part = Operands(x.q[:, :, own], x.k, x.v, None if x.mask is None else x.mask[..., own, :])
+        part = x._replace(q=x.q[:, :, own], mask=None if x.mask is None else x.mask[..., own, :])
         options = Options(True, 0.3, first)
         out, lse = flex.forward(part, options)
         found.append((out, *flex.backward(grad[:, :, own], part, out, lse, options)))
@@ -224,7 +237,7 @@ def test_rows_of_ranks(kind: str, ranks: int) -> None:
         assert relative_error(a, b.detach()) < 1e-11
 
 
-@pytest.mark.parametrize("kind", ["none", "bool", "minimum", "alibi"])
+@pytest.mark.parametrize("kind", ["none", "bool", "minimum", "alibi", "packed"])
 def test_as_pytorch_defines_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention's own operators, forward and backward, as PyTorch computes them without a GPU."""
 
@@ -241,21 +254,30 @@ def test_as_pytorch_defines_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
 # ---- planted mistakes
 
 
-def swapped(options: Options, given: flex.Given) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+def swapped(options: Options, given: flex_told.Given) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """``top`` is taken off the mask, not off the rounded sum."""
     mask_mod, score_mod = modifications(options, given)
     if given.mask is None or given.top is None:
         return mask_mod, score_mod
     entries = given.mask - given.top
-    return mask_mod, lambda score, b, h, i, j: score + flex._entry(entries, b, h, i, j)
+    return mask_mod, lambda score, b, h, i, j: score + flex_told._entry(entries, b, h, i, j)
 
 
-def unmasked(options: Options, given: flex.Given) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+def unmasked(options: Options, given: flex_told.Given) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """A bool mask is left to the block mask."""
     return modifications(options, given._replace(mask=None) if given.top is None else given)
 
 
-modifications, distances, blocks, band = flex.modifications, flex._distances, flex._blocks, flex._band
+def undocumented(
+    options: Options, given: flex_told.Given
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Documents are left to the block mask."""
+    return modifications(options, given._replace(documents=None))
+
+
+told_meet = flex_told._documents_meet
+modifications, blocks = flex.modifications, flex.blocks_of
+distances, band = flex_told._distances, flex_told._band
 MISTAKES: dict[str, tuple[str, str, Any]] = {
     "rank 0's rows": ("none", "_first", lambda x, options: torch.zeros((), dtype=torch.int32)),
     "a row does not see itself": (
@@ -265,11 +287,18 @@ MISTAKES: dict[str, tuple[str, str, Any]] = {
     ),
     "one key too many": ("bool", "_band", lambda options: (-1, None) if options.causal else (None, None)),
     "blocks of another row": ("none", "_distances", lambda first, *a: distances(first - 128, *a)),
-    "all blocks are whole": ("none", "_blocks", lambda *a: (lambda n, i, m, j: (m, j, n, i))(*blocks(*a))),
+    "all blocks are whole": ("none", "blocks_of", lambda *a: (lambda n, i, m, j: (m, j, n, i))(*blocks(*a))),
     "top before the sum": ("minimum", "modifications", swapped),
     "a bool mask by blocks alone": ("bool", "modifications", unmasked),
     "lse - top for every row": ("minimum", "_MODERATE", math.inf),
     "moderate entries are hidden": ("alibi", "_HIDDEN", -2.0),
+    "the first rows' documents": ("packed", "_own", lambda given, rows: given.documents[:, :rows]),
+    "documents by blocks alone": ("packed", "modifications", undocumented),
+    "every block of documents is whole": (
+        "packed",
+        "_documents_meet",
+        lambda *given: (meet := told_meet(*given)[0], meet),
+    ),
 }
 
 
@@ -278,7 +307,7 @@ MISTAKES: dict[str, tuple[str, str, Any]] = {
 def test_mistakes_are_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, name, wrong = MISTAKES[mistake]
     x, grad = drawn(kind, 150, 300, torch.float64)
-    monkeypatch.setattr(flex, name, wrong)
+    monkeypatch.setattr(flex if hasattr(flex, name) else flex_told, name, wrong)
     with pytest.raises((AssertionError, IndexError, RuntimeError)):
         assert max(errors(x, grad, Options(True, 0.3, 131))) < 1e-11
 

@@ -161,11 +161,76 @@ def test_what_is_refused() -> None:
         spc.softmax_attention(q, q, q, None, True, 1.0, soft_cap=0.0)
 
 
+# ---- packed documents ----
+
+DOCUMENTS = {
+    "ascending": [[0] * 5 + [1] * 2 + [2] * 17, [0] * 11 + [4] * 13],
+    "alike": [[0] * 8 + [1] * 1 + [2] * 8 + [3] * 7],
+    "in any order": [[1, 0, 0, 1, 1, 2] * 4, [-3] * 12 + [0, 1] * 6],
+}
+
+
+def documents(kind: str, length: int) -> Tensor:
+    """Of 24 tokens or fewer."""
+    return torch.tensor(DOCUMENTS[kind])[:, :length]
+
+
+@pytest.mark.parametrize("kernel", ["operator", "blocks"])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", DOCUMENTS)
+def test_documents(
+    monkeypatch: pytest.MonkeyPatch, kind: str, causal: bool, window: int | None, kernel: str
+) -> None:
+    """Also in blocks of a few rows, each kernel."""
+    for module in (flash, blockwise):
+        monkeypatch.setattr(module, "_ROWS_OF_DOCUMENTS", 3)
+    monkeypatch.setattr(flash, "_FEWEST_ROWS", 3)
+    ids, given = documents(kind, 24), draw(24, 24, True)
+    named = {
+        "causal": causal,
+        "scale": 0.3,
+        "window": window,
+        "soft_cap": 1.5 if kernel == "blocks" else None,
+    }
+
+    def run(*x: Tensor) -> tuple[Tensor, Tensor]:
+        return spc.softmax_attention(*x[:3], None, sinks=x[3], documents=ids, **named)
+
+    out, *grads = reference_gradients(lambda *x: run(*x)[0], *given)
+    expect((out, run(*given[1:])[1], *grads), want(given, None, named | {"documents": ids}))
+
+
+@pytest.mark.parametrize("kernel", [flash, blockwise])
+def test_work_is_that_of_each_document(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> None:
+    """Of eight documents one after another a block of rows meets two at most."""
+    length, sizes = 2048, []
+    real = Operands.visible
+
+    def spy(self: Operands, options: Options, start: int, stop: int, first: int, end: int) -> Any:
+        sizes.append((stop - start) * (end - first))
+        return real(self, options, start, stop, first, end)
+
+    monkeypatch.setattr(Operands, "visible", spy)
+    ids = (torch.arange(length) // (length // 8))[None]
+    kernel.forward(Operands(*operands(*[(1, 1, length, 4)] * 3), None, None, ids), Options(False, 0.3))
+    assert sum(sizes) <= length * length / 8
+
+
+def test_documents_that_are_refused() -> None:
+    (q,) = operands((2, 2, 9, 4))
+    for ids, said in ((torch.zeros(2, 8).int(), "expected"), (torch.zeros(2, 9), "expected integers")):
+        with pytest.raises(ValueError, match=said):
+            spc.softmax_attention(q, q, q, None, True, 1.0, documents=ids)
+    with pytest.raises(ValueError, match="as many queries as keys"):
+        spc.softmax_attention(q[:, :, :3], q, q, None, False, 1.0, documents=torch.zeros(1, 9).int())
+
+
 # ---- on ranks ----
 
 
 def on_ranks(
-    ranks: Ranks, given: list[Tensor], mask: Tensor | None, options: Options, keep: bool = True
+    ranks: Ranks, given: list[Any], mask: Tensor | None, options: Options, keep: bool = True
 ) -> list[Tensor]:
     """out, lse, dq, dk, dv; what a rank has behind the sequence is NaN."""
     strategy, sequence = SOFTMAX["allgather"].load(), ranks.sequence(given[1].shape[2])
@@ -198,6 +263,27 @@ def test_sharded(monkeypatch: pytest.MonkeyPatch, size: int, length: int, causal
             options = Options(causal, 0.3, window=window, soft_cap=cap)
             got = on_ranks(Ranks(size, monkeypatch), given, data, options)
             expect(got, want(given, data, named)[:5])
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [24, 13, 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_sharded_documents(
+    monkeypatch: pytest.MonkeyPatch, size: int, length: int, causal: bool, window: int | None
+) -> None:
+    """Borders inside, on and across shards."""
+    for kind in DOCUMENTS:
+        given, ids = draw(length, length, False), documents(kind, length)
+        named = {"causal": causal, "scale": 0.3, "window": window}
+        got = on_ranks(
+            Ranks(size, monkeypatch), [*given, None, ids], None, Options(window=window, **how(named))
+        )
+        expect(got, want(given, None, named | {"documents": ids})[:5])
+
+
+def how(named: dict[str, Any]) -> dict[str, Any]:
+    return {name: named[name] for name in ("causal", "scale")}
 
 
 @pytest.mark.parametrize("keep", [True, False])

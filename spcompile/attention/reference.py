@@ -71,6 +71,7 @@ def softmax_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One query at a time: softmax of its scores over the keys it may see, times their values.
 
@@ -81,6 +82,7 @@ def softmax_attention(
         causal: query i sees key j only if ``j <= i``.
         window: and only if ``|i - j| < window``.
         soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)``, before the mask.
+        documents: ``[B, S]`` or ``[1, S]``: and only if ``documents_i == documents_j``.
         sinks: ``[H]``, one more logit in each row of a head, whose weight is dropped.
     Returns:
         out ``[B, H, T, V]`` and the natural log of the sum of exponentials ``[B, H, T]``. A query that may
@@ -101,6 +103,8 @@ def softmax_attention(
             scores = scores.masked_fill(torch.arange(s) > i, -torch.inf)
         if window is not None:
             scores = scores.masked_fill((torch.arange(s) - i).abs() >= window, -torch.inf)
+        if documents is not None:
+            scores = scores.masked_fill((documents != documents[:, i, None])[:, None], -torch.inf)
         if sinks is not None:
             scores = torch.cat([scores, sinks.expand(b, h)[..., None]], dim=-1)
         blind = (scores == -torch.inf).all(-1, keepdim=True)

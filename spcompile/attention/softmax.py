@@ -44,15 +44,23 @@ def check_shapes(name: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"{name}: q, k, v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
 
 
-def _check_options(
-    name: str, q: Tensor, sinks: Tensor | None, window: int | None, soft_cap: float | None
-) -> None:
+def _check_options(name: str, x: Operands, options: Options) -> None:
+    q, sinks, window, soft_cap = x.q, x.sinks, options.window, options.soft_cap
     if sinks is not None and sinks.shape != q.shape[1:2]:
         raise ValueError(f"{name}: sinks {list(sinks.shape)}: expected one per query head, {q.shape[1]}")
     if window is not None and window < 1:
         raise ValueError(f"{name}: a window of {window}: a row sees at least itself, 1")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"{name}: a soft cap of {soft_cap}: expected a positive number")
+    if x.documents is not None:
+        ids, (b, _, s, _) = x.documents, x.k.shape
+        if ids.dim() != 2 or ids.shape[0] not in (1, b) or ids.shape[1] != s or q.shape[2] != s:
+            raise ValueError(
+                f"{name}: documents {list(ids.shape)}: expected {[b, s]} or {[1, s]}, one number per token, "
+                f"and as many queries as keys, not {q.shape[2]} and {s}"
+            )
+        if ids.dtype.is_floating_point or ids.dtype.is_complex:
+            raise ValueError(f"{name}: documents of {ids.dtype}: expected integers")
 
 
 # ---- softmax ----
@@ -69,6 +77,7 @@ def softmax_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention, ``out_i = sum_j softmax_j(s_ij + mask_ij) v_j`` with ``s_ij = scale * q_i k_j``.
 
@@ -83,6 +92,9 @@ def softmax_attention(
         soft_cap: scores are ``soft_cap * tanh(s_ij / soft_cap)``, before the mask.
         sinks: ``[H]``, any float dtype: a logit beside those of the keys in each row of a head, whose weight
             is dropped: ``softmax_j`` is of ``[s_i0, s_i1, ..., sink_h]``.
+        documents: ``[B, S]`` or ``[1, S]``, integers, with T = S: key j is visible to query i only if
+            ``documents_i == documents_j``. The ids need not ascend; where they do, other documents cost no
+            time.
     Returns:
         out ``[B, H, T, V]`` in q's dtype, and lse ``[B, H, T]``, natural log, float32 (float64 for
         float64), which is not differentiable. Both contiguous. A query that may see no key (False or -inf
@@ -92,10 +104,10 @@ def softmax_attention(
         ValueError: shapes or dtypes that disagree; a window or a soft cap that is not positive.
         SpcompileError: the mask requires a gradient.
     """
+    x, options = Operands(q, k, v, mask, sinks, documents), Options(causal, scale, 0, window, soft_cap)
     check_shapes("softmax_attention", q, k, v)
-    _check_options("softmax_attention", q, sinks, window, soft_cap)
-    options = Options(causal, scale, window=window, soft_cap=soft_cap)
-    return rows.forward(Operands(q, k, v, mask, sinks), options)
+    _check_options("softmax_attention", x, options)
+    return rows.forward(x, options)
 
 
 def _fake_softmax(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,9 +130,11 @@ def _(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     check_shapes("softmax_attention", q, k, v)
-    _check_options("softmax_attention", q, sinks, window, soft_cap)
+    x, options = Operands(q, k, v, mask, sinks, documents), Options(causal, scale, 0, window, soft_cap)
+    _check_options("softmax_attention", x, options)
     return _fake_softmax(q, v)
 
 
@@ -138,10 +152,11 @@ def softmax_attention_backward(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) of ``softmax_attention`` from its inputs, its results and ``grad`` of out."""
-    options = Options(causal, scale, window=window, soft_cap=soft_cap)
-    return rows.backward(grad, Operands(q, k, v, mask, sinks), out, lse, options)
+    options = Options(causal, scale, 0, window, soft_cap)
+    return rows.backward(grad, Operands(q, k, v, mask, sinks, documents), out, lse, options)
 
 
 @softmax_attention_backward.register_fake
@@ -158,12 +173,13 @@ def _(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     return _empty_like(q, k, v)
 
 
 def _save_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, *ctx.options, sinks = inputs
+    q, k, v, mask, *ctx.options, sinks, documents = inputs
     out, lse = output
     if ctx.needs_input_grad[3]:
         raise SpcompileError(
@@ -171,17 +187,19 @@ def _save_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
             "Remedy: detach the mask, or write this attention with torch.softmax."
         )
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, mask, out, lse, sinks)
+    ctx.save_for_backward(q, k, v, mask, out, lse, sinks, documents)
 
 
 def _softmax_gradients(ctx: Any, grad: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *saved, sinks = ctx.saved_tensors
-    given = (*ctx.options,) if sinks is None else (*ctx.options, sinks)
+    *saved, sinks, documents = ctx.saved_tensors
+    given = [*ctx.options, sinks, documents]
+    while given[-1] is None and len(given) > len(ctx.options):
+        given.pop()  # what there is not is not in the graph
     grads = torch.ops.spcompile.softmax_attention_backward(grad, *saved, *given)
     dsinks = None
     if sinks is not None and ctx.needs_input_grad[8]:
         dsinks = _sink_gradient(grad, saved[4], saved[5], sinks)
-    return *grads, None, None, None, None, None, dsinks
+    return *grads, None, None, None, None, None, dsinks, None
 
 
 def _sink_gradient(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
@@ -216,10 +234,13 @@ def _local(x: Operands, options: Options, group: str, block: int, length: int, r
     count = max(0, end - first)
     first = first if count else begin
     k, v = (y.narrow(2, first - begin, count) for y in x[1:3])
-    mask = x.mask
+    mask, documents = x.mask, x.documents
     if mask is not None and mask.shape[-1] > 1:
         mask = mask[..., first : first + count]
-    return _Local(x._replace(k=k, v=v, mask=mask), options._replace(first_row=row - first), first - begin)
+    if documents is not None:
+        documents = documents[:, first : first + count]
+    x = x._replace(k=k, v=v, mask=mask, documents=documents)
+    return _Local(x, options._replace(first_row=row - first), first - begin)
 
 
 @torch.library.custom_op("spcompile::local_softmax_attention", mutates_args=())
@@ -237,6 +258,7 @@ def local_softmax_attention(
     sinks: Tensor | None = None,
     length: int = 0,
     reach: int | None = None,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of this rank's query rows where the position says what a row may see.
 
@@ -252,11 +274,12 @@ def local_softmax_attention(
         group: registered name of the process group along the sequence.
         block: tokens per rank.
         causal, scale, window, soft_cap, sinks: as in ``softmax_attention``.
+        documents: of the tokens of all ranks, ``[B, S]`` or ``[1, S]``.
     Returns:
         out and lse of these rows, as in ``softmax_attention``.
     """
-    options = Options(causal, scale, window=window, soft_cap=soft_cap)
-    here = _local(Operands(q, k, v, mask, sinks), options, group, block, length, reach)
+    options = Options(causal, scale, 0, window, soft_cap)
+    here = _local(Operands(q, k, v, mask, sinks, documents), options, group, block, length, reach)
     return rows.forward(here.x, here.options)
 
 
@@ -275,6 +298,7 @@ def _(
     sinks: Tensor | None = None,
     length: int = 0,
     reach: int | None = None,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _fake_softmax(q, v)
 
@@ -297,11 +321,12 @@ def local_softmax_attention_backward(
     sinks: Tensor | None = None,
     length: int = 0,
     reach: int | None = None,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``local_softmax_attention``: dq of these rows; dk, dv of the keys given from just these
     rows, 0 where a key is not there."""
-    options = Options(causal, scale, window=window, soft_cap=soft_cap)
-    here = _local(Operands(q, k, v, mask, sinks), options, group, block, length, reach)
+    options = Options(causal, scale, 0, window, soft_cap)
+    here = _local(Operands(q, k, v, mask, sinks, documents), options, group, block, length, reach)
     dq, *grads = rows.backward(grad, here.x, out, lse, here.options)
     if reach is not None:
         behind = k.shape[2] - here.first - here.x.k.shape[2]
@@ -327,5 +352,6 @@ def _(
     sinks: Tensor | None = None,
     length: int = 0,
     reach: int | None = None,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     return _empty_like(q, k, v)

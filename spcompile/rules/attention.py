@@ -222,12 +222,16 @@ def edges(node: fx.Node) -> int:
     return 0 if window is None else (int(window) - 1) * (1 if node.args[at] else 2)
 
 
+_MORE = ("sinks", "documents")
+# Operands of a softmax attention behind its options, which have no queries' and no keys' shape.
+
+
 @dataclass
 class SoftmaxAttention:
     """softmax_attention and its backward: queries stay, keys and values are gathered by the strategy.
 
     Under a window that is shorter than a shard these are its neighbours'. Sinks are whole, and their gradient
-    is made of other operators.
+    is made of other operators. So are the documents: a number per token.
 
     Keys of another length than the queries (cross attention) are asked for whole; their gradients are then
     partial.
@@ -247,6 +251,8 @@ class SoftmaxAttention:
             return None
         roles = self._roles()
         first = 1 if self.backward else 0
+        if side == "in" and roles[index] == "documents":
+            return None
         alike = self.call.operands[first].shape[2] == self.call.operands[first + 1].shape[2]
         role = roles[index] if side == "in" else "q" if not self.backward or index == 0 else "kv"
         if shard.dim < 2:
@@ -270,12 +276,12 @@ class SoftmaxAttention:
 
     def _roles(self) -> list[str]:
         mask = ["mask"] if isinstance(self.call.args[4 if self.backward else 3], Tensor) else []
-        sinks = ["sinks"] if self._option(2, "sinks") is not None else []
+        more = [name for i, name in enumerate(_MORE) if self._option(2 + i, name) is not None]
         before, after = (["q", "q"], ["q", "q"]) if self.backward else (["q"], [])
-        return [*before, "kv", "kv", *mask, *after, *sinks]
+        return [*before, "kv", "kv", *mask, *after, *more]
 
     def _place(self, role: str, x: Tensor, shard: Shard, keys: Placement) -> Placement:
-        if role == "sinks":
+        if role in _MORE:
             return Replicate()
         if role != "mask":
             return shard if role == "q" else keys
@@ -283,11 +289,15 @@ class SoftmaxAttention:
         return shard.at(rows) if rows >= 0 and x.shape[rows] != 1 else Replicate()
 
     def _by_batch(self, shard: Shard, roles: list[str]) -> Split | None:
-        tensors = [x for x, r in zip(self.call.operands, roles, strict=True) if r != "sinks"]
+        tensors = [x for x, r in zip(self.call.operands, roles, strict=True) if r not in _MORE]
         if len({x.shape[shard.dim] for x in tensors}) > 1 or "mask" in roles:
             return None  # grouped heads, or a mask that may or may not have the dim
-        of_sinks: Placement = shard.at(0) if shard.dim == 1 else Replicate()
-        inputs = tuple(of_sinks if r == "sinks" else shard for r in roles)
+        place = dict.fromkeys(_MORE, Replicate()) | dict.fromkeys(("q", "kv"), shard)
+        if shard.dim == 1:
+            place["sinks"] = shard.at(0)
+        elif "documents" in roles and self.call.operands[-1].shape[0] != 1:
+            place["documents"] = shard
+        inputs = tuple(place[r] for r in roles)
         outputs = (shard,) * len(self.call.outputs)
         return Split(inputs, outputs, (None,) * len(roles), self._emit(None, False))
 
@@ -300,16 +310,17 @@ class SoftmaxAttention:
         def emit(context: Context, operands: list[Tensor]) -> Any:
             queries = None if shard is None else Sequence(context.group, shard.block, shard.length)
             keys = queries if alike else None
-            mask, sinks = (operands[roles.index(r)] if r in roles else None for r in ("mask", "sinks"))
-            given = [x for x, r in zip(operands, roles, strict=True) if r not in ("mask", "sinks")]
+            there = ("mask", *_MORE)
+            more = [operands[roles.index(r)] if r in roles else None for r in there]
+            given = [x for x, r in zip(operands, roles, strict=True) if r not in there]
             if not self.backward:
-                x = softmax.Operands(given[0], given[1], given[2], mask, sinks)
+                x = softmax.Operands(given[0], given[1], given[2], *more)
                 context.took("softmax", rows.name(x, options), rows.refuses(x, options))
                 out, lse, kv = context.softmax.forward(x, options, queries, keys)
                 context.leave(self.call.site, keys, context.gathered(kv))
                 return out, lse
             grad, q, k, v, out, lse = given
-            x = softmax.Operands(q, k, v, mask, sinks)
+            x = softmax.Operands(q, k, v, *more)
             gather = lambda: context.softmax.gather(x, options, queries, keys)  # noqa: E731
             kv = context.left(self.call.site, keys, gather)
             return context.softmax.backward(grad, x, out, lse, kv, options, queries, keys)

@@ -74,14 +74,13 @@ class AllGather:
         """This rank's rows against all keys that they may see."""
         kv = AllGather.gather(x, options, queries, keys)
         x = _with_keys(x, kv, options, queries, keys)
-        where = _where(options, queries, keys)
+        where = _where(x, options, queries, keys)
         if where is not None:
             local = torch.ops.spcompile.local_softmax_attention
             out, lse = local(*x[:4], options.scale, *where[:2], **_named(x, options), **where[2])
         else:
-            out, lse = torch.ops.spcompile.softmax_attention(
-                *x[:4], options.causal, options.scale, *options[3:], x.sinks
-            )
+            whole = torch.ops.spcompile.softmax_attention
+            out, lse = whole(*x[:4], options.causal, options.scale, *options[3:], *x[4:])
         return out, lse, kv
 
     @staticmethod
@@ -103,13 +102,13 @@ class AllGather:
         if mask is not None and mask.is_floating_point() and mask.dim() > 1 and mask.shape[-2] > 1:
             (mask,) = masked(queries, mask.dim() - 2, mask)
         saved = (grad, q, x.k, x.v, mask, out, lse)
-        where = _where(options, queries, keys)
+        where = _where(x, options, queries, keys)
         if where is not None:
             local = torch.ops.spcompile.local_softmax_attention_backward
             dq, dk, dv = local(*saved, options.scale, *where[:2], **_named(x, options), **where[2])
         else:
             whole = torch.ops.spcompile.softmax_attention_backward
-            dq, dk, dv = whole(*saved, options.causal, options.scale, *options[3:], x.sinks)
+            dq, dk, dv = whole(*saved, options.causal, options.scale, *options[3:], *x[4:])
         if kv is None:
             return dq, dk, dv
         assert keys is not None
@@ -121,12 +120,12 @@ class AllGather:
 
 
 def _where(
-    options: Options, queries: Sequence | None, keys: Sequence | None
+    x: Operands, options: Options, queries: Sequence | None, keys: Sequence | None
 ) -> tuple[str, int, dict[str, int]] | None:
     """Where this rank's rows stand among the keys: the arguments of the operator that reads the rank; None
     where it is all the same."""
     group = others(queries)
-    if group is None or not (options.causal or options.window is not None):
+    if group is None or not (options.causal or options.window is not None or x.documents is not None):
         return None
     assert queries is not None
     reach = _reach(options, queries, keys)
@@ -136,8 +135,9 @@ def _where(
 
 def _named(x: Operands, options: Options) -> dict[str, object]:
     """The options that are not the plain causal attention's."""
-    given = {"window": options.window, "soft_cap": options.soft_cap, "sinks": x.sinks}
-    named: dict[str, object] = {name: y for name, y in given.items() if y is not None}
+    given = options._asdict() | x._asdict()
+    names = ("window", "soft_cap", "sinks", "documents")
+    named: dict[str, object] = {name: given[name] for name in names if given[name] is not None}
     return named if options.causal else {"causal": False, **named}
 
 

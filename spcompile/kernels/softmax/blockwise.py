@@ -24,6 +24,9 @@ __all__ = ["backward", "forward"]
 # Scores held at a time, in elements (64 MiB in float32).
 _BUDGET = 1 << 24
 
+# Rows taken together where keys of other documents are passed over.
+_ROWS_OF_DOCUMENTS = 256
+
 
 class _Block(NamedTuple):
     """Rows [start, stop), and the keys [first, end) that some of them may see."""
@@ -46,15 +49,15 @@ def _blocks(x: Operands, options: Options) -> Iterator[_Block]:
     """Blocks of rows that see some key, as many rows as the budget has room for."""
     (b, h, t, _), keys = x.q.shape, x.k.shape[2]
     row = max(1, b * h * keys)
-    if (
-        options.window is not None
-    ):  # what a row sees, and once more: a block's rows see that of its neighbours
+    if options.window is not None:
+        # What a row sees, and once more: a block's rows see that of its neighbours.
         row = min(row, max(1, b * h * 4 * options.window))
     step = max(1, _BUDGET // row)
     step = step if options.window is None else min(step, max(64, options.window))
+    step = step if x.documents is None else min(step, _ROWS_OF_DOCUMENTS)
     for start in range(0, t if keys else 0, step):
         stop = min(t, start + step)
-        first, end = options.seen(start, stop, keys)
+        first, end = x.seen(options, start, stop)
         if first < end:
             yield _Block(start, stop, first, end)
 
@@ -82,8 +85,9 @@ def _probabilities(q: Tensor, k: Tensor, x: Operands, options: Options, block: _
     mask = _mask_block(x.mask, heads, block)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    visible = options.visible(*block, q.device)
+    visible = x.visible(options, *block)
     if visible is not None:
+        visible = visible.unsqueeze(1) if visible.dim() == 4 else visible
         scores = scores.masked_fill(~visible, -torch.inf)
     top = scores.amax(-1, keepdim=True)
     sinks = None if x.sinks is None else x.sinks.to(q.dtype).reshape(heads, -1, 1, 1)

@@ -6,7 +6,7 @@ part with the kernel's own causal flag). Two calls do just the work of the visib
     lse = log(exp(lse_1) + exp(lse_2))      out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2
 
 A window is blocks of rows, each with the keys that it sees and a mask of its own size, so that time and
-memory are T x window.
+memory are T x window. So are packed documents: of a block's rows no key before or behind their documents.
 
 The kernel's backward takes the merged ``out`` and ``lse``, so the gradients of the parts simply add; sinks
 need no more than to be in both (``rows.py``). On GPUs a call with the causal flag has as many keys as rows:
@@ -36,6 +36,8 @@ _NONE_VISIBLE = -1e29
 
 # A window's rows are taken so many at a time, or as many as the window is long if that is between.
 _FEWEST_ROWS, _MOST_ROWS = 64, 512
+# Those of documents, where no window says more.
+_ROWS_OF_DOCUMENTS = 256
 
 # CUDA's kernel: heads of at most so many numbers, a multiple of so many, and its kinds of numbers.
 _LARGEST, _MULTIPLE = 256, 8
@@ -62,6 +64,8 @@ def refuses(x: Operands, options: Options = PLAIN) -> str:
         return "a mask that is data"
     if options.window is not None:
         return "a sliding window"
+    if x.documents is not None:
+        return "documents"
     return f"heads of more than {_LARGEST} numbers" if _size(x) > _LARGEST else ""
 
 
@@ -116,9 +120,8 @@ def _mask_part(x: Operands, call: _Call, options: Options) -> Tensor | None:
         mask = mask[..., call.key : call.key + call.keys] if mask.shape[3] > 1 else mask
         additive = mask.dtype != torch.bool
         mask = mask.to(wide).clamp(min=_MASKED) if additive else torch.where(mask, 0.0, _MASKED).to(wide)
-    if options.window is not None:
-        place = (call.row, call.row + call.rows, call.key, call.key + call.keys)
-        visible = options.visible(*place, x.q.device)
+    if _in_blocks(x, options):
+        visible = x.visible(options, call.row, call.row + call.rows, call.key, call.key + call.keys)
     if visible is None:
         return mask
     return torch.where(
@@ -137,8 +140,8 @@ class _Call(NamedTuple):
 
 
 def _calls(x: Operands, options: Options) -> list[_Call]:
-    if options.window is not None:
-        return _windowed(x, options, options.window)
+    if _in_blocks(x, options):
+        return _blocks(x, options)
     rows, found = x.q.shape[2], []
     for start, stop, diagonal in _parts(x, options):
         keys = stop - start
@@ -149,13 +152,17 @@ def _calls(x: Operands, options: Options) -> list[_Call]:
     return found
 
 
-def _windowed(x: Operands, options: Options, window: int) -> list[_Call]:
+def _in_blocks(x: Operands, options: Options) -> bool:
+    return options.window is not None or x.documents is not None
+
+
+def _blocks(x: Operands, options: Options) -> list[_Call]:
     """Blocks of rows, each with all that it sees; none for rows that see nothing."""
-    rows, keys, found = x.q.shape[2], x.k.shape[2], []
-    step = min(max(window, _FEWEST_ROWS), _MOST_ROWS)
+    rows, found = x.q.shape[2], []
+    step = min(max(options.window or _ROWS_OF_DOCUMENTS, _FEWEST_ROWS), _MOST_ROWS)
     for row in range(0, rows, step):
         stop = min(rows, row + step)
-        first, end = options.seen(row, stop, keys)
+        first, end = x.seen(options, row, stop)
         if first < end:
             found.append(_Call(row, stop - row, first, end - first, False))
     return found
@@ -190,7 +197,7 @@ def forward(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
         one, other = (torch.exp(y - both).unsqueeze(-1) for y in (known, part_lse))
         ours.copy_(ours * one + part_out * other)
         known.copy_(both)
-    if x.mask is not None or options.window is not None:
+    if x.mask is not None or _in_blocks(x, options):
         hidden = lse < _NONE_VISIBLE
         out = torch.where(hidden.unsqueeze(-1), 0.0, out)
         lse = torch.where(hidden, -torch.inf, lse)

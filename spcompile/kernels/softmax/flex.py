@@ -2,7 +2,7 @@
 
 That is float32, and a mask that is data. FlexAttention is told of a call by three things:
 
-- ``mask_mod``, whether row i may see key j: the band of the options, and a bool mask's entry;
+- ``mask_mod``, whether row i may see key j: the band of the options, documents, and a bool mask's entry;
 - ``score_mod``, what becomes of a score: an additive mask's entry is added;
 - a block mask: which blocks of 128 rows by 128 keys are looked at, and in which ``mask_mod`` is asked.
 
@@ -39,16 +39,12 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from spcompile import _torch
 from spcompile.kernels.choice import without_triton
-from spcompile.kernels.scan import own_dtypes, state_dtype
+from spcompile.kernels.scan import own_dtypes
+from spcompile.kernels.softmax.flex_told import BLOCK, Given, blocks_of, given_of, modifications
 from spcompile.kernels.softmax.operands import Operands, Options
 
-__all__ = ["Given", "backward", "forward", "modifications", "or_blocks", "programs", "refuses"]
+__all__ = ["backward", "forward", "or_blocks", "programs", "refuses"]
 
-# Rows and keys of a block of the block mask: the kernels' tiles divide it.
-BLOCK = 128
-
-# An entry so far below its row's largest hides its key: no real score makes up for it, and exp of it is 0.
-_HIDDEN = -1e30
 # Where the largest entry of a row is beyond it, lse - top is not found by subtraction.
 _MODERATE = 64.0
 
@@ -58,7 +54,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST = 2**31 - 1
 
 # Options and operands that may be left out and that this file has a line for.
-_KNOWN = frozenset({"first_row", "mask", "window"})
+_KNOWN = frozenset({"first_row", "mask", "window", "documents"})
 
 # Of the choices of PyTorch's kernels the plain one. The backward is given what a forward would write down.
 _FORWARD = {"BACKEND": "TRITON"}
@@ -98,110 +94,6 @@ def refuses(x: Operands, options: Options) -> str:
     if unknown:
         return f"{', '.join(unknown)}: not known to FlexAttention"
     return _failed.get(_kind(x, options), "") if _failed else ""
-
-
-# ---- what FlexAttention is told ----
-
-
-class Given(NamedTuple):
-    """The tensors that the modifications read."""
-
-    first: Tensor  # []: the position of row 0 among the keys
-    mask: Tensor | None = None  # bool or additive, 4-D; dims of size 1 are broadcast
-    top: Tensor | None = None  # [., ., R or 1, 1]: the largest additive entry that each row sees, finite
-
-
-def _band(options: Options) -> tuple[int | None, int | None]:
-    """Row i, at position p, sees key j only where ``low <= p - j < high``; None: no bound."""
-    window = options.window
-    return 0 if options.causal else None if window is None else 1 - window, window
-
-
-def _within(distance: Tensor, band: tuple[int | None, int | None]) -> Tensor:
-    """Which distances p - j the band allows; any shape that broadcasts to theirs."""
-    low, high = band
-    seen = distance.new_ones((), dtype=torch.bool)
-    seen = seen if low is None else seen & (distance >= low)
-    return seen if high is None else seen & (distance < high)
-
-
-def _entry(x: Tensor, *at: Tensor) -> Tensor:
-    """x[b, h, i, j]; dims of size 1 are broadcast."""
-    return x[tuple(torch.zeros_like(n) if size == 1 else n for n, size in zip(at, x.shape, strict=True))]
-
-
-def modifications(options: Options, given: Given) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """(mask_mod, score_mod) of a call: the only place that says what a mask or an option means.
-
-    d score_mod / d score is 1; an option that changes it needs a line in :func:`_gradients` too.
-    """
-    band, (first, mask, top) = _band(options), given
-
-    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        seen = _within(first + i - j, band)
-        if mask is not None and top is None:
-            seen = seen & _entry(mask, b, h, i, j)
-        return seen
-
-    def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        if mask is not None and top is not None:  # NOTE above: in this order
-            score = (score + _entry(mask, b, h, i, j).to(top.dtype)) - _entry(top, b, h, i, j)
-        return score
-
-    return mask_mod, score_mod
-
-
-def _distances(first: Tensor, rows: int, keys: int, step: int = 1) -> Tensor:
-    """p - j of every so many rows and keys; Inductor makes it where it is read."""
-    places = (torch.arange(0, length, step, device=first.device) for length in (rows, keys))
-    p, j = places
-    return first + p[:, None] - j
-
-
-def _given(options: Options, q: Tensor, k: Tensor, mask: Tensor | None, first: Tensor) -> Given:
-    if mask is None:
-        return Given(first)
-    mask = mask[(None,) * (4 - mask.dim())]
-    if mask.dtype == torch.bool:
-        return Given(first, mask)
-    seen, entries = _within(_distances(first, q.shape[2], k.shape[2]), _band(options)), mask
-    top = torch.where(seen, entries.to(state_dtype(q.dtype)), -torch.inf).amax(-1, keepdim=True)
-    return Given(first, mask, torch.where(top == -torch.inf, 0.0, top))
-
-
-def _blocks(options: Options, q: Tensor, k: Tensor, given: Given) -> tuple[Tensor, ...]:
-    """The block mask by rows: numbers and indices of the blocks in part visible, and of those all visible."""
-    rows, keys, (low, high) = q.shape[2], k.shape[2], _band(options)
-    if given.mask is None:
-        # The distances in a block are all from nearest to farthest.
-        corner = _distances(given.first, rows, keys, BLOCK)
-        nearest, farthest = corner - (BLOCK - 1), corner + (BLOCK - 1)
-        # One that sticks out is taken for one that is visible in part.
-        inside = [torch.arange(BLOCK, n + BLOCK, BLOCK, device=q.device) <= n for n in (rows, keys)]
-        some = _within(farthest, (low, None)) & _within(nearest, (None, high)) & (corner == corner)
-        whole = _within(nearest, (low, None)) & _within(farthest, (None, high))
-        whole = whole & inside[0][:, None] & inside[1]
-        some, whole = some[None, None], whole[None, None]
-    else:
-        seen = _within(_distances(given.first, rows, keys), (low, high)) & _allowed(given)
-        seen = seen.expand(*given.mask.shape[:2], rows, keys)
-        padded = F.pad(seen, (0, -keys % BLOCK, 0, -rows % BLOCK))
-        number = padded.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).sum((3, 5), dtype=torch.int32)
-        some, whole = number > 0, number == BLOCK * BLOCK
-    return *_listed(some & ~whole), *_listed(whole)
-
-
-def _allowed(given: Given) -> Tensor:
-    """What the mask lets a row see: an additive one hides what is far below the row's largest entry."""
-    mask, top = given.mask, given.top
-    assert mask is not None
-    return mask if top is None else mask.to(top.dtype) - top > _HIDDEN
-
-
-def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of each row of blocks are True, and their indices before the others'."""
-    order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
 # ---- the programs that are compiled ----
@@ -258,10 +150,12 @@ def _gradients(call: _Call) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         first: Tensor,
         mask: Tensor | None,
         top: Tensor | None,
+        documents: Tensor | None,
         *blocks: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        there = [x is not None for x in (first, mask, top)]
-        tensors = tuple(x for x in (first, mask, top) if x is not None)
+        given = first, mask, top, documents
+        there = [x is not None for x in given]
+        tensors = tuple(x for x in given if x is not None)
 
         def of(tensors: tuple[Tensor, ...]) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
             fresh = iter(tensors)
@@ -283,9 +177,9 @@ def _gradients(call: _Call) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         described = BlockMask.from_kv_blocks(
             *blocks, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=lengths
         )
-        given = q, k, v, out, lse, grad, None, score_mod, back, described.as_tuple()
-        back_with = call.options.scale, dict(call.backward), tensors, tensors
-        return _torch.flex_attention_backward(*given, *back_with)[:3]
+        what = q, k, v, out, lse, grad, None, score_mod, back, described.as_tuple()
+        how = call.options.scale, dict(call.backward), tensors, tensors
+        return _torch.flex_attention_backward(*what, *how)[:3]
 
     return torch.compiler.allow_in_graph(gradients)
 
@@ -300,9 +194,11 @@ def programs(options: Options, precise: bool = False) -> tuple[Callable[..., Any
     call = _Call(options, _FORWARD | how, _BACKWARD | how)
     gradients = _gradients(call)
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, first: Tensor) -> tuple[Tensor, Tensor]:
-        given = _given(options, q, k, mask, first)
-        out, lse = _attend(call, q, k, v, given, _blocks(options, q, k, given))
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Tensor | None, first: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        given = given_of(options, q, k, mask, first, documents)
+        out, lse = _attend(call, q, k, v, given, blocks_of(options, q, k, given))
         lse = lse if given.top is None else lse + given.top.squeeze(-1)
         return out.contiguous(), lse.contiguous()
 
@@ -312,12 +208,13 @@ def programs(options: Options, precise: bool = False) -> tuple[Callable[..., Any
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
+        documents: Tensor | None,
         first: Tensor,
         out: Tensor,
         lse: Tensor,
     ) -> tuple[Tensor, ...]:
-        given = _given(options, q, k, mask, first)
-        blocks = _blocks(options, q, k, given)
+        given = given_of(options, q, k, mask, first, documents)
+        blocks = blocks_of(options, q, k, given)
         lse = _lse(call, q, k, v, lse, given, blocks) * math.log2(math.e)  # as the kernel has it
         return tuple(x.contiguous() for x in gradients(grad, q, k, v, out, lse, *given, *blocks))
 
@@ -333,13 +230,15 @@ class _Kind(NamedTuple):
     sizes: tuple[int, ...]  # query heads, key heads, sizes of keys and of values
     mask: tuple[Any, ...]  # dtype, and which dims are broadcast
     precise: bool  # float32, and TF32 is not allowed
+    documents: tuple[Any, ...] = ()  # as the mask
 
 
 def _kind(x: Operands, options: Options) -> _Kind:
     sizes = x.q.shape[1], x.k.shape[1], x.k.shape[3], x.v.shape[3]
     mask = () if x.mask is None else (x.mask.dtype, *(size == 1 for size in x.mask.shape))
     precise = x.q.dtype == torch.float32 and not _tf32() and max(sizes[2:]) <= 128 and _holds(x.q.device)
-    return _Kind(options._replace(first_row=0), x.q.device, x.q.dtype, sizes, mask, precise)
+    ids = () if x.documents is None else (x.documents.dtype, x.documents.shape[0] == 1)
+    return _Kind(options._replace(first_row=0), x.q.device, x.q.dtype, sizes, mask, precise, ids)
 
 
 def _holds(device: torch.device) -> bool:
@@ -385,14 +284,14 @@ def _first(x: Operands, options: Options) -> Tensor:
 
 def forward(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
     """As :func:`.blockwise.forward`."""
-    return _run(0, x, options, (*x[:4], _first(x, options)))
+    return _run(0, x, options, (*x[:4], x.documents, _first(x, options)))
 
 
 def backward(
     grad: Tensor, x: Operands, out: Tensor, lse: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients from the saved ``out`` and ``lse``: dq, dk, dv contiguous, each in its input's dtype."""
-    return _run(1, x, options, (grad, *x[:4], _first(x, options), out, lse))
+    return _run(1, x, options, (grad, *x[:4], x.documents, _first(x, options), out, lse))
 
 
 @contextlib.contextmanager

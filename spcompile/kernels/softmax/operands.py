@@ -1,4 +1,5 @@
-"""What a call of softmax attention is made of, and the one rule of which key a row may see."""
+"""What a call of softmax attention is made of, and the one rule of which key a row may see: by its place
+(:class:`Options`) and by its document (:class:`Operands`)."""
 
 from __future__ import annotations
 
@@ -18,6 +19,41 @@ class Operands(NamedTuple):
     v: Tensor  # [B, Hkv, S, V]
     mask: Tensor | None = None  # bool (True = may see) or additive, broadcastable to [B, H, T, S]
     sinks: Tensor | None = None  # [H]: a logit beside those of the keys, whose weight is dropped
+    documents: Tensor | None = None  # [B or 1, S], integers: a row sees the keys of its own document
+
+    def own_documents(self, options: Options, start: int, stop: int) -> Tensor:
+        """The documents of the rows [start, stop), [B or 1, rows]; behind the keys that of the last."""
+        ids = self.documents
+        assert ids is not None
+        first, last = options.first_row + start, options.first_row + stop
+        if last <= ids.shape[1]:
+            return ids[:, first:last]
+        return ids[:, torch.arange(first, last, device=ids.device).clamp(max=ids.shape[1] - 1)]
+
+    def visible(self, options: Options, start: int, stop: int, first: int, end: int) -> Tensor | None:
+        """Which keys of [first, end) each row of [start, stop) may see, by their places and documents.
+
+        Bool ``[rows, keys]`` or ``[B or 1, 1, rows, keys]``; None: all.
+        """
+        band = options.visible(start, stop, first, end, self.q.device)
+        if self.documents is None:
+            return band
+        own = self.own_documents(options, start, stop)
+        same = (own.unsqueeze(2) == self.documents[:, None, first:end]).unsqueeze(1)
+        return same if band is None else same & band
+
+    def seen(self, options: Options, start: int, stop: int) -> tuple[int, int]:
+        """Keys [first, end) outside of which no row of [start, stop) sees any.
+
+        On a CPU by the documents as well: those between the least and the largest of the rows'. Elsewhere
+        the numbers would have to be read back.
+        """
+        first, end = options.seen(start, stop, self.k.shape[2])
+        if self.documents is None or self.documents.device.type != "cpu" or first >= end:
+            return first, end
+        own, ids = self.own_documents(options, start, stop), self.documents[:, first:end]
+        found = ((ids >= own.amin()) & (ids <= own.amax())).any(0).nonzero()
+        return (first + int(found[0]), first + int(found[-1]) + 1) if len(found) else (first, first)
 
 
 class Options(NamedTuple):

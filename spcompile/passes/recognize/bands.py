@@ -1,8 +1,10 @@
-"""Masks as structure: which masks of i - j are a band, and what of a mask is a band and what is data per key.
+"""Masks as structure: which masks of i - j are a band, and what of a mask is a band or data per token.
 
-A mask is a conjunction. What of it is a function of i - j alone becomes the operator's options; what has no
-row in it (padding) stays data, one value per key and not one per pair. It needs no name: it is whatever Value
-of the shadow was evaluated, on the way to the mask, to just that part of the conjunction.
+A mask is a conjunction. What of it is a function of i - j alone becomes the operator's options. What has no
+row in it (padding) stays data, one value per key and not one per pair; and so do the two sides of an equation
+between a number of the row's token and the same of the key's (documents, chunks). Neither needs a name: it is
+whatever Value of the shadow was evaluated, on the way to the mask, to just that part of the conjunction, or
+to just that side of the equation.
 """
 
 from __future__ import annotations
@@ -65,12 +67,21 @@ class OfKeys:
     keep: bool
 
 
+@dataclass(frozen=True)
+class Documents:
+    """A Value of integers, one for each token: a row sees the keys that have its own."""
+
+    value: Value
+    dims: Dims
+
+
 @dataclass
 class Split:
-    """A mask as (a function of i - j) and (of keys): where a row sees a key."""
+    """A mask as (a function of i - j) and (of keys) and (alike of row and key): where a row sees a key."""
 
     pieces: Pieces
     keys: list[OfKeys]
+    documents: Documents | None = None
 
 
 Keeps = Callable[[Any], bool | None]
@@ -86,7 +97,7 @@ def split(
     keeps: Keeps,
     held: Callable[[Value], bool],
 ) -> Split | None:
-    """A mask, whose dims are named, as a conjunction of structure and of data per key; None if it is none.
+    """A mask, whose dims are named, as a conjunction of structure and of data per token; None if it is none.
 
     Args:
         keeps: what a number of the mask does; of a bool it is asked about 1 and 0.
@@ -107,8 +118,11 @@ def split(
             rest.add(part)
         else:
             whole = masks.combine(lambda a, b: bool(a and b), whole, pieces)
-    found = _of_keys(ctx, rest, {s: a for a, s in named.items()}, held) if rest else []
-    return None if found is None else Split(whole, found)
+    atoms, documents = {s: a for a, s in named.items()}, None
+    if rest and rows.size == cols.size:
+        documents, rest = _documents(ctx, prover, rest, atoms, held)
+    found = _of_keys(ctx, rest, atoms, held) if rest else []
+    return None if found is None else Split(whole, found, documents)
 
 
 def _kept(expr: Any, keeps: Keeps) -> Boolean | None:
@@ -152,6 +166,60 @@ def _of_keys(
             found.append(one)
             left -= parts
     return None if left else found
+
+
+def _documents(
+    ctx: Context,
+    prover: masks.Prover,
+    rest: set[Boolean],
+    atoms: dict[sympy.Symbol, Atom],
+    held: Callable[[Value], bool],
+) -> tuple[Documents | None, set[Boolean]]:
+    """The equation x(i) = x(j) in a conjunction, and what is left; an x that is a Value of integers.
+
+    An equation is g >= 0 and -g >= 0.
+    """
+    least = {part: g for part in rest if (g := _at_least_zero(ctx, part)) is not None}
+    for one, g in sorted(least.items(), key=lambda pair: str(pair[0])):
+        other = next((part for part, h in least.items() if part != one and sympy.expand(g + h) == 0), None)
+        terms = g.as_coefficients_dict()
+        if other is None or sorted(terms.values()) != [-1, 1]:
+            continue
+        (row,), (key,) = ([x for x, n in terms.items() if n == sign] for sign in (1, -1))
+        found = _same_of_both(ctx, prover, row, key, atoms, held)
+        if found is not None:
+            return found, rest - {one, other}
+    return None, rest
+
+
+def _at_least_zero(ctx: Context, part: Boolean) -> sympy.Expr | None:
+    """What a condition says to be >= 0: e, or, of a condition that denies it, -e - 1."""
+    if isinstance(part, sympy.Not):
+        e = ctx.atoms.get(cast(sympy.Symbol, part.args[0]))
+        return None if e is None else sympy.expand(-e - 1)
+    return ctx.atoms.get(cast(sympy.Symbol, part))
+
+
+def _same_of_both(
+    ctx: Context,
+    prover: masks.Prover,
+    row: sympy.Expr,
+    key: sympy.Expr,
+    atoms: dict[sympy.Symbol, Atom],
+    held: Callable[[Value], bool],
+) -> Documents | None:
+    """A Value that is ``key`` where it is read for a key, and ``row`` where it is read for the row."""
+    for known, expr in list(ctx.known.items()):
+        v, index = cast("tuple[Value, Index]", known)
+        if expr != key or ctx.j not in index or any(ctx.i in e.free_symbols for e in index):
+            continue
+        dims = _named(v, index, atoms)
+        if dims is None or v.dtype is None or v.dtype.is_floating_point or not held(v):
+            continue
+        of_row = tuple(ctx.i if e == ctx.j else e for e in index)
+        if evaluate(v, prover.functions)(ctx, of_row) == row:
+            return Documents(v, dims)
+    return None
 
 
 def _named(v: Value, index: Index, atoms: dict[sympy.Symbol, Atom]) -> Dims | None:

@@ -20,6 +20,7 @@ from spcompile.passes.recognize.mask_values import (
     equal,
     evaluate,
     exact,
+    holds,
     leaves,
     number,
     operand,
@@ -39,7 +40,15 @@ def _elementwise(f: Callable[..., object], *names: str) -> Callable[[Value, Memo
         parts = [operand(v.args.get(n), memo) for n in names]
         if any(p is None for p in parts) or v.args.get("alpha", 1) != 1 or v.args.get("rounding_mode"):
             return None
-        return lambda ctx, index: f(ctx, *(p(ctx, index) for p in parts))  # type: ignore[misc]
+        # What is not followed is still the same wherever the same numbers meet.
+        what = v.name, v.dtype, *(getattr(v.args[n], "dtype", None) for n in names)
+
+        def g(ctx: Context, index: Index) -> object:
+            given = tuple(p(ctx, index) for p in parts if p is not None)
+            out = f(ctx, *given)
+            return out if holds(ctx, v, out) else ctx.data((what, given), v.dtype == torch.bool)
+
+        return g
 
     return maker
 

@@ -57,14 +57,21 @@ def _remember(v: Value, f: Function) -> Function:
 
 def _kept(ctx: Context, v: Value, index: Index, out: object) -> object:
     """`out` if it is of the right type, and exact in v's dtype; else data."""
+    if not holds(ctx, v, out):
+        return _data(ctx, v, index)
     if v.dtype == torch.bool:
-        return out if is_bool(out) else _data(ctx, v, index)
+        return out
+    return lift(lambda x: rounded(x, v.dtype) if x.is_Number and x is not sympy.nan else x, out)
+
+
+def holds(ctx: Context, v: Value, out: object) -> bool:
+    """Whether `out` is of v's type, and exact in its dtype."""
+    if v.dtype == torch.bool:
+        return is_bool(out)
     ends = leaves(out)
     if out is None or len(ends) > _TOO_LARGE or any(is_bool(x) for x in ends):
-        return _data(ctx, v, index)
-    if not all(x.is_Number or (x.is_Symbol and x.name[0] == "y") or exact(ctx, x, v.dtype) for x in ends):
-        return _data(ctx, v, index)
-    return lift(lambda x: rounded(x, v.dtype) if x.is_Number and x is not sympy.nan else x, out)
+        return False
+    return all(x.is_Number or (x.is_Symbol and x.name[0] == "y") or exact(ctx, x, v.dtype) for x in ends)
 
 
 def leaves(x: object) -> list:

@@ -27,6 +27,7 @@ from spcompile.passes.recognize.products import Factor, peel, product_of, scalar
 from spcompile.passes.recognize.sinks import read_sink
 from spcompile.passes.recognize.softmax_masks import (
     Found,
+    Masking,
     Step,
     decide,
     emit_mask,
@@ -268,6 +269,7 @@ def rewrite(found: Found, editor: Editor, prover: masks.Prover) -> tuple[fx.Node
     rows, keys = (roles.t,), (roles.s,)
     mask = emit_mask(w, editor, masking.general, (roles.b, heads, rows, keys), dtype)
     more = [masking.band.window, masking.soft_cap, _sinks(found, heads, editor, w)]
+    more.append(_documents(masking, roles, editor, w))
     while more and more[-1] is None:
         more.pop()
     q4 = w.to(w.arrange(q, (roles.b, heads, rows, roles.k)), dtype)
@@ -283,6 +285,16 @@ def rewrite(found: Found, editor: Editor, prover: masks.Prover) -> tuple[fx.Node
     out = w.scatter(out, (roles.b, heads, rows, roles.v), found.out, found.terminal.shape)
     editor.replace(node, w.like(out, node, fresh=editor.written_later(node)))
     return call, masking.name
+
+
+def _documents(masking: Masking, roles: Roles, editor: Editor, w: Writer) -> fx.Node | None:
+    """The tokens' documents, [B or 1, S]."""
+    if masking.documents is None:
+        return None
+    operand = editor.operand(Factor(masking.documents.value, masking.documents.dims), w.before)
+    if not set(atoms_of(operand.dims)) <= set(resolve((*roles.b, roles.s))):
+        raise Refused("its documents differ from head to head")
+    return w.arrange(operand, (roles.b, (roles.s,)), expand=False)
 
 
 def _sinks(found: Found, heads: tuple[Atom, ...], editor: Editor, w: Writer) -> fx.Node | None:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from spcompile.passes.recognize import masks
-from spcompile.passes.recognize.bands import Band, Split, band_of, split
+from spcompile.passes.recognize.bands import Band, Documents, Split, band_of, split
 from spcompile.passes.recognize.dims import Atom, Dims
 from spcompile.passes.recognize.edit import Editor, Refused, Writer
 from spcompile.passes.recognize.products import Factor
@@ -82,12 +82,14 @@ class Masking:
     """Whether a row that keeps no key is uniform over all keys, as a finite fill makes it, and not zero."""
     undefined: bool = False
     """Whether a row that keeps no key is NaN, as a softmax over nothing is."""
+    documents: Documents | None = None
 
     @property
     def name(self) -> str:
         """For reports."""
         data = {"padding" if s.of_keys else "general": None for s in self.general}
-        mask = " and ".join([*([self.band.name] if self.band.name else []), *data]) or "all"
+        structure = [self.band.name, "documents" if self.documents else ""]
+        mask = " and ".join([*(name for name in structure if name), *data]) or "all"
         more = [*(["soft cap"] if self.soft_cap is not None else []), *(["sinks"] if self.sinks else [])]
         return ", ".join([mask, *more])
 
@@ -100,7 +102,7 @@ def decide(found: Found, rows: Atom, prover: masks.Prover, held: Callable[[Value
     """
     scale, soft_cap = _scores(found.steps)
     whole: masks.Pieces = [masks.Piece(1 - found.keys.size, rows.size - 1, True)]
-    proved, data, numbers = whole, list[Step](), list[float]()
+    proved, data, numbers, documents = whole, list[Step](), list[float](), dict[Documents, None]()
     for n, step in enumerate(found.steps):
         if step.kind not in ("bias", "fill"):
             continue
@@ -115,16 +117,31 @@ def decide(found: Found, rows: Atom, prover: masks.Prover, held: Callable[[Value
             proved = masks.combine(lambda a, b: a and b, proved, part.pieces)
             data += [Step("fill", part.hides, k.value, k.dims, k.keep, True) for k in part.keys]
             numbers.append(part.hides)
+            documents |= {} if part.documents is None else {part.documents: None}
+    if documents:  # a row of which no more is known than that it may see itself
+        sure = masks.combine(lambda a, b: a and b, proved, _itself(rows.size, found.keys.size))
+    else:
+        sure = proved
     # With a sink a row that keeps no key gives it all its weight, whatever stands for the hidden scores.
-    keeps = found.sinks is not None or masks.keeps_every_row(proved, rows.size, found.keys.size)
+    keeps = found.sinks is not None or masks.keeps_every_row(sure, rows.size, found.keys.size)
     band = band_of(proved)
-    if band is None or not (keeps if not data else _told_apart(found, band, numbers, data)):
+    structure = bool(documents) or (band is not None and bool(band.name))
+    told = not structure or _told_apart(found, numbers, data)
+    if band is None or len(documents) > 1 or not (told if data else keeps):
         data, band = _undo(found), Band()
+        documents.clear()
     band = Band(band.causal or found.causal, band.window)
     keeps = keeps and (not data or found.sinks is not None)
     uniform = _uniform(data) and not keeps
     undefined = bool(data) and found.by_hand and not uniform and not keeps
-    return Masking(scale, soft_cap, band, data, found.sinks is not None, uniform, undefined)
+    ids = next(iter(documents), None)
+    return Masking(scale, soft_cap, band, data, found.sinks is not None, uniform, undefined, ids)
+
+
+def _itself(rows: int, keys: int) -> masks.Pieces:
+    """A row sees the key at its own place."""
+    pieces = [masks.Piece(1 - keys, -1, False), masks.Piece(0, 0, True), masks.Piece(1, rows - 1, False)]
+    return [p for p in pieces if p.lo <= p.hi]
 
 
 def _after(steps: Sequence[Step], n: int) -> float:
@@ -152,13 +169,13 @@ def _scaled(step: Step, after: float) -> Step:
     return Step(step.kind, number, step.value, step.dims, step.keep)
 
 
-def _told_apart(found: Found, band: Band, numbers: Sequence[float], data: Sequence[Step]) -> bool:
-    """Whether the band may be taken off the data: whether it is known what becomes of a row without a key.
+def _told_apart(found: Found, numbers: Sequence[float], data: Sequence[Step]) -> bool:
+    """Whether structure may be taken off the data: whether it is known what becomes of a row without a key.
 
     It is where all that is hidden is -inf, or one finite fill. Two masks that are added are not: twice a huge
     negative number is another number, or -inf.
     """
-    if not band.name or all(x == -math.inf for x in numbers):
+    if all(x == -math.inf for x in numbers):
         return True
     steps = [s for s in found.steps if s.kind in ("bias", "fill")]
     alike = len(steps) == 1 or all(s.kind == "fill" for s in steps)
@@ -229,14 +246,14 @@ def _proved_part(
     if pieces is not None:
         if any(does(p.value) is None for p in pieces):
             return None
-        return _Part(masks.mapped(does, pieces), [], max(hidden, default=-math.inf))
+        return _Part(masks.mapped(does, pieces), [], hides=max(hidden, default=-math.inf))
     parts = split(prover, step.value, step.dims, rows, found.keys, does, held)
     if parts is None:
         return None
     if parts.keys and step.kind == "bias" and found.sinks is None:
         # A row that keeps no key weighs all alike, but unlike after a fill its scores have a gradient.
         return None
-    return _Part(parts.pieces, parts.keys, max(hidden, default=-math.inf))
+    return _Part(parts.pieces, parts.keys, parts.documents, max(hidden, default=-math.inf))
 
 
 def emit_mask(
