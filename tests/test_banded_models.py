@@ -13,7 +13,7 @@ import spcompile
 from spcompile import traffic
 from spcompile.simulate import simulated
 from tests.huggingface import BANDED, build
-from tests.proof import capture, eager
+from tests.proof import capture, eager, relative_error
 
 # As in test_huggingface: their norms, rotary embeddings, softmax or losses compute in float32.
 TOLERANCE = 2e-5
@@ -60,6 +60,51 @@ def test_a_padded_batch() -> None:
     for ranks in (2, 4):
         local, _ = joint.shard(ranks)
         assert not square(local.graph, -(-33 // ranks), 33, ranks)
+        assert expected.error(*joint.run(ranks, nan_padding=True)) <= TOLERANCE
+
+
+PACKED = {
+    "llama": ["causal and documents"] * 2,
+    "mistral": ["causal window of 7 and documents"] * 2,
+    "gemma2": ["causal window of 7 and documents, soft cap", "causal and documents, soft cap"],
+}
+
+
+def test_sinks_of_a_batch_of_one() -> None:
+    """The dim of the batch is no dim then; the sinks are the heads' all the same."""
+    model, arguments = build("gpt_oss", 33, use_cache=False)
+    one = {n: x[:1] if isinstance(x, Tensor) else x for n, x in arguments.items()}
+    joint = capture(model, one)
+    assert [s.mask for s in joint.sites if s.rewritten] == MASKS["gpt_oss"]
+    assert eager(model, one).error(*joint.run(2, nan_padding=True)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_documents(name: str) -> None:
+    """Five documents in one sequence, told apart by their positions, are the five by themselves."""
+    lengths = [10, 14, 5, 1, 23]
+    model, arguments = build(name, sum(lengths), use_cache=False)
+    ids = arguments["input_ids"][:1]
+    labels = torch.cat([x.clone().index_fill_(1, torch.tensor(0), -100) for x in ids.split(lengths, 1)], 1)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = {"input_ids": ids, "labels": labels, "position_ids": positions, "use_cache": False}
+    alone = [x.split(lengths, 1) for x in (ids, labels)]
+    tokens = sum(n - 1 for n in lengths)
+
+    def separate() -> Tensor:
+        losses = [
+            model(input_ids=x, labels=y, use_cache=False, num_items_in_batch=tokens).loss
+            for x, y in zip(*alone, strict=True)
+            if x.shape[1] > 1
+        ]
+        return torch.stack(losses).sum()
+
+    joint, expected = capture(model, packed), eager(model, packed)
+    assert relative_error(separate().detach(), expected.loss) <= TOLERANCE
+    assert [s.mask for s in joint.sites if s.rewritten] == PACKED[name]
+    for ranks in (2, 3):
+        local, _ = joint.shard(ranks)
+        assert not square(local.graph, -(-53 // ranks), 53, ranks)
         assert expected.error(*joint.run(ranks, nan_padding=True)) <= TOLERANCE
 
 

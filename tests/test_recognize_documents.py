@@ -52,11 +52,23 @@ def documents_as_a_bias(q, k, v, ids):
 @spelling(FOUND, "causal window of 3 and documents")
 def documents_of_positions(q, k, v, _, positions):
     """As transformers finds them: a document begins where a position does not follow on."""
-    first = positions[:, :1] - 1
-    ids = (torch.diff(positions, prepend=first, dim=-1) != 1).cumsum(-1)
+    ids = numbered(positions)
     rows, keys = torch.arange(T)[None, None, :, None], torch.arange(T)[None, None, None, :]
     batch = torch.arange(B)[:, None, None, None]
     mask = (keys > rows - 3) & (keys <= rows) & (ids[batch, rows] == ids[batch, keys])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def numbered(positions: Tensor, step: int = 1) -> Tensor:
+    """A document begins where a position does not follow on."""
+    return (torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != step).cumsum(-1)
+
+
+@spelling(FOUND, "causal window of 2 and documents")
+def order_of_positions(q, k, v, _, positions):
+    """Inside of a document, positions differ as places do."""
+    rows, keys = positions[:, None, :, None], positions[:, None, None, :]
+    mask = same(numbered(positions)) & (keys <= rows) & (keys > rows - 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -139,6 +151,25 @@ def the_next_number(q, k, v, ids):
 def of_two_tables(q, k, v, ids, positions):
     keep = ids[:, :, None] == positions[:, None, :]
     return (q @ k.mT).masked_fill(~keep[:, None], -1e9).softmax(-1) @ v
+
+
+@spelling(LEFT, "general")
+def order_of_other_positions(q, k, v, ids, positions):
+    """Those of another tensor than the one that numbers the documents."""
+    mask = same(numbered(positions)) & (ids[:, None, None, :] <= ids[:, None, :, None])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@spelling(LEFT, "general")
+def steps_of_two(q, k, v, ids, positions):
+    mask = same(numbered(positions, 2)) & (positions[:, None, None, :] <= positions[:, None, :, None])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@spelling(LEFT, "general")
+def order_of_positions_alone(q, k, v, ids, positions):
+    mask = positions[:, None, None, :] <= positions[:, None, :, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 @spelling(LEFT, "general")

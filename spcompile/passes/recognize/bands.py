@@ -17,7 +17,8 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from spcompile.passes.recognize import masks
-from spcompile.passes.recognize.dims import Atom, Dims, atoms_of, resolve
+from spcompile.passes.recognize.dims import Atom, Dims
+from spcompile.passes.recognize.documents import Documents, conjuncts, documents_of, named_dims
 from spcompile.passes.recognize.mask_values import Index, evaluate, leaves
 from spcompile.passes.recognize.masks import Context, Pieces, is_bool, lift
 from spcompile.passes.shadow import Value
@@ -67,14 +68,6 @@ class OfKeys:
     keep: bool
 
 
-@dataclass(frozen=True)
-class Documents:
-    """A Value of integers, one for each token: a row sees the keys that have its own."""
-
-    value: Value
-    dims: Dims
-
-
 @dataclass
 class Split:
     """A mask as (a function of i - j) and (of keys) and (alike of row and key): where a row sees a key."""
@@ -96,14 +89,16 @@ def split(
     cols: Atom,
     keeps: Keeps,
     held: Callable[[Value], bool],
+    counts: frozenset[Value] = frozenset(),
 ) -> Split | None:
     """A mask, whose dims are named, as a conjunction of structure and of data per token; None if it is none.
 
     Args:
         keeps: what a number of the mask does; of a bool it is asked about 1 and 0.
         held: whether a Value can be had where the operator will stand.
+        counts: Values that are known to count tokens.
     """
-    ctx = Context()
+    ctx = Context(counts)
     ctx.ranges[ctx.i], ctx.ranges[ctx.j] = (0, rows.size - 1), (0, cols.size - 1)
     named = {rows: ctx.i, cols: ctx.j}
     index = masks.indices(ctx, dims, named)
@@ -111,16 +106,19 @@ def split(
     if expr is None:
         return None
     whole: Pieces = [masks.Piece(1 - cols.size, rows.size - 1, True)]
+    atoms, parts, documents = {s: a for a, s in named.items()}, conjuncts(expr), None
+    if rows.size == cols.size:
+        documents, parts = documents_of(ctx, prover, parts, atoms, held)
+        positions = None if documents is None else documents.positions
+        if positions is not None and positions not in counts:
+            return split(prover, value, dims, rows, cols, keeps, held, counts | {positions})
     rest: set[Boolean] = set()
-    for part in _conjuncts(expr):
+    for part in parts:
         pieces = masks.settle(ctx, part, rows.size, cols.size)
         if pieces is None:
             rest.add(part)
         else:
             whole = masks.combine(lambda a, b: bool(a and b), whole, pieces)
-    atoms, documents = {s: a for a, s in named.items()}, None
-    if rest and rows.size == cols.size:
-        documents, rest = _documents(ctx, prover, rest, atoms, held)
     found = _of_keys(ctx, rest, atoms, held) if rest else []
     return None if found is None else Split(whole, found, documents)
 
@@ -137,15 +135,6 @@ def _kept(expr: Any, keeps: Keeps) -> Boolean | None:
     return found if is_bool(found) else None
 
 
-def _conjuncts(e: Boolean) -> set[Boolean]:
-    """The parts of a conjunction, also of one that is written as no disjunction."""
-    if isinstance(e, sympy.And):
-        return set().union(*(_conjuncts(a) for a in e.args))
-    if isinstance(e, sympy.Not) and isinstance(e.args[0], sympy.Or):
-        return set().union(*(_conjuncts(sympy.Not(a)) for a in e.args[0].args))
-    return set() if e == sympy.true else {e}
-
-
 def _of_keys(
     ctx: Context, rest: set[Boolean], atoms: dict[sympy.Symbol, Atom], held: Callable[[Value], bool]
 ) -> list[OfKeys] | None:
@@ -155,9 +144,9 @@ def _of_keys(
         v, index = cast("tuple[Value, Index]", known)
         if not is_bool(expr) or any(ctx.i in e.free_symbols for e in index):
             continue
-        dims = _named(v, index, atoms)
+        dims = named_dims(v, index, atoms)
         for keep in (True, False):
-            parts = _conjuncts(cast(Boolean, expr if keep else sympy.Not(expr)))
+            parts = conjuncts(cast(Boolean, expr if keep else sympy.Not(expr)))
             if dims is not None and parts and parts <= rest and held(v):
                 able.append((parts, OfKeys(v, dims, keep)))
     found, left = [], set(rest)
@@ -166,69 +155,3 @@ def _of_keys(
             found.append(one)
             left -= parts
     return None if left else found
-
-
-def _documents(
-    ctx: Context,
-    prover: masks.Prover,
-    rest: set[Boolean],
-    atoms: dict[sympy.Symbol, Atom],
-    held: Callable[[Value], bool],
-) -> tuple[Documents | None, set[Boolean]]:
-    """The equation x(i) = x(j) in a conjunction, and what is left; an x that is a Value of integers.
-
-    An equation is g >= 0 and -g >= 0.
-    """
-    least = {part: g for part in rest if (g := _at_least_zero(ctx, part)) is not None}
-    for one, g in sorted(least.items(), key=lambda pair: str(pair[0])):
-        other = next((part for part, h in least.items() if part != one and sympy.expand(g + h) == 0), None)
-        terms = g.as_coefficients_dict()
-        if other is None or sorted(terms.values()) != [-1, 1]:
-            continue
-        (row,), (key,) = ([x for x, n in terms.items() if n == sign] for sign in (1, -1))
-        found = _same_of_both(ctx, prover, row, key, atoms, held)
-        if found is not None:
-            return found, rest - {one, other}
-    return None, rest
-
-
-def _at_least_zero(ctx: Context, part: Boolean) -> sympy.Expr | None:
-    """What a condition says to be >= 0: e, or, of a condition that denies it, -e - 1."""
-    if isinstance(part, sympy.Not):
-        e = ctx.atoms.get(cast(sympy.Symbol, part.args[0]))
-        return None if e is None else sympy.expand(-e - 1)
-    return ctx.atoms.get(cast(sympy.Symbol, part))
-
-
-def _same_of_both(
-    ctx: Context,
-    prover: masks.Prover,
-    row: sympy.Expr,
-    key: sympy.Expr,
-    atoms: dict[sympy.Symbol, Atom],
-    held: Callable[[Value], bool],
-) -> Documents | None:
-    """A Value that is ``key`` where it is read for a key, and ``row`` where it is read for the row."""
-    for known, expr in list(ctx.known.items()):
-        v, index = cast("tuple[Value, Index]", known)
-        if expr != key or ctx.j not in index or any(ctx.i in e.free_symbols for e in index):
-            continue
-        dims = _named(v, index, atoms)
-        if dims is None or v.dtype is None or v.dtype.is_floating_point or not held(v):
-            continue
-        of_row = tuple(ctx.i if e == ctx.j else e for e in index)
-        if evaluate(v, prover.functions)(ctx, of_row) == row:
-            return Documents(v, dims)
-    return None
-
-
-def _named(v: Value, index: Index, atoms: dict[sympy.Symbol, Atom]) -> Dims | None:
-    """The dims of a Value that is read at ``index``, if each is a dim of the mask or has length 1."""
-    dims: list[tuple[Atom, ...]] = []
-    for e, size in zip(index, v.shape, strict=True):
-        atom = atoms.get(e) if isinstance(e, sympy.Symbol) else None
-        if size != 1 and (atom is None or atom.size != size or atom.parts):
-            return None
-        dims.append(() if size == 1 or atom is None else (atom,))
-    seen = atoms_of(tuple(dims))
-    return tuple(dims) if len(set(seen)) == len(seen) == len(resolve(seen)) else None

@@ -79,6 +79,9 @@ def leaves(x: object) -> list:
 
 
 def _data(ctx: Context, v: Value, index: Index) -> sympy.Basic:
+    if v in ctx.counts and v.dtype is not None:
+        info = torch.iinfo(v.dtype)
+        return ctx.data((v, index), False, info.min // 4, info.max // 4)
     return ctx.data((v, index), v.dtype == torch.bool)
 
 

@@ -43,7 +43,9 @@ Pieces = list[Piece]
 class Context:
     """Hash-consed symbols, their ranges, and the evaluation of expressions over ranges."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts: frozenset[Value] = frozenset()) -> None:
+        """``counts``: Values of integers that are taken not to come near the ends of their dtype."""
+        self.counts = counts
         self.ranges: dict[sympy.Symbol, tuple[float, float]] = {}
         self.atoms: dict[sympy.Symbol, sympy.Expr] = {}
         self.known: dict[object, object] = {}

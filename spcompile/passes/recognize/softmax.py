@@ -235,9 +235,11 @@ def assign(found: Found, q: Operand, k: Operand, v: Operand) -> Roles:
     if (aq | ak) - set(contracted) - set(keys) - set(out) or av - set(keys) - set(out) or set(keys) & aq:
         raise Refused("its dims are not those of an attention")
     t = _row_atom(rows, keys[0], found.steps)
+    of_heads = set(resolve(atoms_of(found.sinks.dims))) if found.sinks is not None else set()
     shared = tuple(a for a in rows if a is not t) + tuple(a for a in batch if a not in ak and a not in av)
     batch = [a for a in batch if a in ak or a in av]
-    return Roles(tuple(batch[:1]), tuple(batch[1:]), shared, t, keys[0], contracted, values)
+    first = 0 if batch and batch[0] in of_heads else 1  # a batch of one is no dim
+    return Roles(tuple(batch[:first]), tuple(batch[first:]), shared, t, keys[0], contracted, values)
 
 
 def _row_atom(rows: Sequence[Atom], keys: Atom, steps: Sequence[Step]) -> Atom:

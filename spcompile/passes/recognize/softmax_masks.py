@@ -11,8 +11,9 @@ import torch
 from torch import fx
 
 from spcompile.passes.recognize import masks
-from spcompile.passes.recognize.bands import Band, Documents, Split, band_of, split
+from spcompile.passes.recognize.bands import Band, Split, band_of, split
 from spcompile.passes.recognize.dims import Atom, Dims
+from spcompile.passes.recognize.documents import Documents
 from spcompile.passes.recognize.edit import Editor, Refused, Writer
 from spcompile.passes.recognize.products import Factor
 from spcompile.passes.shadow import Value
