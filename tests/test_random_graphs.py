@@ -45,6 +45,17 @@ FOUND = {
         length=13,
         ranks=3,
     ),
+    "an empty slice of the sequence": Case(
+        (
+            Step("written", 0, 1, 6, 2, 4),
+            Step("along", 2, 3, 2, 6, 10),
+            Step("attention", 2, 2, 10, 11, 6),
+            Step("shift", 2, 3, 7, 3, 2),
+        ),
+        batch=2,
+        length=8,
+        ranks=4,
+    ),
 }
 """What has been wrong, shrunk."""
 

@@ -19,6 +19,7 @@ from spcompile.passes.context import GraphContext
 from spcompile.passes.gradients import gradients_of
 from spcompile.passes.localize import GatherNote, Localizer
 from spcompile.passes.lower import lower_attention
+from spcompile.passes.nothing import make_empty
 from spcompile.passes.ports import lend_nothing, lent_as, open_ports
 from spcompile.passes.propagate import Plan
 from spcompile.passes.regather import gather_again
@@ -67,6 +68,7 @@ def shard_joint_graph(
         lower_attention(graph, emitter, context)
         _erase_dead(graph, emitter.emitted)
     else:
+        make_empty(graph)
         move_windows(graph, emitter.fake_mode)
         sharded.plan = plan_sequences(graph, group.size, hints or {})
         done = copies.effects(graph)

@@ -48,8 +48,9 @@ def split_dim(x: Tensor, shard: Shard, sequence: int) -> Tensor:
 
 
 def _merge(x: Tensor, shard: Shard) -> Tensor:
-    """Undo :func:`_split`."""
-    return x.reshape(*x.shape[: shard.dim], -1, *x.shape[shard.dim + 2 :])
+    """Undo :func:`split_dim`; a tensor without entries has its sizes too."""
+    both = x.shape[shard.dim] * x.shape[shard.dim + 1]
+    return x.reshape(*x.shape[: shard.dim], both, *x.shape[shard.dim + 2 :])
 
 
 def _gather(context: Context, x: Tensor, have: Shard) -> Tensor:
