@@ -304,6 +304,20 @@ def _() -> list[Sample]:
     return [Sample(_ssd("x", 1), plain, reference), Sample(x, full, reference)]
 
 
+@_sample("causal_conv1d.causal_conv1d_interface.causal_conv1d_fn")
+def _() -> list[Sample]:
+    """As transformers computes it without the library."""
+
+    def reference(x: Tensor, **given: Any) -> Any:
+        return transformers_function("bamba", "causal_conv1d_fn")(x, **given)
+
+    x = {"x": _random(B, 6, T), "weight": _random(6, 4), "bias": _random(6)}
+    return [
+        Sample(x, {"activation": "silu"}, reference),
+        Sample({n: x[n] for n in ("x", "weight")}, {}, reference),
+    ]
+
+
 @_sample("mamba_ssm.ops.triton.ssd_combined.mamba_split_conv1d_scan_combined")
 def _() -> list[Sample]:
     """The layer as transformers computes it without the library."""
@@ -314,11 +328,11 @@ def _() -> list[Sample]:
         mixed = F.pad(mixed.transpose(1, 2), (3, 0))
         mixed = F.silu(F.conv1d(mixed, weight[:, None], bias, groups=weight.shape[0])).transpose(1, 2)
         x, B_, C = mixed.split([4 * V, ngroups * K, ngroups * K], dim=-1)
-        groups = [y.reshape(B, T, ngroups, K) for y in (B_, C)]
+        groups = [y.unflatten(-1, (ngroups, K)) for y in (B_, C)]
         scan = transformers_function("mamba2", "mamba2_chunk_scan")
         options = {n: given[n] for n in ("D", "dt_bias", "initial_states", "chunk_size")}
         y, final = scan(
-            x.reshape(B, T, 4, V),
+            x.unflatten(-1, (4, V)),
             dt,
             given["A"],
             *groups,
@@ -328,7 +342,7 @@ def _() -> list[Sample]:
         )
         y, gate = y.flatten(-2), F.silu(z)
         y = y if norm_before_gate else y * gate
-        y = y.view(B, T, ngroups, -1)
+        y = y.unflatten(-1, (ngroups, -1))
         y = (y / (y.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).flatten(-2) * rmsnorm_weight
         y = y * gate if norm_before_gate else y
         return F.linear(y, given["outproj_weight"]), final

@@ -24,7 +24,7 @@ from tests.library_samples import (
     _sample,
     _state,
 )
-from tests.third_party import fla_naive, load
+from tests.third_party import fla_naive, load, transformers_function
 
 __all__ = ["SAMPLES"]
 
@@ -285,6 +285,19 @@ def _() -> list[Sample]:
     naive = fla_naive("hgrn/naive", "naive_recurrent_hgrn")
     x = {"x": _random(B, T, V), "g": _gate(B, T, V)}
     return [Sample(x, {}, naive), Sample(x | {"initial_state": _random(B, V)}, _STATES, naive)]
+
+
+@_sample("fla.modules.causal_conv1d.ops.causal_conv1d")
+def _() -> list[Sample]:
+    def reference(x: Tensor, residual: Tensor | None = None, **given: Any) -> Any:
+        out = transformers_function("bamba", "causal_conv1d_fn")(x.mT, **given).mT
+        return out if residual is None else out + residual, None
+
+    x = {"x": _random(B, T, 6), "weight": _random(6, 4)}
+    return [
+        Sample(x, {"activation": "swish"}, reference),
+        Sample(x | {"bias": _random(6), "residual": _random(B, T, 6, seed=1)}, {}, reference),
+    ]
 
 
 def _heads_first(naive: Callable[..., Tensor]) -> Callable[..., Any]:

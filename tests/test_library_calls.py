@@ -128,7 +128,7 @@ def test_unknown_arguments_call_the_function_itself(monkeypatch: pytest.MonkeyPa
     x = operands(32)
     assert any("linear_attention" in t for t in targets(use, x))
     assert not module.CALLS
-    packed = {"seq_idx": torch.zeros(2, 32, dtype=torch.int)}
+    packed = {"cu_seqlens": torch.tensor([0, 32])}
     found = targets(use, {**x, **packed})
     assert not any("linear_attention" in t for t in found)
     assert module.CALLS or not disabled
@@ -213,7 +213,7 @@ def test_every_row_of_an_installed_library_is_registered() -> None:
     library.register()
     found = {(s.module, s.row.name): s.problem for s in library.known()}
     for row in TABLE.values():
-        if not row.module.startswith("mamba_ssm"):
+        if not row.module.startswith(("mamba_ssm", "causal_conv1d")):  # built for CUDA alone
             assert found[row.module, row.name] == "", row.path
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import spcompile.attention  # noqa: F401  (registers the operator)
 from spcompile.kernels.scan import state_dtype
+from spcompile.library.packed import begins, documents_of
 
-__all__ = ["attend", "heads_first", "l2norm", "product", "scale_of"]
+__all__ = ["attend", "heads_first", "l2norm", "packed", "product", "scale_of"]
 
 
 def scale_of(scale: Any, keys: Tensor) -> float:
@@ -36,6 +38,20 @@ def l2norm(x: Tensor, root: bool) -> Tensor:
     return x / torch.sqrt(square) if root else x * torch.rsqrt(square)
 
 
+def packed(
+    cu_seqlens: Tensor | None, tokens: Tensor, dim: int, states: bool
+) -> Tensor | Literal[False] | None:
+    """Fla's packed documents as :func:`attend` takes them: None if there are none, False if it can't.
+
+    Args:
+        cu_seqlens: [N + 1], the ends of the documents of the one sequence ``tokens``, along ``dim``.
+        states: whether there is an initial state or the last is asked for; of either each document has one.
+    """
+    if cu_seqlens is None:
+        return None
+    return False if states or tokens.shape[0] != 1 else documents_of(cu_seqlens, tokens.shape[dim])
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -48,12 +64,15 @@ def attend(
     exclusive: bool = False,
     reverse: bool = False,
     state_v_first: bool = False,
+    documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """The operator for operands [B, H, T, ...] of one dtype, whose q, k may have fewer heads than v.
 
     Args:
         log_decay: broadcastable to [B, Hv, T, K]; beta: [B, Hv, T].
         initial_state: [B, Hv, K, V], or [B, Hv, V, K] if ``state_v_first``.
+        documents: [B, T] or [1, T]: the state starts anew where a token is of another document than the one
+            before it (behind it, if ``reverse``); there is no initial state then.
     Returns:
         out [B, Hv, T, V] and the final state in the layout of the initial one, float32 (float64 for float64);
         None where the operands are not such.
@@ -67,6 +86,15 @@ def attend(
     groups = v.shape[1] // k.shape[1]
     if groups > 1:
         q, k = q.repeat_interleave(groups, dim=1), k.repeat_interleave(groups, dim=1)
+    if documents is not None:
+        if initial_state is not None:
+            return None
+        first = begins(documents)
+        first = (F.pad(first[:, 1:], (0, 1)) if reverse else first)[:, None, :, None]
+        # A decay of zero, exactly; what is seen before it is the other document's, too.
+        log_decay = q.new_zeros(()) if log_decay is None else log_decay
+        log_decay = torch.where(first, -torch.inf, log_decay.to(state_dtype(q.dtype)))
+        q = q.masked_fill(first, 0.0) if exclusive else q
     if initial_state is not None:
         if initial_state.dim() != 4:
             return None

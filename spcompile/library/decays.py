@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spcompile.library.core import attend, heads_first, scale_of
+from spcompile.library.core import attend, heads_first, packed, scale_of
 
 __all__ = [
     "gated",
@@ -35,6 +35,7 @@ def gated(
     compute: torch.dtype | None = None,
     restore: bool = True,
     contiguous: bool = True,
+    cu_seqlens: Tensor | None = None,
 ) -> Any:
     """o_t = scale * q_t S_t, S_t = exp(g_t) S_{t-1} + k_t^T v_t.
 
@@ -44,10 +45,15 @@ def gated(
         compute: the dtype that the library computes in; None: that of q.
         restore: out is in q's dtype again.
         contiguous: out is laid out as the library does it, contiguous or (a view) heads first.
+        cu_seqlens: the ends of packed documents, see ``core.packed``.
     Returns:
         out, [B, T, Hv, V] or heads first as v, and the final state or None.
     """
     if g is not None and g_gamma is not None:
+        return None
+    states = output_final_state or initial_state is not None
+    documents = packed(cu_seqlens, q, 1 if order == "bthd" else 2, states)
+    if documents is False:
         return None
     dtype, scale = q.dtype, scale_of(scale, k)
     q, k, v = (heads_first(x, order).to(compute or dtype) for x in (q, k, v))
@@ -66,6 +72,7 @@ def gated(
         scale=scale,
         reverse=reverse,
         state_v_first=state_v_first,
+        documents=documents,
     )
     if found is None:
         return None
@@ -91,6 +98,7 @@ def retention(
     order: str = "bthd",
     compute: torch.dtype | None = None,
     alone: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> Any:
     """``gated`` with RetNet's decays; ``alone``: the library returns the output without a state."""
     found = gated(
@@ -105,6 +113,7 @@ def retention(
         state_v_first=state_v_first,
         order=order,
         compute=compute,
+        cu_seqlens=cu_seqlens,
     )
     return found[0] if alone and found is not None else found
 
@@ -119,6 +128,7 @@ def lightning(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     reverse: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> Any:
     """``gated`` with Lightning attention's decays, which depend on the depth of the layer."""
     heads = q.shape[2]
@@ -132,12 +142,20 @@ def lightning(
         initial_state=initial_state,
         output_final_state=output_final_state,
         reverse=reverse,
+        cu_seqlens=cu_seqlens,
     )
 
 
-def parallel(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None = None, scale: float | None = None) -> Any:
+def parallel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Any:
     """``gated``; in the place of the state the library returns the T x T weights, if asked for."""
-    return gated(q, k, v, g=g, scale=scale)
+    return gated(q, k, v, g=g, scale=scale, cu_seqlens=cu_seqlens)
 
 
 def parallel_loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float | None = None) -> Any:
@@ -150,8 +168,10 @@ def parallel_loop(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float | Non
     return found[0], q @ k.mT * scale_of(scale, k) * decay
 
 
-def parallel_retention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Any:
-    return retention(q, k, v, scale=scale)
+def parallel_retention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, cu_seqlens: Tensor | None = None
+) -> Any:
+    return retention(q, k, v, scale=scale, cu_seqlens=cu_seqlens)
 
 
 def rwkv6(
@@ -167,20 +187,33 @@ def rwkv6(
     order: str = "bthd",
     compute: torch.dtype | None = None,
     alone: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> Any:
     """o_t = scale * q_t (S_{t-1} + u * k_t^T v_t), S_t = exp(w_t) S_{t-1} + k_t^T v_t.
 
     Args:
         q, k, w: [B, T, H, K] (``order="bhtd"``: heads first); v: [B, T, H, V]; u: [H, K], the bonus of the
             current token.
-        compute, alone: as in ``gated`` and ``retention``.
+        compute, alone, cu_seqlens: as in ``gated`` and ``retention``.
     """
     dtype, scale = q.dtype, scale_of(scale, k)
+    states = bool(output_final_state) or initial_state is not None
+    documents = packed(cu_seqlens, q, 1 if order == "bthd" else 2, states)
+    if documents is False:
+        return None
     q, k, v = (heads_first(x, order).to(compute or dtype) for x in (q, k, v))
     w = heads_first(w, order)
     w = w if compute is None else w.to(compute)
     found = attend(
-        q, k, v, log_decay=w, initial_state=initial_state, scale=scale, exclusive=True, reverse=reverse
+        q,
+        k,
+        v,
+        log_decay=w,
+        initial_state=initial_state,
+        scale=scale,
+        exclusive=True,
+        reverse=reverse,
+        documents=documents,
     )
     if found is None or k.shape[1] != v.shape[1]:
         return None

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spcompile.library.core import attend, heads_first, l2norm, product, scale_of
+from spcompile.library.core import attend, heads_first, l2norm, packed, product, scale_of
 
 __all__ = ["delta_rule"]
 
@@ -35,6 +35,7 @@ def delta_rule(
     restore: str = "q",
     contiguous: bool = True,
     root: bool = True,
+    cu_seqlens: Tensor | None = None,
 ) -> Any:
     """o_t = scale * q_t S_t, S_t = (I - beta_t k_t^T k_t) exp(g_t) S_{t-1} + beta_t k_t^T v_t.
 
@@ -47,9 +48,14 @@ def delta_rule(
         restore: out has the dtype of "q", of "v", of a "product" of matrices, or stays as computed ("").
         contiguous: out is laid out as the library does it, contiguous or (a view) heads first.
         root: how the norms are written.
+        cu_seqlens: the ends of packed documents, see ``core.packed``.
     Returns:
         out, [B, T, Hv, V] or heads first as v, and the final state or None.
     """
+    states = output_final_state or initial_state is not None
+    documents = packed(cu_seqlens, q, 1 if order == "bthd" else 2, states)
+    if documents is False:
+        return None
     if use_gate_in_kernel:
         if g is None or (A_log is None and lower_bound is None):
             return None
@@ -76,6 +82,7 @@ def delta_rule(
         initial_state=initial_state,
         scale=scale,
         state_v_first=state_v_first,
+        documents=documents,
     )
     if found is None:
         return None

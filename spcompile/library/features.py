@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spcompile.library.core import attend, heads_first, product, scale_of
+from spcompile.library.core import attend, heads_first, packed, product, scale_of
 
 __all__ = ["based", "linear", "performer", "performer_whole", "rebased"]
 
@@ -27,6 +27,7 @@ def linear(
     reverse: bool = False,
     compute: torch.dtype | None = None,
     states: str = "kernel",
+    cu_seqlens: Tensor | None = None,
 ) -> Any:
     """o_t = scale * q_t S_t, S_t = S_{t-1} + k_t^T v_t; if ``normalize``, o_t / (scale * q_t z_t + 1e-10),
     z_t = z_{t-1} + k_t.
@@ -37,7 +38,11 @@ def linear(
         compute: the dtype that the library computes in; None: that of q.
         states: which states it returns: its "kernel" gives z even where no state is asked for, its "loop"
             does not, "alone" is the output by itself.
+        cu_seqlens: the ends of packed documents, see ``core.packed``.
     """
+    documents = packed(cu_seqlens, q, 1, output_final_state or normalize or initial_state is not None)
+    if documents is False:
+        return None
     dtype, scale = q.dtype, scale_of(scale, k)
     sums = None
     if normalize and isinstance(initial_state, tuple):
@@ -49,7 +54,9 @@ def linear(
         state = _with_column(initial_state, sums, k, v)
         found = attend(q, k, F.pad(v, (0, 1), value=1.0), initial_state=state, scale=scale, reverse=reverse)
     else:
-        found = attend(q, k, v, initial_state=initial_state, scale=scale, reverse=reverse)
+        found = attend(
+            q, k, v, initial_state=initial_state, scale=scale, reverse=reverse, documents=documents
+        )
     if found is None:
         return None
     out, final = found

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spcompile.library.core import attend, product
+from spcompile.library.packed import causal_convolution
 
 __all__ = ["fused_ssd", "selective_scan", "ssd"]
 
@@ -28,6 +29,7 @@ def ssd(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     return_final_states: bool = False,
     restore: bool = False,
+    seq_idx: Tensor | None = None,
 ) -> Any:
     """Mamba-2: S_t = exp(dt_t A) S_{t-1} + B_t^T (dt_t x_t), y_t = C_t S_t + D x_t (times silu(z)).
 
@@ -36,6 +38,7 @@ def ssd(
             H / G heads per group; D: [H], or [H, P] in the kernel; dt_bias: [H].
         initial_states: [B, H, P, N].
         restore: y is in x's dtype again (the library's kernel), not float32 (its fallback).
+        seq_idx: [B, T], the document of each token; the final state is the last one's.
     Returns:
         y [B, T, H, P] and, if asked for, the final states [B, H, P, N].
     """
@@ -51,7 +54,8 @@ def ssd(
     x = x.float()
     k, q, v = (y.transpose(1, 2) for y in (B.float(), C.float(), x * dt[..., None]))
     log_decay = (A.float() * dt).transpose(1, 2)[..., None]
-    found = attend(q, k, v, log_decay=log_decay, initial_state=initial_states, state_v_first=True)
+    given = {"log_decay": log_decay, "initial_state": initial_states, "documents": seq_idx}
+    found = attend(q, k, v, **given, state_v_first=True)
     if found is None:
         return None
     out = found[0].transpose(1, 2).contiguous()
@@ -82,6 +86,7 @@ def fused_ssd(
     headdim: int | None,
     ngroups: int,
     norm_before_gate: bool,
+    seq_idx: Tensor | None = None,
 ) -> Any:
     """A Mamba-2 layer after its first projection: a short convolution, ``ssd``, a gated norm, a projection.
 
@@ -99,11 +104,8 @@ def fused_ssd(
     if zxbcdt.shape[-1] != inner + channels + heads:
         return None  # an MLP is fused in, too
     z, mixed, dt = zxbcdt.split([inner, channels, heads], dim=-1)
-    width, length = conv1d_weight.shape[1], zxbcdt.shape[1]
-    weight, mixed = conv1d_weight[:, None].to(mixed.dtype), mixed.transpose(1, 2)
-    bias = None if conv1d_bias is None else conv1d_bias.to(mixed.dtype)
-    mixed = F.conv1d(mixed, weight, bias, padding=width - 1, groups=channels)[..., :length].transpose(1, 2)
-    mixed = mixed if activation is None else F.silu(mixed)
+    mixed = causal_convolution(mixed.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, activation)
+    mixed = mixed.transpose(1, 2)
     x, B, C = mixed.split([inner, (channels - inner) // 2, (channels - inner) // 2], dim=-1)
     B, C = (y.unflatten(-1, (ngroups, -1)) for y in (B, C))
     found = ssd(
@@ -120,6 +122,7 @@ def fused_ssd(
         dt_limit=dt_limit,
         return_final_states=True,
         restore=True,
+        seq_idx=seq_idx,
     )
     if found is None:
         return None

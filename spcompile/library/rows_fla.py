@@ -1,4 +1,5 @@
-"""Rows of flash-linear-attention: the entry points of its kernels, its references in plain PyTorch."""
+"""Rows of flash-linear-attention: entry points of its kernels, its references in plain PyTorch, its short
+convolution."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from spcompile.library.decays import (
 )
 from spcompile.library.delta import delta_rule
 from spcompile.library.features import based, linear, rebased
+from spcompile.library.packed import fla_convolution
 from spcompile.library.row import Row
 from spcompile.library.scans import hgrn
 
@@ -301,4 +303,14 @@ _NAIVE = [
     _row("rebased.naive.naive_parallel_rebased", "q, k, v, scale=None, use_norm=True", rebased),
 ]
 
-ROWS = [*_KERNELS, *_NAIVE]
+_CONVOLUTION = Row(
+    "fla.modules.causal_conv1d.ops",
+    "causal_conv1d",
+    "x, weight=None, bias=None, residual=None, initial_state=None, output_final_state=False, "
+    "activation=None, backend='triton', cu_seqlens=None, cu_seqlens_cpu=None, chunk_indices=None, "
+    "cp_context=None, **kwargs",
+    fla_convolution,
+    free=frozenset({"backend", "cu_seqlens_cpu", "chunk_indices"}),
+)
+
+ROWS = [*_KERNELS, *_NAIVE, _CONVOLUTION]

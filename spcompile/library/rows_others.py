@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from spcompile.library.features import performer, performer_whole
 from spcompile.library.mamba import fused_ssd, selective_scan, ssd
+from spcompile.library.packed import causal_convolution
 from spcompile.library.row import Row
 
 __all__ = ["ROWS"]
@@ -43,6 +44,13 @@ ROWS = [
             "u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, "
             "return_last_state=False, cu_seqlens=None",
         ),
+    ),
+    Row(
+        "causal_conv1d.causal_conv1d_interface",
+        "causal_conv1d_fn",
+        "x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, "
+        "final_states_out=None, activation=None",
+        causal_convolution,
     ),
     Row(
         "performer_pytorch.performer_pytorch",

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 import spcompile.attention  # noqa: F401  (registers the operator)
+from spcompile.library.core import packed
+from spcompile.library.packed import begins
 
 __all__ = ["hgrn"]
 
@@ -18,16 +20,23 @@ def hgrn(
     initial_state: Tensor | None = None,
     output_final_state: bool | None = False,
     state: torch.dtype | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Any:
     """h_t = exp(g_t) h_{t-1} + x_t for x, g [B, T, D] and an initial state [B, D], in float32.
 
     Args:
         state: the dtype of the final state; None: float32.
+        cu_seqlens: the ends of packed documents, see ``core.packed``.
     Returns:
         all h [B, T, D] in x's dtype, and the last one or None.
     """
+    documents = packed(cu_seqlens, x, 1, bool(output_final_state) or initial_state is not None)
+    if documents is False:
+        return None
     dtype = x.dtype
     x, decay = x.float()[..., None], g.float().exp()[..., None]
+    if documents is not None:
+        decay = decay.masked_fill(begins(documents)[..., None, None], 0.0)
     if initial_state is not None:
         initial_state = initial_state.float().expand(x.shape[0], x.shape[2])[..., None]
     before, final = torch.ops.spcompile.affine_scan(decay, x, initial_state, False)
