@@ -332,6 +332,8 @@ def _mask(size: int, s: Step) -> Tensor:
         (columns <= rows) & (columns > rows - 3),
         (rows - columns).abs() < 4,
         columns >= rows,
+        (columns <= rows) & (columns // 3 == rows // 3),
+        rows // 5 == columns // 5,
     )
     return ways[s.k % len(ways)]
 

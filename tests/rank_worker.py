@@ -19,6 +19,7 @@ import spcompile.backend
 import spcompile.report
 from tests.agreement_cases import agreement
 from tests.left_samples import optimizer_steps, steps
+from tests.packed_models import LAYERS, Model
 from tests.proof import eager, left_behind, loss_of, relative_error
 
 SHAPE = {"vocab": 50, "hidden": 32, "heads": 2, "kv_heads": 1, "mlp": 48}
@@ -101,6 +102,22 @@ def experts() -> dict[str, Any]:
         loss.backward()
         errors.append(expected.error(loss.detach(), left_behind(net, inputs)))
     return {"errors": errors, "gathers": sum(len(r.gathers) for r in spcompile.report.RECORDS)}
+
+
+def packed() -> dict[str, Any]:
+    """Five documents, linear and softmax attention, of two lengths."""
+    model = Model(LAYERS["softmax behind linear"])
+    compiled, errors = torch.compile(model, backend="spcompile"), []
+    for lengths in ([5, 1, 7, 3, 8], [9, 2, 3, 1, 14]):
+        generator = torch.Generator().manual_seed(0)
+        ids, labels = (torch.randint(11, (1, sum(lengths)), generator=generator) for _ in range(2))
+        given = {"ids": ids, "ends": torch.tensor([0, *lengths]).cumsum(0), "labels": labels}
+        expected = eager(model, given)
+        loss = compiled(**given)
+        loss.backward()
+        errors.append(expected.error(loss.detach(), left_behind(model, given)))
+        model.zero_grad()
+    return {"errors": errors}
 
 
 def left() -> dict[str, Any]:
@@ -230,7 +247,7 @@ def gdn2() -> dict[str, Any]:
 
 _CASES = (
     *(train, train_each, delta, experts, left, waits, other_shape_at_once, other_shape_later, other_model),
-    *(mesh_of_two_axes, agreement, warm, gemma4, gdn2),
+    *(mesh_of_two_axes, agreement, warm, gemma4, gdn2, packed),
 )
 CASES = {f.__name__: f for f in _CASES}
 

@@ -396,6 +396,14 @@ def _attention() -> list[S]:
             S(ops.softmax_attention.default, (q, k, v, None, *more), name=name),
             S(ops.softmax_attention_backward.default, backward, name=name),
         ]
+    ids = torch.tensor([[0, 0, 1, 1, 1, 1, 2], [3, 4, 4, 4, 4, 4, 4]])
+    for name, of in {"documents": ids, "documents alike": ids[:1]}.items():
+        more = (name == "documents", 0.7, None, None, None, of)
+        out, lse = ops.softmax_attention(q, k, v, None, *more)
+        found += [
+            S(ops.softmax_attention.default, (q, k, v, None, *more), name=name),
+            S(ops.softmax_attention_backward.default, (grad, q, k, v, None, out, lse, *more), name=name),
+        ]
     for sample in found:
         sample.exchanges, sample.trusting, sample.tolerance = True, True, 1e-10
     return found

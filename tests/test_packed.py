@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from spcompile.library import decays, delta, features, mamba, packed, scans
 from spcompile.library.registry import substitute
 from spcompile.library.table import TABLE
 from tests.library_samples import SAMPLES, B, K, Sample, T, V
+from tests.packed_models import LAYERS, Model
 from tests.proof import capture, eager, relative_error
 from tests.test_library import TOLERANCE, refuses, run
+from tests.test_ranks import run_ranks
 
 # One of a single token, and one of two.
 LENGTHS = [10, 1, 29, 2, 22]
@@ -112,81 +113,6 @@ def test_states_are_the_librarys_own() -> None:
 # ---- sharded
 
 
-H, D = 2, 4  # heads, and their size
-Layer = Callable[[dict[str, Tensor], Tensor], Tensor]
-
-
-def gates(x: dict[str, Tensor]) -> Tensor:
-    return nn.functional.logsigmoid(x["g"])
-
-
-# q, k, v [1, T, H, D], g like q, and the ends of the documents -> out
-LAYERS: dict[str, Layer] = {
-    "no decay": lambda x, ends: features.linear(x["q"], x["k"], x["v"], cu_seqlens=ends)[0],
-    "constant": lambda x, ends: decays.retention(x["q"], x["k"], x["v"], cu_seqlens=ends)[0],
-    "scalar": lambda x, ends: decays.gated(x["q"], x["k"], x["v"], g=gates(x)[..., 0], cu_seqlens=ends)[0],
-    "diagonal": lambda x, ends: decays.gated(x["q"], x["k"], x["v"], g=gates(x), cu_seqlens=ends)[0],
-    "reversed": lambda x, ends: decays.gated(
-        x["q"], x["k"], x["v"], g=gates(x), reverse=True, cu_seqlens=ends
-    )[0],
-    "bonus": lambda x, ends: decays.rwkv6(
-        x["q"], x["k"], x["v"], gates(x), torch.ones(H, D, dtype=x["q"].dtype), cu_seqlens=ends
-    )[0],
-    "delta rule": lambda x, ends: delta.delta_rule(
-        x["q"], x["k"], x["v"], x["g"][..., 0].sigmoid(), use_qk_l2norm_in_kernel=True, cu_seqlens=ends
-    )[0],
-    "gated delta rule": lambda x, ends: delta.delta_rule(
-        x["q"],
-        x["k"],
-        x["v"],
-        x["g"][..., 0].sigmoid(),
-        gates(x)[..., 1],
-        use_qk_l2norm_in_kernel=True,
-        cu_seqlens=ends,
-    )[0],
-    "channel-wise delta rule": lambda x, ends: delta.delta_rule(
-        x["q"],
-        x["k"],
-        x["v"],
-        x["g"][..., 0].sigmoid(),
-        gates(x),
-        use_qk_l2norm_in_kernel=True,
-        cu_seqlens=ends,
-    )[0],
-    "scan": lambda x, ends: scans.hgrn(x["v"].flatten(2), gates(x).flatten(2), cu_seqlens=ends)[0].unflatten(
-        2, (H, D)
-    ),
-    "ssd": lambda x, ends: mamba.ssd(
-        x["v"],
-        x["g"][..., 0],
-        -torch.ones(H, dtype=x["v"].dtype),
-        x["k"],
-        x["q"],
-        dt_softplus=True,
-        seq_idx=packed.documents_of(ends, x["q"].shape[1]),
-    ).double(),
-}
-
-
-class Model(nn.Module):
-    """An embedding, a short convolution, a layer and a head; T documents' tokens one after another."""
-
-    def __init__(self, layer: Layer) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = layer
-        self.embedding = nn.Embedding(11, 4 * H * D, dtype=torch.float64)
-        self.weight = nn.Parameter(torch.randn(4 * H * D, 3, dtype=torch.float64))
-        self.head = nn.Linear(H * D, 11, dtype=torch.float64)
-
-    def forward(self, ids: Tensor, ends: Tensor, labels: Tensor) -> Tensor:
-        """The sum of the tokens' losses."""
-        x, _ = packed.fla_convolution(self.embedding(ids), self.weight, activation="silu", cu_seqlens=ends)
-        parts = dict(zip("qkvg", x.unflatten(2, (4 * H, D)).chunk(4, 2), strict=True))
-        logits = self.head(self.layer(parts, ends).flatten(2))
-        return nn.functional.cross_entropy(logits[0], labels[0], reduction="sum")
-
-
 @pytest.mark.parametrize("lengths", [[5, 1, 7, 3, 8], [6, 6, 6, 3, 3]], ids=["inside", "on"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_five_documents(name: str, lengths: list[int]) -> None:
@@ -213,3 +139,11 @@ def test_five_documents(name: str, lengths: list[int]) -> None:
             assert got is not None and relative_error(got, gradient) <= limit, (ranks, weight)
     assert eager(model, {"ids": ids, "ends": ends, "labels": labels}).error(*joint.run(3)) <= limit
     assert not joint.shard(3)[1].gathers
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_on_real_ranks() -> None:
+    """Through Inductor; the second length is symbolic."""
+    for result in run_ranks("packed", 2, timeout=580):
+        assert max(result["errors"]) <= 1e-9

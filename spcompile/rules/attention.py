@@ -252,7 +252,8 @@ class SoftmaxAttention:
         roles = self._roles()
         first = 1 if self.backward else 0
         if side == "in" and roles[index] == "documents":
-            return None
+            batch = shard.dim == 0 and self.call.operands[index].shape[0] > 1
+            return self._by_batch(shard, roles) if batch else None
         alike = self.call.operands[first].shape[2] == self.call.operands[first + 1].shape[2]
         role = roles[index] if side == "in" else "q" if not self.backward or index == 0 else "kv"
         if shard.dim < 2:
