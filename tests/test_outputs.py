@@ -201,3 +201,34 @@ def test_one_rank_that_reads_alone_is_an_error_on_every_rank() -> None:
 def test_outputs_through_inductor() -> None:
     for result in run_ranks("through_inductor", 2, worker=WORKER):
         assert small(result), result
+
+
+class _Slice(torch.nn.Module):
+    """Returns every second of what has the tokens' dim but is whole on every rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(11, 8, dtype=torch.float64)
+        self.head = torch.nn.Linear(8, 10, dtype=torch.float64)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and a view that leaves gaps."""
+        x = torch.fft.fft(self.embedding(ids), dim=1).real
+        both = self.head(torch.stack([x, x.cos()], 1))
+        return both[:, 1].logsumexp(-1).mean(), both[:, 0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_slice_that_is_whole(ranks: int) -> None:
+    """A port returns a copy, which lies closer than eager's view: that is no wrong graph."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    net, ids = _Slice(), torch.randint(11, (2, 13), generator=torch.Generator().manual_seed(1))
+
+    def step(run: Any) -> tuple[Tensor, ...]:
+        loss, out = run(ids)
+        return loss, out + 0, *torch.autograd.grad(loss + out.sin().sum(), list(net.parameters()))
+
+    compiled = torch.compile(net, backend=simulated(ranks, nan_padding=True))
+    for found, expected in zip(step(compiled), step(net), strict=True):
+        assert relative_error(found.detach(), expected.detach()) <= 1e-9

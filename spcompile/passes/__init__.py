@@ -59,7 +59,7 @@ def shard_joint_graph(
     """
     specialise(graph, sizes=config.lengths == "each")
     open_ports(graph)
-    before = [(x.meta["val"], lent_as(x)) if isinstance(x, fx.Node) else (x, None) for x in _returned(graph)]
+    before = [(_as_eager(x), lent_as(x)) if isinstance(x, fx.Node) else (x, None) for x in _returned(graph)]
     emitter = Emitter(graph, _fake_mode(graph), _torch.select_decomp_table())
     context = GraphContext(group, emitter, config)
     sharded = Sharded(None, [])
@@ -83,6 +83,11 @@ def shard_joint_graph(
     # A part that is returned has a placement, so verify has checked its shape.
     check_outputs([None if number in sharded.lent else x for x, number in before], graph)
     return sharded
+
+
+def _as_eager(returned: fx.Node) -> Any:
+    """The value that eager returns: of a port what is lent, as it lies there (a copy may lie closer)."""
+    return (returned if lent_as(returned) is None else returned.args[0]).meta["val"]
 
 
 def _fake_mode(graph: fx.Graph) -> Any:
