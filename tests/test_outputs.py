@@ -12,7 +12,9 @@ from torch import Tensor
 import spcompile
 from spcompile import _torch
 from spcompile.collectives import Group
+from spcompile.config import Config
 from spcompile.errors import SpcompileError
+from spcompile.passes import shard_joint_graph
 from spcompile.placement import Shard
 from spcompile.ports import Layout
 from spcompile.sharded import Part, ShardedTensor, own_strides
@@ -232,3 +234,12 @@ def test_a_slice_that_is_whole(ranks: int) -> None:
     compiled = torch.compile(net, backend=simulated(ranks, nan_padding=True))
     for found, expected in zip(step(compiled), step(net), strict=True):
         assert relative_error(found.detach(), expected.detach()) <= 1e-9
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_graph_without_a_tensor(ranks: int) -> None:
+    """Graph breaks may leave such (BigBird's do): there is nothing to shard."""
+    graph = torch.fx.Graph()
+    graph.output(())
+    sharded = shard_joint_graph(graph, Group(ranks, "simulated"), Config())
+    assert not sharded.gathers and [n.op for n in graph.nodes] == ["output"]

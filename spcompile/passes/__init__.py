@@ -60,9 +60,11 @@ def shard_joint_graph(
     specialise(graph, sizes=config.lengths == "each")
     open_ports(graph)
     before = [(_as_eager(x), lent_as(x)) if isinstance(x, fx.Node) else (x, None) for x in _returned(graph)]
-    emitter = Emitter(graph, _fake_mode(graph), _torch.select_decomp_table())
+    sharded, fake_mode = Sharded(None, []), _fake_mode(graph)
+    if fake_mode is None:  # what a graph break may leave: not one tensor
+        return sharded
+    emitter = Emitter(graph, fake_mode, _torch.select_decomp_table())
     context = GraphContext(group, emitter, config)
-    sharded = Sharded(None, [])
     if group.size == 1:
         lend_nothing(graph)
         lower_attention(graph, emitter, context)
@@ -92,7 +94,7 @@ def _as_eager(returned: fx.Node) -> Any:
 
 def _fake_mode(graph: fx.Graph) -> Any:
     leaves = (x for n in graph.nodes for x in tree_leaves(n.meta.get("val")))
-    return next(x.fake_mode for x in leaves if hasattr(x, "fake_mode"))
+    return next((x.fake_mode for x in leaves if hasattr(x, "fake_mode")), None)
 
 
 def _returned(graph: fx.Graph) -> list[Any]:
