@@ -9,6 +9,7 @@ line of JSON for each, and not done again; ``--table`` prints it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -130,8 +131,11 @@ _LESS_EXACT = {"torch_chunk_gated_delta_rule": "torch_recurrent_gated_delta_rule
 def reference(model: nn.Module, inputs: dict[str, Any]) -> Eager:
     """What eager leaves behind, by the more exact of the library's own ways."""
     module = sys.modules[type(model).__module__]
-    exact = {n: getattr(module, by, None) for n, by in _LESS_EXACT.items() if hasattr(module, n)}
-    with mock.patch.multiple(module, **{n: _by_tokens(by) for n, by in exact.items() if by is not None}):
+    with contextlib.ExitStack() as patches:
+        for name, by in _LESS_EXACT.items():
+            if hasattr(module, name) and hasattr(module, by):
+                exact = _by_tokens(getattr(module, by))
+                patches.enter_context(mock.patch.object(module, name, exact))
         return _one_by_one(model, inputs)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
+
+from spcompile._torch import OpOverload
 
 __all__ = ["make_empty"]
 
