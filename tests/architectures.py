@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -255,7 +256,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     body = []
     for row in sorted(rows, key=lambda row: row["name"]):
         found = {k: v for k, v in row.items() if k.startswith("P=")}
-        said = row.get("note") or "; ".join(f"{p}: {verdict(x)}" for p, x in found.items())
+        said = row.get("note", "")[:100] or "; ".join(f"{p}: {verdict(x)}" for p, x in found.items())
         breaks = max((x.get("breaks", 0) for x in found.values()), default="")
         listed = (
             "; ".join(f"{n} {what}" for what, n in row.get(k, {}).items())
@@ -263,7 +264,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
         alone, each = row.get("saved", (0, 0))
         body.append([row["name"], said, breaks, *listed, f"{alone / each:.1f}x" if each else ""])
-    return tabulate(body, heads, tablefmt="github")
+    wide = tabulate(body, heads, tablefmt="github", disable_numparse=True)
+    return re.sub(r"-{4,}", "---", re.sub(r" +\|", " |", wide))  # a page of it, not a screen
 
 
 def main() -> int:
