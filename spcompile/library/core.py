@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +10,9 @@ from torch import Tensor
 
 import spcompile.attention  # noqa: F401  (registers the operator)
 from spcompile.kernels.scan import state_dtype
-from spcompile.library.packed import begins, documents_of
+from spcompile.library.packed import begins
 
-__all__ = ["attend", "heads_first", "l2norm", "packed", "product", "scale_of"]
+__all__ = ["attend", "heads_first", "l2norm", "product", "scale_of"]
 
 
 def scale_of(scale: Any, keys: Tensor) -> float:
@@ -36,20 +36,6 @@ def l2norm(x: Tensor, root: bool) -> Tensor:
     """x over its norm on the last dim, written as a division by the root or as a product with its inverse."""
     square = (x * x).sum(dim=-1, keepdim=True) + 1e-6
     return x / torch.sqrt(square) if root else x * torch.rsqrt(square)
-
-
-def packed(
-    cu_seqlens: Tensor | None, tokens: Tensor, dim: int, states: bool
-) -> Tensor | Literal[False] | None:
-    """Fla's packed documents as :func:`attend` takes them: None if there are none, False if it can't.
-
-    Args:
-        cu_seqlens: [N + 1], the ends of the documents of the one sequence ``tokens``, along ``dim``.
-        states: whether there is an initial state or the last is asked for; of either each document has one.
-    """
-    if cu_seqlens is None:
-        return None
-    return False if states or tokens.shape[0] != 1 else documents_of(cu_seqlens, tokens.shape[dim])
 
 
 def attend(

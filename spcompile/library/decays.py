@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spcompile.library.core import attend, heads_first, packed, scale_of
+from spcompile.library.core import attend, heads_first, scale_of
+from spcompile.library.packed import given_documents
 
 __all__ = [
     "gated",
@@ -45,14 +46,14 @@ def gated(
         compute: the dtype that the library computes in; None: that of q.
         restore: out is in q's dtype again.
         contiguous: out is laid out as the library does it, contiguous or (a view) heads first.
-        cu_seqlens: the ends of packed documents, see ``core.packed``.
+        cu_seqlens: the ends of packed documents, see ``packed.given_documents``.
     Returns:
         out, [B, T, Hv, V] or heads first as v, and the final state or None.
     """
     if g is not None and g_gamma is not None:
         return None
     states = output_final_state or initial_state is not None
-    documents = packed(cu_seqlens, q, 1 if order == "bthd" else 2, states)
+    documents = given_documents(cu_seqlens, q, 1 if order == "bthd" else 2, states)
     if documents is False:
         return None
     dtype, scale = q.dtype, scale_of(scale, k)
@@ -198,7 +199,7 @@ def rwkv6(
     """
     dtype, scale = q.dtype, scale_of(scale, k)
     states = bool(output_final_state) or initial_state is not None
-    documents = packed(cu_seqlens, q, 1 if order == "bthd" else 2, states)
+    documents = given_documents(cu_seqlens, q, 1 if order == "bthd" else 2, states)
     if documents is False:
         return None
     q, k, v = (heads_first(x, order).to(compute or dtype) for x in (q, k, v))

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spcompile.library.core import attend, heads_first, l2norm, packed, product, scale_of
+from spcompile.library.core import attend, heads_first, l2norm, product, scale_of
+from spcompile.library.packed import given_documents
 
 __all__ = ["delta_rule"]
 
@@ -48,12 +49,12 @@ def delta_rule(
         restore: out has the dtype of "q", of "v", of a "product" of matrices, or stays as computed ("").
         contiguous: out is laid out as the library does it, contiguous or (a view) heads first.
         root: how the norms are written.
-        cu_seqlens: the ends of packed documents, see ``core.packed``.
+        cu_seqlens: the ends of packed documents, see ``packed.given_documents``.
     Returns:
         out, [B, T, Hv, V] or heads first as v, and the final state or None.
     """
     states = output_final_state or initial_state is not None
-    documents = packed(cu_seqlens, q, 1 if order == "bthd" else 2, states)
+    documents = given_documents(cu_seqlens, q, 1 if order == "bthd" else 2, states)
     if documents is False:
         return None
     if use_gate_in_kernel:

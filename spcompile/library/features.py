@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spcompile.library.core import attend, heads_first, packed, product, scale_of
+from spcompile.library.core import attend, heads_first, product, scale_of
+from spcompile.library.packed import given_documents
 
 __all__ = ["based", "linear", "performer", "performer_whole", "rebased"]
 
@@ -38,9 +39,11 @@ def linear(
         compute: the dtype that the library computes in; None: that of q.
         states: which states it returns: its "kernel" gives z even where no state is asked for, its "loop"
             does not, "alone" is the output by itself.
-        cu_seqlens: the ends of packed documents, see ``core.packed``.
+        cu_seqlens: the ends of packed documents, see ``packed.given_documents``.
     """
-    documents = packed(cu_seqlens, q, 1, output_final_state or normalize or initial_state is not None)
+    documents = given_documents(
+        cu_seqlens, q, 1, output_final_state or normalize or initial_state is not None
+    )
     if documents is False:
         return None
     dtype, scale = q.dtype, scale_of(scale, k)

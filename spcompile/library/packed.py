@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spcompile.kernels.scan import state_dtype
 
-__all__ = ["begins", "causal_convolution", "convolved", "documents_of", "fla_convolution"]
+__all__ = ["begins", "causal_convolution", "documents_of", "fla_convolution", "given_documents"]
 
 
 def documents_of(cu_seqlens: Tensor, length: int) -> Tensor:
@@ -19,12 +19,26 @@ def documents_of(cu_seqlens: Tensor, length: int) -> Tensor:
     return torch.bucketize(tokens, cu_seqlens, right=True)[None]
 
 
+def given_documents(
+    cu_seqlens: Tensor | None, tokens: Tensor, dim: int, states: bool
+) -> Tensor | Literal[False] | None:
+    """Fla's packed documents as ``core.attend`` takes them: None if there are none, False if it can't.
+
+    Args:
+        cu_seqlens: [N + 1], the ends of the documents of the one sequence ``tokens``, along ``dim``.
+        states: whether there is an initial state or the last is asked for; of either each document has one.
+    """
+    if cu_seqlens is None:
+        return None
+    return False if states or tokens.shape[0] != 1 else documents_of(cu_seqlens, tokens.shape[dim])
+
+
 def begins(documents: Tensor) -> Tensor:
     """Whether a token is of another document than the one before it, bool like ``documents`` [B, T]."""
     return F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))
 
 
-def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
     """y_t = bias + sum_l weight_{W-1-l} x_{t-l}, over the tokens t - l of t's document.
 
     Args:
@@ -50,11 +64,11 @@ def causal_convolution(
     seq_idx: Tensor | None = None,
     activation: str | None = None,
 ) -> Any:
-    """:func:`convolved` in the dtype of x, and silu; ``seq_idx``: [B, T] or None."""
+    """The convolution in the dtype of x, and silu; ``seq_idx``: [B, T] or None."""
     if activation not in (None, "silu", "swish") or x.dim() != 3 or weight.dim() != 2:
         return None
     bias = None if bias is None else bias.to(x.dtype)
-    out = convolved(x, weight.to(x.dtype), bias, seq_idx)
+    out = _convolved(x, weight.to(x.dtype), bias, seq_idx)
     return out if activation is None else F.silu(out)
 
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 import spcompile.attention  # noqa: F401  (registers the operator)
-from spcompile.library.core import packed
-from spcompile.library.packed import begins
+from spcompile.library.packed import begins, given_documents
 
 __all__ = ["hgrn"]
 
@@ -26,11 +25,11 @@ def hgrn(
 
     Args:
         state: the dtype of the final state; None: float32.
-        cu_seqlens: the ends of packed documents, see ``core.packed``.
+        cu_seqlens: the ends of packed documents, see ``packed.given_documents``.
     Returns:
         all h [B, T, D] in x's dtype, and the last one or None.
     """
-    documents = packed(cu_seqlens, x, 1, bool(output_final_state) or initial_state is not None)
+    documents = given_documents(cu_seqlens, x, 1, bool(output_final_state) or initial_state is not None)
     if documents is False:
         return None
     dtype = x.dtype

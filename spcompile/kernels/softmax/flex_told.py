@@ -52,7 +52,7 @@ def _entry(x: Tensor, *at: Tensor) -> Tensor:
 def modifications(options: Options, given: Given) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """(mask_mod, score_mod) of a call: the only place that says what a mask or an option means.
 
-    d score_mod / d score is 1; an option that changes it needs a line in :func:`_gradients` too.
+    d score_mod / d score is 1; an option that changes it needs a line in ``flex._gradients`` too.
     """
     band, (first, mask, top, documents) = _band(options), given
 
@@ -66,7 +66,7 @@ def modifications(options: Options, given: Given) -> tuple[Callable[..., Tensor]
         return seen
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        if mask is not None and top is not None:  # NOTE above: in this order
+        if mask is not None and top is not None:  # the NOTE in flex.py: in this order
             score = (score + _entry(mask, b, h, i, j).to(top.dtype)) - _entry(top, b, h, i, j)
         return score
 
@@ -142,19 +142,13 @@ def _documents_meet(given: Given, rows: int) -> tuple[Tensor, Tensor]:
     assert given.documents is not None
 
     def ends(ids: Tensor) -> tuple[Tensor, Tensor]:
-        whole = (torch.arange(0, ids.shape[1] + -ids.shape[1] % BLOCK, device=ids.device)).clamp(
-            max=ids.shape[1] - 1
-        )
-        blocks = ids[:, whole].unflatten(1, (-1, BLOCK))
-        return blocks.amin(2), blocks.amax(2)
+        length = ids.shape[1]  # the last block is filled up with the last token's
+        filled = torch.arange(length + -length % BLOCK, device=ids.device).clamp(max=length - 1)
+        blocks = ids[:, None, filled].unflatten(2, (-1, BLOCK))
+        return blocks.amin(3), blocks.amax(3)
 
-    (low, high), (first, last) = ends(_own(given, rows)), ends(given.documents)
-    low, high, first, last = (
-        low[:, None, :, None],
-        high[:, None, :, None],
-        first[:, None, None],
-        last[:, None, None],
-    )
+    low, high = (x.unsqueeze(3) for x in ends(_own(given, rows)))
+    first, last = (x.unsqueeze(2) for x in ends(given.documents))
     return (low <= last) & (first <= high), (low == high) & (first == last) & (low == first)
 
 
