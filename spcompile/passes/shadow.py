@@ -45,6 +45,7 @@ from spcompile.passes.shadow_values import (
     mark_live,
     values_in,
 )
+from spcompile.passes.spelling import Call, canonical
 from spcompile.passes.transforms import Inside, Transforms, clean_state, may_write
 
 __all__ = ["Record", "Shadow", "Value", "is_pure", "trace"]
@@ -54,16 +55,7 @@ _INLINED = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"}
 # These may return their input or a copy, by dtype and strides that autocast can change: assume both.
 _MAY_ALIAS = {"to", "type_as", "contiguous", "reshape", "float", "flatten", "expand_as", "ravel"}
 # Ops that read only the shape and dtype of their input.
-_SHAPE_ONLY = {
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "empty_like",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "new_empty",
-}
+_SHAPE_ONLY = {"empty_like", "new_empty"}
 
 
 class _Storages:
@@ -216,8 +208,11 @@ class _Builder:
         if aten_node.op == "call_function" and isinstance(target, OpOverload):
             self.value_of[aten_node] = self.call(aten_node, target, val, node)
         elif target is operator.getitem:
-            args = {"self": self.lookup(aten_node.args[0]), "index": aten_node.args[1]}
+            many, index = aten_node.args
+            args = {"self": self.lookup(many), "index": index, "before": _shapes(many.meta["val"], index)}
             self.value_of[aten_node] = self.make("getitem", "", args, val, node)
+        elif (number := self.constant(aten_node)) is not None:
+            self.value_of[aten_node] = self.make("literal", "", {"value": number}, val, node)
         elif isinstance(val, torch.Tensor):
             name = "input" if aten_node.op == "placeholder" else "opaque"
             args = {str(i): x for i, x in enumerate(fx.map_arg(aten_node.args, self.lookup))}
@@ -227,6 +222,16 @@ class _Builder:
             self.value_of[aten_node] = self.make("opaque", "", args, val, node)
             self.roots.append(self.value_of[aten_node])
 
+    def constant(self, aten_node: fx.Node) -> float | None:
+        """The number that a call in Python made a tensor of, as `x[mask] = 0.0` does."""
+        if aten_node.op != "get_attr":
+            return None
+        tensor: Any = getattr(self.tracer().root, str(aten_node.target), None)
+        if type(tensor) is not torch.Tensor or tensor.shape != () or tensor.is_complex():
+            return None
+        with torch.utils._python_dispatch._disable_current_modes():
+            return float(tensor) if tensor.is_floating_point() else int(tensor)
+
     def lookup(self, n: fx.Node) -> Value:
         if n not in self.value_of:
             self.absorb(n, None)
@@ -235,8 +240,22 @@ class _Builder:
     def make(self, name: str, overload: str, args: dict, val: Any, node: fx.Node | None) -> Value:
         tensor = val if isinstance(val, torch.Tensor) else None
         shape = tuple(map(int, tensor.shape)) if tensor is not None else ()
-        dtype = tensor.dtype if tensor is not None else None
-        return self.add(Value(name, args, shape, dtype, overload, self.time, node, fake=tensor))
+        dtype, device = (tensor.dtype, tensor.device) if tensor is not None else (None, None)
+        call = canonical(
+            Call(name, overload, args, shape, dtype, device), lambda part: self.derive(part, node)
+        )
+        return self.add(
+            Value(call.name, call.args, shape, dtype, call.overload, self.time, node, fake=tensor)
+        )
+
+    def derive(self, part: Call, node: fx.Node | None) -> Value:
+        """A Value on the way to that of one ATen node."""
+        made = Value(
+            part.name, part.args, part.shape, part.dtype, part.overload, self.time, node, derived=True
+        )
+        self.add(made)
+        made.autocast = part.device is not None and torch.is_autocast_enabled(part.device.type)
+        return made
 
     def call(self, n: fx.Node, target: OpOverload, val: Any, node: fx.Node | None) -> Value:
         schema = target._schema
@@ -281,7 +300,8 @@ class _Builder:
 
     def reread(self, n: fx.Node, made: Value, t: torch.Tensor, writes: list[Write]) -> Value:
         source = n.args[0] if n.args and isinstance(n.args[0], fx.Node) else None
-        if made.name in VIEWS and source is not None and isinstance(n.target, OpOverload):
+        view = isinstance(n.target, OpOverload) and n.target.overloadpacket.__name__ in VIEWS
+        if view and source is not None:
             now = self.read(source)
             if now.name != "opaque":
                 args = dict(made.args) | {"self": now}
@@ -397,6 +417,11 @@ class _Interpreter(fx.Interpreter):
             held = Value("opaque", {"call": called}, tuple(t.shape), t.dtype, time=b.time, node=n, fake=t)
             b.write(p.node, b.add(held))
         return out
+
+
+def _shapes(many: Any, index: int) -> list[tuple[int, ...]]:
+    """Of the tensors before one of several."""
+    return [tuple(map(int, x.shape)) for x in list(many)[:index] if isinstance(x, torch.Tensor)]
 
 
 def _opaque(*tensors: torch.Tensor) -> Any:

@@ -21,7 +21,7 @@ VIEWS = {
 class Value:
     """One pure result: op `name` on `args` (by schema name; nested Values inside lists and tuples).
 
-    `name` is the ATen op's without overload and trailing underscore ("masked_fill"), or one of "input" (a
+    `name` is an ATen op's in the one spelling that `passes/spelling.py` gives it, or one of "input" (a
     placeholder), "opaque" (nothing is known of it but its shape), "getitem", "literal" (a Python number as a
     tensor).
     """
@@ -34,6 +34,8 @@ class Value:
     time: int = 0
     node: fx.Node | None = None
     """The Dynamo node that emitted it; None in a Value that a replayed view made up."""
+    derived: bool = False
+    """Whether it is part of what one call computes, by another spelling: no node holds it."""
     grad_mode: bool = True
     autocast: bool = False
     """Whether it was computed under autocast, whose casts the shadow does not show."""

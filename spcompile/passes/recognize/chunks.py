@@ -14,7 +14,7 @@ from dataclasses import replace
 from spcompile.passes.recognize.dims import Atom, Dims, atoms_of, resolve
 from spcompile.passes.recognize.linear_form import Form
 from spcompile.passes.recognize.mask_weights import ONE, ZERO, Side, Table, Weights
-from spcompile.passes.recognize.masks import Prover, indicator, kind_of, mapped
+from spcompile.passes.recognize.masks import Prover, indicator, triangle
 from spcompile.passes.recognize.products import Factor, Mask, Term, peel
 from spcompile.passes.recognize.unfold import terms_of
 from spcompile.passes.shadow import Value
@@ -31,7 +31,7 @@ def read(v: Value, prover: Prover) -> Form | None:
         return None
     for inter, intra in (parts, parts[::-1]):
         for out, before in _terms(inter):
-            if (pair := _chunks_before(before)) is None:
+            if (pair := _triangle(before, -1, prover)) is None:
                 continue
             for inner, own in _terms(intra):
                 form = _together(v, out, before, pair, inner, own, prover)
@@ -49,47 +49,28 @@ def _terms(v: Value) -> Iterator[tuple[Dims, Term]]:
         for f in [] if term.masks else term.factors:  # a mask that multiplies
             rest = [g for g in term.factors if g is not f]
             if len(rest) == 3 and len(f.atoms) == 2:
-                yield out, replace(term, factors=rest, masks=[Mask("value", f.dims, f.value)])
+                yield out, replace(term, factors=rest, masks=[Mask(f.dims, f.value)])
         if len(term.factors) == 3 and len(term.masks) == 1:
             yield out, term
 
 
-def _chunks_before(term: Term) -> tuple[Atom, Atom] | None:
-    """(n, m) if its mask is m < n."""
-    (mask,) = term.masks
-    places = [resolve(d) for d in mask.dims]
-    if mask.kind != "tril" or mask.diagonal != -1 or any(len(p) != 1 for p in places):
-        return None
-    return places[0][0], places[1][0]
-
-
-def _own_tokens(term: Term, prover: Prover) -> tuple[Atom, Atom] | None:
-    """(c, c') if its mask is c' <= c."""
+def _triangle(term: Term, diagonal: int, prover: Prover) -> tuple[Atom, Atom] | None:
+    """(i, j) if its mask is j <= i + diagonal, and sums over j alone."""
     (mask,) = term.masks
     rows = [a for a in atoms_of(mask.dims) if a not in term.summed]
     cols = [a for a in atoms_of(mask.dims) if a in term.summed]
     if len(rows) != 1 or len(cols) != 1:
         return None
-    return (rows[0], cols[0]) if _causal(mask, rows[0], cols[0], prover) else None
-
-
-def _causal(mask: Mask, c: Atom, d: Atom, prover: Prover) -> bool:
-    if mask.kind in ("tril", "triu"):
-        ordered = tuple(resolve(x) for x in mask.dims) == ((c,), (d,))
-        return ordered and kind_of(prover.triangle(c, d, mask.kind == "tril", mask.diagonal)) == "causal"
-    assert mask.value is not None
-    pieces = prover.pieces(mask.value, mask.dims, c, d)
-    if pieces is not None and mask.complement:
-        pieces = mapped(lambda x: not x, pieces)
-    found = indicator(pieces)
-    return found is not None and found[1] == 1.0 and kind_of(found[0]) == "causal"
+    found = indicator(prover.keeps(mask, rows[0], cols[0]))
+    wanted = triangle(rows[0], cols[0], diagonal)
+    return (rows[0], cols[0]) if found is not None and found == (wanted, 1.0) else None
 
 
 def _together(
     v: Value, out: Dims, before: Term, pair: tuple[Atom, Atom], inner: Dims, own: Term, prover: Prover
 ) -> Form | None:
     n, m = pair
-    found = _own_tokens(own, prover)
+    found = _triangle(own, 0, prover)
     if found is None or before.scale != own.scale or before.polynomial or own.polynomial:
         return None
     c2, d2 = found

@@ -66,22 +66,15 @@ def _sources(v: Value, dims: Dims, place: int) -> list[tuple[Value, Dims]]:
         return [back]
     if (product := product_of(v, dims)) is not None:
         return [(f.value, f.dims) for f in product.factors]
-    if v.name == "linear":
-        return [(v.args["input"], dims[:-1] + name_dims(v.args["input"].shape[-1:]))]
     if v.name == "embedding":
         return [(v.args["indices"], dims[:-1])] if place < len(dims) - 1 else []
-    if (picked := _picked(v)) is not None:  # one entry of a dim: q, k or v of all three
-        source, d = picked
+    if v.name == "select":  # one entry of a dim: q, k or v of all three
+        source, d = v.args["self"], v.args["dim"]
         return [(source, dims[:d] + name_dims(source.shape[d : d + 1]) + dims[d:])]
-    if v.name == "getitem":  # of split, chunk, unbind: dims that kept their length are the same dims
+    if v.name == "getitem":  # of an operation with several results: dims that kept their length are the same
         whole = v.args["self"].args.get("self")
-        if (
-            isinstance(whole, Value)
-            and len(whole.shape) == len(v.shape)
-            and whole.shape[place] == v.shape[place]
-        ):
-            return [(whole, _kept_dims(whole, v, dims))]
-        return []
+        same = isinstance(whole, Value) and len(whole.shape) == len(v.shape)
+        return [(whole, _kept_dims(whole, v, dims))] if same and whole.shape[place] == v.shape[place] else []
     out = []
     for o in v.operands():
         if len(o.shape) == len(v.shape) and v.name in (
@@ -95,15 +88,6 @@ def _sources(v: Value, dims: Dims, place: int) -> list[tuple[Value, Dims]]:
         elif v.name in _SAME_DIMS or _broadcasts(o.shape, v.shape):
             out.append((o, align(dims, o.shape) if len(o.shape) <= len(dims) else dims))
     return [(o, d) for o, d in out if len(d) == len(o.shape)]
-
-
-def _picked(v: Value) -> tuple[Value, int] | None:
-    """The operand and the dim of `select`, and of an item of `unbind`."""
-    call = v.args["self"] if v.name == "getitem" else v
-    if not isinstance(call, Value) or call.name != ("unbind" if v.name == "getitem" else "select"):
-        return None
-    source = call.args["self"]
-    return source, call.args.get("dim", 0) % len(source.shape)
 
 
 def _kept_dims(source: Value, v: Value, dims: Dims) -> Dims:

@@ -81,14 +81,6 @@ def align(dims: Dims, shape: Sequence[int]) -> Dims:
     return tuple(d if s != 1 else () for d, s in zip(tail, shape, strict=True))
 
 
-_ROW_MAJOR = {
-    "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "view_as", "reshape_as", "flatten",
-    "unflatten", "alias", "_reshape_alias", "ravel",
-}  # fmt: skip
-_SWAP = {"transpose", "swapaxes", "swapdims"}
-_LAST_TWO = {"t", "mT", "mH", "adjoint", "numpy_T", "matrix_H"}
-
-
 def back_through_view(v: Value, dims: Dims) -> tuple[Value, Dims] | None:
     """The operand of a view (or repeating copy) and its dims; None if `v` is none, or can't be followed."""
     source = v.args.get("self")
@@ -99,42 +91,17 @@ def back_through_view(v: Value, dims: Dims) -> tuple[Value, Dims] | None:
 
 
 def _back(v: Value, source: Value, dims: Dims) -> Dims | None:
-    name, rank = v.name, len(dims)
-    if name in _ROW_MAJOR and v.overload != "dtype":
+    if v.name == "reshape":
         return regroup(atoms_of(dims), source.shape)
-    if name in ("expand", "expand_as", "broadcast_to"):
+    if v.name == "expand":
         return align(dims, source.shape)
-    if name in _SWAP:
-        a, b = (x for k, x in v.args.items() if k != "self")
-        return _unpermute(dims, _swapped(rank, a, b))
-    if name in _LAST_TWO and (rank == 2 or name not in ("t", "numpy_T")):
-        return _unpermute(dims, _swapped(rank, -1, -2)) if rank >= 2 else dims
-    if name == "permute":
-        return _unpermute(dims, [d % rank for d in v.args["dims"]])
-    if name in ("movedim", "moveaxis"):
-        return _unpermute(dims, _moved(rank, v.args["source"], v.args["destination"]))
-    if name == "slice" and source.shape == v.shape and v.args.get("step", 1) == 1:
-        return dims
-    if name == "repeat_interleave" and v.overload == "self_int":
+    if v.name == "permute":
+        return _unpermute(dims, v.args["dims"])
+    if v.name == "repeat_interleave" and v.overload == "self_int":
         return _unrepeat(dims, source, v, inner=True)
-    if name == "repeat":
+    if v.name == "repeat":
         return _unrepeat(dims, source, v, inner=False)
     return None
-
-
-def _swapped(rank: int, a: int, b: int) -> list[int]:
-    order = list(range(rank))
-    order[a % rank], order[b % rank] = order[b % rank], order[a % rank]
-    return order
-
-
-def _moved(rank: int, source: int | Sequence[int], destination: int | Sequence[int]) -> list[int]:
-    """The permutation of `movedim`: output dim i is input dim order[i]."""
-    src = [s % rank for s in ([source] if isinstance(source, int) else source)]
-    dst = [d % rank for d in ([destination] if isinstance(destination, int) else destination)]
-    rest = iter([i for i in range(rank) if i not in src])
-    where = dict(zip(dst, src, strict=True))
-    return [where[i] if i in where else next(rest) for i in range(rank)]
 
 
 def _unpermute(dims: Dims, order: Sequence[int]) -> Dims:

@@ -110,20 +110,20 @@ def _positions(ids: Value) -> Value | None:
     Then x(i) - x(j) = i - j where both are of one number (positions are taken not to overflow their dtype).
     """
     total = _same_numbers(ids)
-    if total.name != "cumsum" or total.args["dim"] % len(ids.shape) != len(ids.shape) - 1:
+    if total.name != "cumsum" or total.args["dim"] != len(ids.shape) - 1:
         return None
     test = _same_numbers(total.args["self"])
     if test.name in ("logical_not", "bitwise_not"):
         equal, right = test.args["self"], test.args["self"].name == "eq"
     else:
-        equal, right = test, test.name in ("ne", "not_equal")
+        equal, right = test, test.name == "ne"
     if not right or equal.args["other"] != 1 or not isinstance(equal.args["self"], Value):
         return None
     step = equal.args["self"]
     if step.name != "diff" or step.args.get("n", 1) != 1 or step.args.get("append") is not None:
         return None
     first, x = step.args.get("prepend"), step.args["self"]
-    along = step.args.get("dim", -1) % len(step.shape) == len(step.shape) - 1
+    along = step.args["dim"] == len(step.shape) - 1
     floats = x.dtype is None or x.dtype.is_floating_point or x.dtype == torch.bool
     same = x.shape == step.shape == ids.shape and isinstance(first, Value)
     return x if along and same and not floats else None
@@ -131,7 +131,7 @@ def _positions(ids: Value) -> Value | None:
 
 def _same_numbers(v: Value) -> Value:
     """Of casts to integers, what is cast."""
-    while v.name in ("to", "_to_copy", "type_as") and v.dtype in (torch.int64, torch.int32):
+    while v.name in ("clone", "_to_copy") and v.dtype in (torch.int64, torch.int32):
         v = v.args["self"]
     return v
 

@@ -85,6 +85,8 @@ class Editor:
     def node_of(self, value: Value) -> fx.Node:
         """The node whose result is `value`; a composite function that it lies in is spelled out."""
         node = value.node
+        if value.derived:
+            raise Refused("it lies inside one call, with more")
         if (
             node is None
             or node not in self.shadow.records

@@ -142,17 +142,9 @@ class Reader:
 
     def _spans(self, table: Table, m: Mask | Factor, t: Atom, s: Atom) -> list[Span] | None:
         """A mask or a factor, by intervals of i - j."""
-        if isinstance(m, Mask) and m.kind in ("tril", "triu"):
-            if tuple(resolve(d) for d in m.dims) != ((t,), (s,)):
-                return None
-            pieces: masks.Pieces | None = self.prover.triangle(t, s, m.kind == "tril", m.diagonal)
-        elif isinstance(m, Mask):
-            assert m.value is not None
-            pieces = self.prover.pieces(m.value, m.dims, t, s)
-            if pieces is not None and m.complement:
-                pieces = masks.mapped(lambda x: not x, pieces)
-        else:
+        if isinstance(m, Factor):
             return table.spans(m.value, m.dims, m.inverse)
+        pieces = self.prover.keeps(m, t, s)
         if pieces is None:
             return None
         return [Span(p.lo, p.hi, ONE if p.value else ZERO) for p in pieces]
@@ -231,7 +223,8 @@ def recognize(shadow: Shadow, editor: Editor, prover: masks.Prover) -> list[tupl
 
 
 def _candidates(shadow: Shadow) -> list[Value]:
-    found = [v for v in shadow.values if v.live and v.node is not None and v.dtype is not None]
+    held = [v for v in shadow.values if v.live and v.node is not None and not v.derived]
+    found = [v for v in held if v.dtype is not None]
     return [v for v in found if v.dtype.is_floating_point]  # type: ignore[union-attr]
 
 

@@ -27,7 +27,7 @@ def positive(v: object) -> bool:
         source = back[0]
     if source is not None:
         return positive(source)
-    if v.name in ("mul", "multiply", "div", "divide", "true_divide", "add") and not v.args.get("alpha"):
+    if v.name in ("mul", "div", "add") and v.args.get("alpha", 1) > 0:
         return all(positive(v.args[n]) for n in ("self", "other")) or bool(_all_positive(constant(v)))
     return _all_positive(constant(v))
 

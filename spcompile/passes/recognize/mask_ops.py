@@ -38,10 +38,11 @@ __all__ = ["evaluate"]
 def _elementwise(f: Callable[..., object], *names: str) -> Callable[[Value, Memo], Function | None]:
     def maker(v: Value, memo: Memo) -> Function | None:
         parts = [operand(v.args.get(n), memo) for n in names]
-        if any(p is None for p in parts) or v.args.get("alpha", 1) != 1 or v.args.get("rounding_mode"):
+        if any(p is None for p in parts) or v.args.get("rounding_mode"):
             return None
         # What is not followed is still the same wherever the same numbers meet.
-        what = v.name, v.dtype, *(getattr(v.args[n], "dtype", None) for n in names)
+        literals = v.dtype, v.args.get("alpha", 1)
+        what = v.name, *literals, *(getattr(v.args[n], "dtype", None) for n in names)
 
         def g(ctx: Context, index: Index) -> object:
             given = tuple(p(ctx, index) for p in parts if p is not None)
@@ -55,6 +56,13 @@ def _elementwise(f: Callable[..., object], *names: str) -> Callable[[Value, Memo
 
 def _arithmetic(f: Callable[..., sympy.Expr]) -> Callable:
     return lambda ctx, *xs: lift(lambda *e: sympy.expand(f(*e)), *(as_number(x) for x in xs))
+
+
+def _add(v: Value, memo: Memo) -> Function | None:
+    alpha = v.args.get("alpha", 1)
+    if alpha not in (1, -1):
+        return None
+    return _elementwise(_arithmetic(lambda a, b: a + alpha * b), "self", "other")(v, memo)
 
 
 def _compare(f: Callable[[Context, sympy.Expr, sympy.Expr], Boolean]) -> Callable:
@@ -98,11 +106,7 @@ def _extreme(larger: bool) -> Callable[[Context, object, object], object]:
 
 def _clamp(v: Value, memo: Memo) -> Function | None:
     x = operand(v.args["self"], memo)
-    lo, hi = (v.args.get(n) if v.name == "clamp" else None for n in ("min", "max"))
-    if v.name == "clamp_min":
-        lo = v.args["min"]
-    if v.name == "clamp_max":
-        hi = v.args["max"]
+    lo, hi = (v.args.get(n) for n in ("min", "max"))
     if x is None or any(b is not None and not isinstance(b, (int, float)) for b in (lo, hi)):
         return None
 
@@ -147,7 +151,7 @@ def _floordiv(ctx: Context, a: sympy.Expr, n: sympy.Expr) -> sympy.Expr:
 def _division(remainder: bool) -> Callable[[Value, Memo], Function | None]:
     def maker(v: Value, memo: Memo) -> Function | None:
         n = v.args["other"]
-        floor = remainder or v.name == "floor_divide" or v.args.get("rounding_mode") == "floor"
+        floor = remainder or v.args.get("rounding_mode") == "floor"
         if not isinstance(n, int) or n <= 0 or not floor or v.dtype.is_floating_point:  # type: ignore[union-attr]
             return None
         f, number = evaluate(v.args["self"], memo), sympy.Integer(n)
@@ -164,38 +168,19 @@ def _division(remainder: bool) -> Callable[[Value, Memo], Function | None]:
 # ---------------------------------------------------------------- creation
 
 
-def _full(number: object) -> Callable[[Value, Memo], Function | None]:
-    def maker(v: Value, memo: Memo) -> Function | None:
-        x = v.args.get("fill_value", v.args.get("value", v.args.get("s"))) if number is None else number
-        part = operand(x, memo)
-        if part is None or (isinstance(x, Value) and x.shape != ()):
-            return None
-        to_bool = v.dtype == torch.bool
-        return lambda ctx, index: as_bool(ctx, part(ctx, ())) if to_bool else as_number(part(ctx, ()))
-
-    return maker
+def _full(v: Value, memo: Memo) -> Function | None:
+    part = operand(v.args["fill_value" if v.name == "full" else "value"], memo)
+    if part is None:
+        return None
+    to_bool = v.dtype == torch.bool
+    return lambda ctx, index: as_bool(ctx, part(ctx, ())) if to_bool else as_number(part(ctx, ()))
 
 
 def _arange(v: Value, memo: Memo) -> Function | None:
-    start, step = v.args.get("start", 0), v.args.get("step", 1)
+    start, step = v.args["start"], v.args["step"]
     if not all(isinstance(x, int) or float(x).is_integer() for x in (start, step)):
         return None
     return lambda ctx, index: sympy.expand(int(start) + int(step) * index[0])
-
-
-def _triangle(lower: bool) -> Callable[[Value, Memo], Function]:
-    def maker(v: Value, memo: Memo) -> Function:
-        f, k = evaluate(v.args["self"], memo), v.args.get("diagonal", 0)
-
-        def g(ctx: Context, index: Index) -> object:
-            e = index[-2] + k - index[-1]
-            keep = ctx.at_least_zero(e if lower else -e)
-            x = f(ctx, index)
-            return both(keep, x) if v.dtype == torch.bool else choose(keep, x, sympy.Integer(0))
-
-        return g
-
-    return maker
 
 
 def _eye(v: Value, memo: Memo) -> Function:
@@ -209,7 +194,7 @@ def _eye(v: Value, memo: Memo) -> Function:
 def _cumsum(v: Value, memo: Memo) -> Function | None:
     """Of a tensor that is constant along the dim: c (i + 1)."""
     source = v.args["self"]
-    d, f = v.args["dim"] % len(v.shape), evaluate(source, memo)
+    d, f = v.args["dim"], evaluate(source, memo)
 
     def g(ctx: Context, index: Index) -> object:
         probe = ctx.index(v.shape[d])
@@ -225,61 +210,38 @@ _SAME = _elementwise(lambda ctx, x: x, "self")
 _AND, _OR, _XOR = _bitwise(both), _bitwise(either), _bitwise(sympy.Xor)
 OPS.update(
     {
-        "literal": _full(None),
-        **dict.fromkeys(("full", "full_like", "new_full", "fill", "scalar_tensor"), _full(None)),
-        **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "zero"), _full(0)),
-        **dict.fromkeys(("ones", "ones_like", "new_ones"), _full(1)),
+        **dict.fromkeys(("literal", "full"), _full),
         "arange": _arange,
         "eye": _eye,
-        "tril": _triangle(True),
-        "triu": _triangle(False),
         "cumsum": _cumsum,
-        **dict.fromkeys(("to", "_to_copy", "type_as"), _cast),
-        **dict.fromkeys(("clone", "contiguous", "alias", "lift_fresh_copy", "detach"), _SAME),
+        "_to_copy": _cast,
+        **dict.fromkeys(("clone", "detach"), _SAME),
         **{name: views.reindex(remap) for name, remap in views.REMAPS.items()},
         "index": views.gather,
         "cat": views.cat,
         "diff": views.diff,
-        "add": _elementwise(_arithmetic(lambda a, b: a + b), "self", "other"),
-        **dict.fromkeys(("sub", "subtract"), _elementwise(_arithmetic(lambda a, b: a - b), "self", "other")),
-        "rsub": _elementwise(_arithmetic(lambda a, b: b - a), "self", "other"),
-        **dict.fromkeys(("mul", "multiply"), _elementwise(_arithmetic(lambda a, b: a * b), "self", "other")),
-        "neg": _elementwise(_arithmetic(lambda a: -a), "self"),
+        "add": _add,
+        "mul": _elementwise(_arithmetic(lambda a, b: a * b), "self", "other"),
         "abs": _elementwise(_absolute, "self"),
         "maximum": _elementwise(_extreme(larger=True), "self", "other"),
         "minimum": _elementwise(_extreme(larger=False), "self", "other"),
-        **dict.fromkeys(("clamp", "clamp_min", "clamp_max"), _clamp),
-        "floor_divide": _division(False),
+        "clamp": _clamp,
         "div": _division(False),
         "remainder": _division(True),
-        **dict.fromkeys(("ge", "greater_equal"), _elementwise(_compare(at_least), "self", "other")),
-        **dict.fromkeys(
-            ("le", "less_equal"), _elementwise(_compare(lambda c, a, b: at_least(c, b, a)), "self", "other")
-        ),
-        **dict.fromkeys(
-            ("gt", "greater"),
-            _elementwise(_compare(lambda c, a, b: sympy.Not(at_least(c, b, a))), "self", "other"),
-        ),
-        **dict.fromkeys(
-            ("lt", "less"),
-            _elementwise(_compare(lambda c, a, b: sympy.Not(at_least(c, a, b))), "self", "other"),
-        ),
+        "ge": _elementwise(_compare(at_least), "self", "other"),
+        "le": _elementwise(_compare(lambda c, a, b: at_least(c, b, a)), "self", "other"),
+        "gt": _elementwise(_compare(lambda c, a, b: sympy.Not(at_least(c, b, a))), "self", "other"),
+        "lt": _elementwise(_compare(lambda c, a, b: sympy.Not(at_least(c, a, b))), "self", "other"),
         "eq": _elementwise(_compare(equal), "self", "other"),
-        **dict.fromkeys(
-            ("ne", "not_equal"),
-            _elementwise(_compare(lambda c, a, b: sympy.Not(equal(c, a, b))), "self", "other"),
-        ),
-        **dict.fromkeys(("bitwise_and", "__and__"), _elementwise(_AND, "self", "other")),
-        **dict.fromkeys(("bitwise_or", "__or__"), _elementwise(_OR, "self", "other")),
-        **dict.fromkeys(("bitwise_xor", "__xor__"), _elementwise(_XOR, "self", "other")),
+        "ne": _elementwise(_compare(lambda c, a, b: sympy.Not(equal(c, a, b))), "self", "other"),
+        "bitwise_and": _elementwise(_AND, "self", "other"),
+        "bitwise_or": _elementwise(_OR, "self", "other"),
+        "bitwise_xor": _elementwise(_XOR, "self", "other"),
         "bitwise_not": _elementwise(_bitwise(sympy.Not), "self"),
         "logical_and": _elementwise(_logical(both), "self", "other"),
         "logical_or": _elementwise(_logical(either), "self", "other"),
         "logical_xor": _elementwise(_logical(sympy.Xor), "self", "other"),
         "logical_not": _elementwise(_logical(sympy.Not), "self"),
         "where": _elementwise(where, "condition", "self", "other"),
-        "masked_fill": _elementwise(
-            lambda ctx, x, m, value: where(ctx, m, value, x), "self", "mask", "value"
-        ),
     }
 )

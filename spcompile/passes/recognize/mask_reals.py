@@ -108,7 +108,7 @@ class Reals:
 
     def running_sum(self, v: Value, index: Index) -> object:
         """sum of the operand's entries m <= index along the dim."""
-        x, d = v.args["self"], v.args["dim"] % len(v.shape)
+        x, d = v.args["self"], v.args["dim"]
         m = self.ctx.index(v.shape[d])
         self.tokens.add(m)
         inner = (*index[:d], m, *index[d + 1 :])
@@ -191,11 +191,16 @@ def _lifted(f: Callable[..., sympy.Expr], *xs: object) -> object:
 
 def _elementwise(f: Callable[..., sympy.Expr], *names: str) -> Reader:
     def reader(r: Reals, v: Value, index: Index) -> object:
-        if v.args.get("alpha", 1) != 1 or v.args.get("rounding_mode"):
+        if v.args.get("rounding_mode"):
             return None
         return _lifted(f, *(r.operand(v.args[n], index) for n in names))
 
     return reader
+
+
+def _add(r: Reals, v: Value, index: Index) -> object:
+    alpha = number(v.args.get("alpha", 1))
+    return _elementwise(lambda a, b: a + alpha * b, *_BINARY)(r, v, index)
 
 
 def _product(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
@@ -241,31 +246,11 @@ def _sign(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
 
 
 def _selected(r: Reals, v: Value, index: Index) -> object:
-    """where, masked_fill, and index_put of one number where a mask holds."""
-    names = {"where": ("condition", "self", "other"), "masked_fill": ("mask", "value", "self")}
-    if v.name == "index_put":
-        (mask,) = v.args["indices"] if len(v.args["indices"]) == 1 else (None,)
-        if not isinstance(mask, Value) or mask.shape != v.shape or v.args.get("accumulate"):
-            return None
-        test, then, other = mask, v.args["values"], v.args["self"]
-        if isinstance(then, Value) and then.shape != ():
-            return None
-    elif v.overload == "default" and v.name == "where":
-        return None
-    else:
-        test, then, other = (v.args[n] for n in names[v.name])
-    a, b = r.operand(then, index), r.operand(other, index)
-    if a is None or b is None:
-        return None
-    if test.dtype != torch.bool:
+    a, b = (r.operand(v.args[n], index) for n in _BINARY)
+    test = v.args["condition"]
+    if a is None or b is None or test.dtype != torch.bool:
         return None
     return choose(r.test(test, index), a, b)
-
-
-def _triangle(r: Reals, v: Value, index: Index) -> object:
-    e = index[-2] + v.args.get("diagonal", 0) - index[-1]
-    keep = r.ctx.at_least_zero(e if v.name == "tril" else -e)
-    return choose(keep, r.at(v.args["self"], index), sympy.Integer(0))
 
 
 def _finite(r: Reals, v: Value, index: Index) -> object:
@@ -300,19 +285,15 @@ _LN2 = sympy.Float(math.log(2.0))
 _BINARY = ("self", "other")
 _READERS: dict[str, Reader] = {
     **dict.fromkeys(views.REMAPS, _view),
-    **dict.fromkeys(("to", "_to_copy", "type_as", "clone", "contiguous", "alias", "lift_fresh_copy"), _copy),
-    "add": _elementwise(lambda a, b: a + b, *_BINARY),
-    **dict.fromkeys(("sub", "subtract"), _elementwise(lambda a, b: a - b, *_BINARY)),
-    "rsub": _elementwise(lambda a, b: b - a, *_BINARY),
-    "neg": _elementwise(lambda a: -a, "self"),
-    **dict.fromkeys(("mul", "multiply"), _elementwise(_product, *_BINARY)),
-    **dict.fromkeys(("div", "divide", "true_divide"), _elementwise(lambda a, b: a / b, *_BINARY)),
+    **dict.fromkeys(("clone", "_to_copy"), _copy),
+    "add": _add,
+    "mul": _elementwise(_product, *_BINARY),
+    "div": _elementwise(lambda a, b: a / b, *_BINARY),
     "reciprocal": _elementwise(lambda a: 1 / a, "self"),
     "exp": _elementwise(_exp, "self"),
     "exp2": _elementwise(lambda a: _exp(_product(_LN2, a)), "self"),
     **dict.fromkeys(("pow", "float_power"), _power),
-    **dict.fromkeys(("where", "masked_fill", "index_put"), _selected),
-    **dict.fromkeys(("tril", "triu"), _triangle),
+    "where": _selected,
     "nan_to_num": _finite,
     "cumsum": Reals.running_sum,
     "einsum": _einsum,

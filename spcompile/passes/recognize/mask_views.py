@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import sympy
 import torch
 
-from spcompile.passes.recognize.dims import Dims, back_through_view
 from spcompile.passes.recognize.mask_values import (
     Function,
     Index,
@@ -37,7 +36,7 @@ def reindex(remap: Callable[[Value, Index], Index | None]) -> Callable[[Value, M
 def reshape_view(v: Value, index: Index) -> Index | None:
     """Dims of size one come and go; any other change of shape is not followed."""
     source = v.args["self"].shape
-    if v.overload == "dtype" or [s for s in source if s != 1] != [s for s in v.shape if s != 1]:
+    if [s for s in source if s != 1] != [s for s in v.shape if s != 1]:
         return None
     rest = iter([e for e, s in zip(index, v.shape, strict=True) if s != 1])
     return tuple(sympy.Integer(0) if s == 1 else next(rest) for s in source)
@@ -53,30 +52,23 @@ def expand_index(shape: Sequence[int], index: Index) -> Index:
     return tuple(sympy.Integer(0) if s == 1 else e for e, s in zip(tail, shape, strict=True))
 
 
-def permuted(v: Value, index: Index) -> Index | None:
-    """Through `dims`, which knows every spelling of a permutation: the index plays the atoms' part."""
-    marks: Dims = tuple((e,) for e in index)
-    back = back_through_view(v, marks)
-    return None if back is None else tuple(d[0] for d in back[1])
+def permuted(v: Value, index: Index) -> Index:
+    at = dict(zip(v.args["dims"], index, strict=True))
+    return tuple(at[d] for d in range(len(index)))
 
 
 def slice_view(v: Value, index: Index) -> Index:
-    source = v.args["self"].shape
-    d = v.args.get("dim", 0) % len(source)
-    start = v.args.get("start") or 0
-    start = max(0, start + source[d]) if start < 0 else min(start, source[d])
-    return (*index[:d], sympy.expand(index[d] * v.args.get("step", 1) + start), *index[d + 1 :])
+    d, start, step = (v.args[n] for n in ("dim", "start", "step"))
+    return (*index[:d], sympy.expand(index[d] * step + start), *index[d + 1 :])
 
 
 def select_view(v: Value, index: Index) -> Index:
-    source = v.args["self"].shape
-    d = v.args["dim"] % len(source)
-    return (*index[:d], sympy.Integer(v.args["index"] % source[d]), *index[d:])
+    d = v.args["dim"]
+    return (*index[:d], sympy.Integer(v.args["index"]), *index[d:])
 
 
 def flip_view(v: Value, index: Index) -> Index:
-    dims = [d % len(index) for d in v.args["dims"]]
-    return tuple(v.shape[n] - 1 - e if n in dims else e for n, e in enumerate(index))
+    return tuple(v.shape[n] - 1 - e if n in v.args["dims"] else e for n, e in enumerate(index))
 
 
 def gather(v: Value, memo: Memo) -> Function | None:
@@ -113,7 +105,7 @@ def _joined(ctx: Context, parts: list[Value], memo: Memo, d: int, index: Index) 
 
 
 def cat(v: Value, memo: Memo) -> Function:
-    parts, d = list(v.args["tensors"]), v.args.get("dim", 0) % len(v.shape)
+    parts, d = list(v.args["tensors"]), v.args["dim"]
     return lambda ctx, index: _joined(ctx, parts, memo, d, index)
 
 
@@ -122,7 +114,7 @@ def diff(v: Value, memo: Memo) -> Function | None:
     if v.args.get("n", 1) != 1 or v.dtype == torch.bool:
         return None
     parts = [p for p in (v.args.get("prepend"), v.args["self"], v.args.get("append")) if p is not None]
-    d = v.args.get("dim", -1) % len(v.shape)
+    d = v.args["dim"]
 
     def f(ctx: Context, index: Index) -> object:
         after = (*index[:d], index[d] + 1, *index[d + 1 :])
@@ -132,11 +124,10 @@ def diff(v: Value, memo: Memo) -> Function | None:
     return f
 
 
-ROW_MAJOR = ("reshape", "view", "_unsafe_view", "unsqueeze", "squeeze", "flatten", "view_as")
 REMAPS: dict[str, Callable[[Value, Index], Index | None]] = {
-    **dict.fromkeys(ROW_MAJOR, reshape_view),
-    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand_view),
-    **dict.fromkeys(("permute", "transpose", "t", "mT", "numpy_T", "movedim", "swapaxes"), permuted),
+    "reshape": reshape_view,
+    "expand": expand_view,
+    "permute": permuted,
     "slice": slice_view,
     "select": select_view,
     "flip": flip_view,

@@ -21,6 +21,7 @@ import sympy
 from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue
 
 from spcompile.passes.recognize.dims import Atom, Dims, resolve
+from spcompile.passes.recognize.products import Mask
 from spcompile.passes.shadow import Value
 
 INF = float("inf")
@@ -208,12 +209,19 @@ class Prover:
         expr = evaluate(value, self.functions)(ctx, index)
         return settle(ctx, expr, rows.size, cols.size)
 
-    def triangle(self, rows: Atom, cols: Atom, lower: bool, diagonal: int) -> Pieces:
-        """tril keeps j <= i + diagonal, triu keeps j >= i + diagonal."""
-        lo, hi = 1 - cols.size, rows.size - 1
-        if lower:
-            return _clip([Piece(lo, -diagonal - 1, False), Piece(-diagonal, hi, True)], lo, hi)
-        return _clip([Piece(lo, -diagonal, True), Piece(1 - diagonal, hi, False)], lo, hi)
+    def keeps(self, mask: Mask, rows: Atom, cols: Atom) -> Pieces | None:
+        """A factor of zeros and a constant: what it keeps, as bools or as numbers."""
+        if mask.value is None:
+            ordered = tuple(resolve(d) for d in mask.dims) == ((rows,), (cols,))
+            return triangle(rows, cols, mask.diagonal) if ordered else None
+        pieces = self.pieces(mask.value, mask.dims, rows, cols)
+        return mapped(lambda x: not x, pieces) if pieces is not None and mask.complement else pieces
+
+
+def triangle(rows: Atom, cols: Atom, diagonal: int) -> Pieces:
+    """j <= i + diagonal."""
+    lo, hi = 1 - cols.size, rows.size - 1
+    return _clip([Piece(lo, -diagonal - 1, False), Piece(-diagonal, hi, True)], lo, hi)
 
 
 def indices(ctx: Context, dims: Dims, named: dict[Atom, sympy.Symbol]) -> tuple[sympy.Expr, ...]:

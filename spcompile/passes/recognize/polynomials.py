@@ -62,22 +62,20 @@ def _step(v: Value, known: Known, depth: int) -> tuple[Value, Coefficients] | No
     if (found := scaled(v)) is not None:
         base, a = _read(found[0], known, depth)
         return base, tuple(found[1] * x for x in a)
-    if v.name == "square" or (v.name == "pow" and scalar(v.args.get("exponent")) == 2):
+    if v.name == "pow" and scalar(v.args["exponent"]) == 2:
         x = v.args["self"]
         if not isinstance(x, Value) or x.shape != v.shape:
             return None
         p = _read(x, known, depth)
         return _times(p, p)
-    if v.name in ("mul", "multiply", "add", "sub", "subtract", "rsub") and v.args.get("alpha", 1) == 1:
+    if v.name in ("mul", "add"):
         return _of_two(v, known, depth)
     return None
 
 
 def _of_two(v: Value, known: Known, depth: int) -> tuple[Value, Coefficients] | None:
-    """A sum, a difference or a product of polynomials of one Value, or of one and a number."""
+    """A sum or a product of polynomials of one Value, or of one and a number."""
     x, y = v.args["self"], v.args["other"]
-    if v.name == "rsub":
-        x, y = y, x
     if any(isinstance(z, Value) and scalar(z) is None and z.shape != v.shape for z in (x, y)):
         return None
     parts = [None if scalar(z) is not None else _read(z, known, depth) for z in (x, y)]
@@ -89,9 +87,9 @@ def _of_two(v: Value, known: Known, depth: int) -> tuple[Value, Coefficients] | 
     )
     if left[0] is not right[0]:
         return None
-    if v.name in ("mul", "multiply"):
+    if v.name == "mul":
         return _times(left, right)
-    sign = 1.0 if v.name == "add" else -1.0
+    sign = float(v.args.get("alpha", 1))
     n = max(len(left[1]), len(right[1]))
     a, b = (p + (0.0,) * (n - len(p)) for p in (left[1], right[1]))
     return base, tuple(x + sign * y for x, y in zip(a, b, strict=True))

@@ -3,7 +3,7 @@ lacks.
 
     out[atoms] = scale * sum_{summed} prod_n factor_n[atoms]
 
-`product_of` reads one contraction (matmul, bmm, einsum, a sum of a product, ...); `unfold` goes further back.
+`product_of` reads one contraction (an einsum, a sum of a product); `unfold` goes further back.
 """
 
 from __future__ import annotations
@@ -34,13 +34,11 @@ class Factor:
 
 @dataclass
 class Mask:
-    """A factor of zeros and a constant, known by its maker: entries where `keep` (or its complement) holds.
+    """A factor of zeros and a constant.
 
-    kind "value": the Value itself (bool, or numbers) says; "tril"/"triu": by `diagonal` over the last two
-    dims.
+    The Value, bool or numbers, says where; without one it is the entries (i, j) with j <= i + diagonal.
     """
 
-    kind: str
     dims: Dims
     value: Value | None = None
     complement: bool = False
@@ -73,43 +71,6 @@ def product_of(v: Value, dims: Dims) -> Term | None:
     return reader(v, dims) if reader else None
 
 
-def _matmul(v: Value, dims: Dims) -> Term | None:
-    a = v.args["self"]
-    b = next(v.args[n] for n in ("other", "mat2", "vec") if n in v.args)
-    return _matrix_product(a, b, dims)
-
-
-def _matrix_product(a: Value, b: Value, dims: Dims) -> Term | None:
-    if not a.shape or not b.shape:
-        return None
-    inner = name_dims(a.shape[-1:])[0]
-    row = () if len(a.shape) == 1 else (dims[-1] if len(b.shape) == 1 else dims[-2],)
-    col = () if len(b.shape) == 1 else (dims[-1],)
-    batch = dims[: len(dims) - len(row) - len(col)]
-    la = align(batch, a.shape[:-2]) + row + (inner,)
-    lb = align(batch, b.shape[:-2]) + (inner,) + col
-    return Term([Factor(a, la), Factor(b, lb)], summed=list(inner), contracted=True)
-
-
-def _baddbmm(v: Value, dims: Dims) -> Term | None:
-    if v.args.get("beta", 1) != 0:
-        return None
-    term = _matrix_product(v.args["batch1"], v.args["batch2"], dims)
-    if term is not None:
-        term.scale = float(v.args.get("alpha", 1))
-    return term
-
-
-def _linear(v: Value, dims: Dims) -> Term | None:
-    x, w = v.args["input"], v.args["weight"]
-    if v.args.get("bias") is not None or len(w.shape) != 2:
-        return None
-    inner = name_dims(x.shape[-1:])[0]
-    return Term(
-        [Factor(x, dims[:-1] + (inner,)), Factor(w, (dims[-1], inner))], summed=list(inner), contracted=True
-    )
-
-
 def _einsum(v: Value, dims: Dims) -> Term | None:
     operands = list(v.args["tensors"])
     parsed = _parse_einsum(v.args["equation"], [len(o.shape) for o in operands])
@@ -137,8 +98,11 @@ def outer_product(v: Value, index: Sequence[T]) -> list[tuple[Value, tuple[T | i
     dim of one)."""
     operands = list(v.args["tensors"])
     parsed = _parse_einsum(v.args["equation"], [len(o.shape) for o in operands])
-    if parsed is None or any(c not in parsed[1] for letters in parsed[0] for c in letters):
+    if parsed is None:
         return None
+    for letters, o in zip(parsed[0], operands, strict=True):
+        if any(s != 1 and c not in parsed[1] for c, s in zip(letters, o.shape, strict=True)):
+            return None
     named = dict(zip(parsed[1], index, strict=True))
     return [
         (o, tuple(0 if s == 1 else named[c] for c, s in zip(letters, o.shape, strict=True)))
@@ -170,41 +134,35 @@ def _parse_einsum(equation: str, ranks: list[int]) -> tuple[list[str], str] | No
     return inputs, output
 
 
-def _sum(v: Value, dims: Dims) -> Term | None:
-    """A sum over dims, of one factor or of a product written elementwise."""
-    if v.overload not in ("dim_IntList", "dim_int", ""):
-        return None
-    source, rank = v.args["self"], len(v.args["self"].shape)
-    over = v.args.get("dim")
-    over = (
-        list(range(rank)) if over is None or over == [] else [over] if isinstance(over, int) else list(over)
-    )
-    over = [d % rank for d in over]
-    keep = v.args.get("keepdim", False)
+def summed_dims(v: Value, dims: Dims) -> tuple[Dims, list[Atom]]:
+    """The dims of what a `sum` sums, and those that it sums over."""
     rest = iter(dims)
     inner: list[tuple[Atom, ...]] = []
     summed: list[Atom] = []
-    for d, size in enumerate(source.shape):
-        if d in over:
-            inner.append(name_dims((size,))[0])
-            summed.extend(inner[-1])
-            if keep:
-                next(rest)
-        else:
+    for d, size in enumerate(v.args["self"].shape):
+        if d not in v.args["dim"]:
             inner.append(next(rest))
-    term = Term([Factor(source, tuple(inner))], summed=summed, contracted=True)
-    at, at_dims, path = peel(source, tuple(inner))
-    if at.name == "mul" and isinstance(at.args.get("other"), Value):
+            continue
+        inner += name_dims((size,))
+        summed += inner[-1]
+        if v.args["keepdim"]:
+            next(rest)
+    return tuple(inner), summed
+
+
+def _sum(v: Value, dims: Dims) -> Term | None:
+    """A sum over dims, of one factor or of a product written elementwise."""
+    inner, summed = summed_dims(v, dims)
+    term = Term([Factor(v.args["self"], inner)], summed=summed, contracted=True)
+    at, at_dims, path = peel(v.args["self"], inner)
+    if at.name == "mul" and isinstance(at.args["other"], Value):
         a, b = at.args["self"], at.args["other"]
         term.factors = [Factor(a, align(at_dims, a.shape)), Factor(b, align(at_dims, b.shape))]
         term.path = [*path, Factor(at, at_dims)]
     return term
 
 
-_READERS: dict[str, Callable[[Value, Dims], Term | None]] = {
-    "matmul": _matmul, "bmm": _matmul, "mm": _matmul, "mv": _matmul, "baddbmm": _baddbmm, "linear": _linear,
-    "einsum": _einsum, "sum": _sum,
-}  # fmt: skip
+_READERS: dict[str, Callable[[Value, Dims], Term | None]] = {"einsum": _einsum, "sum": _sum}
 
 
 # ---------------------------------------------------------------- steps that change nothing but dims and
@@ -212,34 +170,12 @@ _READERS: dict[str, Callable[[Value, Dims], Term | None]] = {
 
 
 def same_values(v: Value) -> Value | None:
-    """The operand of a call that returns its input's values in its input's shape: copies, casts, inert
-    dropout."""
-    source = v.args.get("self", v.args.get("input"))
-    if not isinstance(source, Value) or source.shape != v.shape:
+    """The operand of a copy, or of a cast from floats to floats."""
+    if v.name not in ("clone", "_to_copy"):
         return None
-    if v.name in (
-        "clone",
-        "contiguous",
-        "alias",
-        "lift_fresh_copy",
-        "_to_copy",
-        "to",
-        "type_as",
-        "float",
-        "half",
-    ):
-        ok = (
-            v.dtype is not None
-            and source.dtype is not None
-            and v.dtype.is_floating_point
-            and (source.dtype.is_floating_point)
-        )
-        return source if ok else None
-    if v.name in ("dropout", "native_dropout", "alpha_dropout") and (
-        v.args.get("p") == 0 or v.args.get("train") is False
-    ):
-        return source
-    return None
+    source: Value = v.args["self"]
+    dtypes = v.dtype, source.dtype
+    return source if all(x is not None and x.is_floating_point for x in dtypes) else None
 
 
 def peel(v: Value, dims: Dims) -> tuple[Value, Dims, list[Factor]]:
@@ -260,42 +196,30 @@ def scalar(x: object) -> float | None:
     """A Python number, or a tensor that is one by construction."""
     if isinstance(x, (int, float)) and not isinstance(x, bool):
         return float(x)
-    if isinstance(x, Value) and x.name == "literal":
+    if not isinstance(x, Value):
+        return None
+    if x.name == "literal":
         return float(x.args["value"])
-    if isinstance(x, Value) and x.name in (
-        "to",
-        "_to_copy",
-        "expand",
-        "clone",
-        "lift_fresh_copy",
-        "view",
-        "detach",
-    ):
+    if x.name in ("_to_copy", "expand", "clone", "reshape", "detach"):
         return scalar(x.args["self"]) if x.dtype is not None and x.dtype.is_floating_point else None
-    if isinstance(x, Value) and x.name in ("full", "scalar_tensor") and x.shape == ():
-        return scalar(x.args.get("fill_value", x.args.get("s")))
     return None
 
 
 def scaled(v: Value) -> tuple[Value, float] | None:
-    """The operand and the constant of `x * c`, `c * x`, `x / c`, `-x`."""
-    a, b = v.args.get("self"), v.args.get("other")
-    if v.name == "neg" and isinstance(a, Value):
-        return a, -1.0
-    if v.name not in ("mul", "multiply", "div", "divide", "true_divide") or v.args.get("rounding_mode"):
+    """The operand and the constant of `x * c`, `c * x`, `x / c`."""
+    if v.name not in ("mul", "div") or v.args.get("rounding_mode"):
         return None
+    a, b = v.args["self"], v.args["other"]
     c = scalar(b)
     if c is not None and isinstance(a, Value) and a.shape == v.shape:
-        if v.name in ("mul", "multiply"):
+        if v.name == "mul":
             return a, c
         return (a, 1.0 / c) if c else None
     c = scalar(a)
-    if c is not None and isinstance(b, Value) and b.shape == v.shape and v.name in ("mul", "multiply"):
+    if c is not None and isinstance(b, Value) and b.shape == v.shape and v.name == "mul":
         return b, c
     return None
 
 
 def is_zero(x: object) -> bool:
-    if scalar(x) == 0:
-        return True
-    return isinstance(x, Value) and x.name in ("zeros", "zeros_like", "new_zeros")
+    return scalar(x) == 0 or (isinstance(x, Value) and x.name == "full" and scalar(x.args["fill_value"]) == 0)

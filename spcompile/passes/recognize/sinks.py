@@ -30,20 +30,19 @@ class Sink:
 
 def read_sink(v: Value, dims: Dims, keys: Atom) -> Sink | None:
     """Read the probabilities `v`, whose dims are named, as those of `keys` in a softmax of one logit more."""
-    if v.name != "slice" or v.args.get("step", 1) != 1:
+    if v.name != "slice" or v.args["step"] != 1:
         return None
-    whole, at = v.args["self"], v.args.get("dim", 0) % len(dims)
+    whole, at = v.args["self"], v.args["dim"]
     size = v.shape[at]
     if resolve(dims[at]) != resolve((keys,)) or whole.shape[at] != size + 1:
         return None
-    first = (v.args.get("start") or 0) % (size + 1) == 0  # the keys stand before the sink
+    first = v.args["start"] == 0  # the keys stand before the sink
     extended = (*dims[:at], (Atom(size + 1),), *dims[at + 1 :])
     soft, soft_dims, path = peel(whole, extended)
-    if soft.name != "softmax" or soft_dims != extended or soft.args["dim"] % len(dims) != at:
+    if soft.name != "softmax" or soft_dims != extended or soft.args["dim"] != at:
         return None
-    logits = soft.args["self"] if "self" in soft.args else soft.args["input"]
-    joined, more = _joined(logits, extended, at)
-    if joined is None or joined.args.get("dim", 0) % len(dims) != at or len(joined.args["tensors"]) != 2:
+    joined, more = _joined(soft.args["self"], extended, at)
+    if joined is None or joined.args["dim"] != at or len(joined.args["tensors"]) != 2:
         return None
     scores, sink = joined.args["tensors"] if first else joined.args["tensors"][::-1]
     if scores.shape[at] != size or sink.shape[at] != 1:
@@ -73,13 +72,13 @@ def _joined(v: Value, dims: Dims, at: int) -> tuple[Value | None, list[Factor]]:
 
 def without_maximum(v: Value, dim: int) -> tuple[Value, list[Value]] | None:
     """``x`` where `v` is ``x - max(x over dim)``, and what makes the maximum."""
-    if v.name != "sub" or v.args.get("alpha", 1) != 1:
+    if v.name != "add" or v.args.get("alpha", 1) != -1:
         return None
     x, top = v.args["self"], v.args["other"]
     if not isinstance(x, Value) or not isinstance(top, Value):
         return None
     made = []
-    while top.name in ("getitem", "detach", "unsqueeze", "alias"):
+    while top.name in ("getitem", "detach", "reshape", "clone"):
         if top.name == "getitem" and top.args["index"] != 0:
             return None
         made.append(top)

@@ -69,7 +69,7 @@ def _match_probabilities(v: Value, out: Dims, p: Factor, values: Factor, keys: A
         path += sink.path
         logits, at = sink.logits, sink.softmax
     else:
-        logits = at.args["self"] if "self" in at.args else at.args["input"]
+        logits = at.args["self"]
         if resolve(dims[at.args["dim"]]) != resolve((keys,)):
             return None
     found = _match_logits(logits, dims)
@@ -106,8 +106,6 @@ def _match_logits(v: Value, dims: Dims) -> tuple | None:
     walked)."""
     v, dims, path = peel(v, dims)
     walked = [f.value for f in path] + [v]
-    if v.name == "baddbmm":
-        return _match_baddbmm(v, dims, walked)
     product = product_of(v, dims) if v.name != "sum" else None
     if product is not None:
         return (product, [], walked) if len(product.factors) == 2 else None
@@ -116,18 +114,6 @@ def _match_logits(v: Value, dims: Dims) -> tuple | None:
         if deeper is not None:
             return deeper[0], [*deeper[1], step], walked + deeper[2]
     return None
-
-
-def _match_baddbmm(v: Value, dims: Dims, walked: list[Value]) -> tuple | None:
-    pure = Value("bmm", {"self": v.args["batch1"], "mat2": v.args["batch2"]}, v.shape, v.dtype)
-    product = product_of(pure, dims)
-    if product is None:
-        return None
-    steps = [Step("scale", float(v.args.get("alpha", 1)))]
-    bias, beta = v.args["self"], float(v.args.get("beta", 1))
-    if beta != 0:
-        steps.append(Step("bias", beta, bias, align(dims, bias.shape)))
-    return product, steps, walked
 
 
 def _steps_back(v: Value, dims: Dims) -> list[tuple[Value, Step]]:
@@ -139,14 +125,7 @@ def _steps_back(v: Value, dims: Dims) -> list[tuple[Value, Step]]:
     b = v.args.get("other")
     if v.name == "tanh":
         return [(a, Step("cap"))]
-    if v.name == "masked_fill":
-        m, fill = v.args["mask"], scalar(v.args["value"])
-        return (
-            [(a, Step("fill", fill, m, align(dims, m.shape)))]
-            if fill is not None and a.shape == v.shape
-            else []
-        )
-    if v.name == "where" and v.overload != "default":
+    if v.name == "where":
         m = v.args["condition"]
         fills = [(x, scalar(y), keep) for x, y, keep in ((a, b, True), (b, a, False))]
         return [
@@ -154,15 +133,10 @@ def _steps_back(v: Value, dims: Dims) -> list[tuple[Value, Step]]:
             for x, fill, keep in fills
             if fill is not None and isinstance(x, Value) and x.shape == v.shape
         ]
-    if (
-        v.name in ("add", "sub")
-        and v.args.get("alpha", 1) == 1
-        and isinstance(a, Value)
-        and isinstance(b, Value)
-    ):
-        sign = 1.0 if v.name == "add" else -1.0
-        ways = [(a, Step("bias", sign, b, align(dims, b.shape)))]
-        if v.name == "add":
+    if v.name == "add" and isinstance(a, Value) and isinstance(b, Value):
+        alpha = float(v.args.get("alpha", 1))
+        ways = [(a, Step("bias", alpha, b, align(dims, b.shape)))]
+        if alpha == 1:
             ways.append((b, Step("bias", 1.0, a, align(dims, a.shape))))
         return [(x, s) for x, s in ways if x.shape == v.shape]
     return []

@@ -98,7 +98,7 @@ def _unfold_step(v: Value, dims: Dims) -> Term | None:
         if term is not None:
             term.scale *= sc[1]
         return term
-    if v.name in ("mul", "multiply", "div", "divide", "true_divide"):
+    if v.name in ("mul", "div"):
         return _unfold_product(v, dims)
     if v.name == "cumsum":
         return _unfold_cumsum(v, dims)
@@ -111,7 +111,7 @@ def _unfold_product(v: Value, dims: Dims) -> Term | None:
     a, b = v.args["self"], v.args["other"]
     if not isinstance(a, Value) or not isinstance(b, Value) or v.args.get("rounding_mode"):
         return None
-    division = v.name not in ("mul", "multiply")
+    division = v.name == "div"
     for spine, other in ((a, b), (b, a)):
         if division and spine is b:
             return None
@@ -124,37 +124,29 @@ def _unfold_product(v: Value, dims: Dims) -> Term | None:
 
 def _unfold_cumsum(v: Value, dims: Dims, diagonal: int = 0) -> Term | None:
     """y_i = sum_{j <= i + diagonal} x_j: a causal mask over a fresh atom."""
-    x, d = v.args["self"], v.args["dim"] % len(dims)
+    x, d = v.args["self"], v.args["dim"]
     if len(resolve(dims[d])) != 1:
         return None
     fresh = name_dims((v.shape[d],))[0]
     inner = dims[:d] + (fresh,) + dims[d + 1 :]
     term = unfold(x, inner) or Term([Factor(x, inner)], contracted=True)
-    term.masks.append(Mask("tril", (dims[d], fresh), diagonal=diagonal))
+    term.masks.append(Mask((dims[d], fresh), diagonal=diagonal))
     term.summed += list(fresh)
     return term
 
 
 def _unfold_mask(v: Value, dims: Dims) -> Term | None:
-    """masked_fill(x, m, 0), where(m, x, 0), where(m, 0, x), tril(x), triu(x)."""
-    x, mask = v.args.get("self"), None
-    if v.name == "masked_fill" and scalar(v.args["value"]) == 0:
-        m = v.args["mask"]
-        mask = Mask("value", align(dims, m.shape), m, complement=True)
-    elif v.name == "where" and v.overload != "default":
-        m, a, b = v.args["condition"], v.args["self"], v.args["other"]
-        if is_zero(b):
-            x, mask = a, Mask("value", align(dims, m.shape), m)
-        elif is_zero(a):
-            x, mask = b, Mask("value", align(dims, m.shape), m, complement=True)
-    elif v.name in ("tril", "triu"):
-        mask = Mask(v.name, dims[-2:], diagonal=v.args.get("diagonal", 0))
-    if mask is None or not isinstance(x, Value) or x.shape != v.shape:
+    """where(m, x, 0), where(m, 0, x)."""
+    if v.name != "where":
         return None
-    term = unfold(x, dims)
-    if term is not None:
-        term.masks.append(mask)
-    return term
+    m, a, b = (v.args[n] for n in ("condition", "self", "other"))
+    for x, other, complement in ((a, b, False), (b, a, True)):
+        if is_zero(other) and isinstance(x, Value) and x.shape == v.shape:
+            term = unfold(x, dims)
+            if term is not None:
+                term.masks.append(Mask(align(dims, m.shape), m, complement))
+            return term
+    return None
 
 
 # ---------------------------------------------------------------- running sums that leave out the last entry
@@ -168,7 +160,7 @@ def shifted_sum(v: Value) -> Value | None:
         return _padded_then_cut(v)
     if v.name in ("pad", "constant_pad_nd"):
         return _cut_then_padded(v)
-    if v.name == "sub" and v.args.get("alpha", 1) == 1:  # cumsum(x) - x
+    if v.name == "add" and v.args.get("alpha", 1) == -1:  # cumsum(x) - x
         c, x = (peeled(v.args[n]) for n in ("self", "other"))
         same = c is not None and c.name == "cumsum" and peeled(c.args["self"]) is x
         return c if same and c.shape == v.shape else None  # type: ignore[union-attr]
@@ -184,22 +176,22 @@ def peeled(v: object) -> Value | None:
 
 def _running_sum(v: object, d: int) -> Value | None:
     c = peeled(v)
-    return c if c is not None and c.name == "cumsum" and c.args["dim"] % len(c.shape) == d else None
+    return c if c is not None and c.name == "cumsum" and c.args["dim"] == d else None
 
 
 def _without_last(v: object, d: int) -> Value | None:
     """x of x[..., :-1, ...]."""
     v = peeled(v)
-    if v is None or v.name != "slice" or v.args.get("dim", 0) % len(v.shape) != d:
+    if v is None or v.name != "slice" or v.args["dim"] != d:
         return None
-    source, start = v.args["self"], v.args.get("start") or 0
-    ends = start == 0 and v.args.get("step", 1) == 1 and v.shape[d] == source.shape[d] - 1
+    source = v.args["self"]
+    ends = v.args["start"] == 0 and v.args["step"] == 1 and v.shape[d] == source.shape[d] - 1
     return source if ends else None
 
 
 def _after_a_zero(v: Value) -> Value | None:
     zero, rest = v.args["tensors"]
-    d = v.args.get("dim", 0) % len(v.shape)
+    d = v.args["dim"]
     if not is_zero(zero) or zero.shape[d] != 1:
         return None
     return _running_sum(_without_last(rest, d), d)
@@ -220,7 +212,7 @@ def _one_in_front(v: object) -> tuple[Value, int] | None:
 
 
 def _padded_then_cut(v: Value) -> Value | None:
-    d = v.args.get("dim", 0) % len(v.shape)
+    d = v.args["dim"]
     found = _one_in_front(_without_last(v, d))
     return _running_sum(found[0], d) if found is not None and found[1] == d else None
 

@@ -13,18 +13,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from spcompile.passes.recognize.dims import Atom, Dims, align, atoms_of, back_through_view, name_dims
+from spcompile.passes.recognize.dims import Atom, Dims, align, atoms_of, back_through_view
 from spcompile.passes.recognize.edit import Refused
 from spcompile.passes.recognize.loops.families import Carry, Family, Invariant, Loop, Ref
 from spcompile.passes.recognize.loops.selections import selections
-from spcompile.passes.recognize.products import Factor, product_of, same_values, scalar
+from spcompile.passes.recognize.products import Factor, product_of, same_values, scalar, summed_dims
 from spcompile.passes.shadow import Value
 
 __all__ = ["Product", "Reader", "mixed"]
 
 _MOST = 64
-_MUL, _DIV = {"mul", "multiply"}, {"div", "divide", "true_divide"}
-_ADD, _SUB = {"add"}, {"sub", "subtract"}
 
 
 @dataclass
@@ -119,26 +117,15 @@ class Reader:
         if (back := back_through_view(v, dims)) is not None:
             return at(*back)
         a, b = v.args.get("self"), v.args.get("other")
-        if v.name in _MUL or (v.name in _DIV and not v.args.get("rounding_mode")):
+        if v.name == "mul" or (v.name == "div" and not v.args.get("rounding_mode")):
             return self._product(v, dims, at)
-        if v.name == "neg" and isinstance(a, Value):
-            return [t.scaled(-1.0) for t in at(a, dims)]
-        if v.name in _ADD | _SUB | {"rsub"}:
-            if v.name == "rsub":
-                a, b = b, a
-            sign = (-1.0 if v.name != "add" else 1.0) * float(v.args.get("alpha", 1))
-            if not self.depends(v) or (v.name == "rsub" and v.args.get("alpha", 1) != 1):
+        if v.name == "add":
+            if not self.depends(v):
                 return None  # a sum is one factor where it does not depend on the state
-            return self._term(a, dims, at) + [t.scaled(sign) for t in self._term(b, dims, at)]
+            by = float(v.args.get("alpha", 1))
+            return self._term(a, dims, at) + [t.scaled(by) for t in self._term(b, dims, at)]
         if v.name == "copy":
             return at(v.args["src"], align(dims, v.args["src"].shape))
-        if v.name == "addcmul":
-            p = self._term(v.args["tensor1"], dims, at)
-            q = self._term(v.args["tensor2"], dims, at)
-            value = float(v.args.get("value", 1))
-            return self._term(a, dims, at) + [x.times(y).scaled(value) for x in p for y in q]
-        if v.name == "lerp":
-            return self._lerp(v, dims, at)
         if v.name == "sum" and (v.dtype is None or v.dtype == v.args["self"].dtype):
             return self._sum(v, dims, at)
         if self.depends(v) and (found := selections(v, dims)) is not None:
@@ -166,7 +153,7 @@ class Reader:
     ) -> list[Product] | None:
         a, b = v.args["self"], v.args["other"]
         left = self._term(a, dims, at)
-        if v.name in _DIV:
+        if v.name == "div":
             c = scalar(b)
             if c is not None:
                 return [t.scaled(1.0 / c) for t in left] if c else None
@@ -177,36 +164,9 @@ class Reader:
             right = self._term(b, dims, at)
         return [x.times(y) for x in left for y in right]
 
-    def _lerp(
-        self, v: Value, dims: Dims, at: Callable[[Value, Dims], list[Product]]
-    ) -> list[Product] | None:
-        """start + weight * (end - start)."""
-        start, end, weight = v.args["self"], v.args["end"], v.args["weight"]
-        w = self._term(weight, dims, at)
-        s, e = self._term(start, dims, at), self._term(end, dims, at)
-        return s + [x.times(y) for x in w for y in e] + [x.times(y).scaled(-1.0) for x in w for y in s]
-
-    def _sum(self, v: Value, dims: Dims, at: Callable[[Value, Dims], list[Product]]) -> list[Product] | None:
-        if v.overload not in ("dim_IntList", "dim_int", ""):
-            return None
-        source, given = v.args["self"], v.args.get("dim")
-        rank = len(source.shape)
-        if given is None or given == []:
-            over = list(range(rank))
-        else:
-            over = [d % rank for d in ([given] if isinstance(given, int) else given)]
-        rest = iter(dims)
-        inner: list[tuple[Atom, ...]] = []
-        summed: list[Atom] = []
-        for d, size in enumerate(source.shape):
-            if d in over:
-                inner += name_dims((size,))
-                summed += inner[-1]
-                if v.args.get("keepdim", False):
-                    next(rest)
-            else:
-                inner.append(next(rest))
-        return [Product(t.factors, t.state, t.summed + summed, t.scale) for t in at(source, tuple(inner))]
+    def _sum(self, v: Value, dims: Dims, at: Callable[[Value, Dims], list[Product]]) -> list[Product]:
+        inner, summed = summed_dims(v, dims)
+        return [Product(t.factors, t.state, t.summed + summed, t.scale) for t in at(v.args["self"], inner)]
 
 
 def mixed(state: Factor, dims: Dims) -> list[int]:

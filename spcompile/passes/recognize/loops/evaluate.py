@@ -20,14 +20,11 @@ from spcompile._torch import OpOverload
 from spcompile.passes.recognize.edit import Refused
 from spcompile.passes.recognize.loops.families import Carry, Family, Invariant, Progress, Ref, refs_in
 from spcompile.passes.shadow import Value, is_pure
-from spcompile.passes.shadow_values import VIEWS
 
 __all__ = ["Batch", "Evaluator"]
 
-_RESHAPES = {"view", "_unsafe_view", "_reshape_alias"}
-_COPIES = {
-    "clone", "contiguous", "alias", "to", "_to_copy", "float", "double", "half", "type_as", "lift_fresh_copy",
-}  # fmt: skip
+# What only rearranges entries: the log of what is so taken is so taken of the log.
+_SAME_ENTRIES = {"clone", "_to_copy", "reshape", "permute", "expand", "select", "slice", "getitem"}
 
 
 @dataclass(eq=False)
@@ -124,7 +121,7 @@ class Evaluator:
         if like.name == "copy":
             src = known["src"]
             return _mapped(lambda x: x.to(like.dtype).expand(like.shape), [src])
-        if like.name in _RESHAPES and like.overload != "dtype":
+        if like.name == "reshape":
             out = _mapped(lambda x: x.reshape(like.shape), [known["self"]])
         else:
             out = self._call(like, known)
@@ -155,20 +152,22 @@ class Evaluator:
             raise Refused(f"{like.name} can't be computed for all steps at once") from why
 
     def _target(self, like: Value) -> OpOverload:
+        """The op that a Value is a call of; a call in place is read as one that is not."""
         node = self.calls.get(like)
-        target = node.target if node is not None else None
-        if node is None or not isinstance(target, OpOverload) or target.namespace != "aten":
-            raise Refused(f"{like.name} is no op of PyTorch's own")
-        if torch.Tag.nondeterministic_seeded in target.tags:
-            raise Refused("it draws random numbers")
-        if not target._schema.is_mutable:
-            if not is_pure(node):
+        called = node.target if node is not None else None
+        if isinstance(called, OpOverload):
+            if called.namespace != "aten":
+                raise Refused(f"{like.name} is no op of PyTorch's own")
+            if torch.Tag.nondeterministic_seeded in called.tags:
+                raise Refused("it draws random numbers")
+            if not called._schema.is_mutable and not is_pure(node):
                 raise Refused(f"{like.name} does more than compute")
-        else:
-            packet = getattr(torch.ops.aten, like.name, None)
-            target = getattr(packet, like.overload or "default", None)
-            if target is None or target._schema.is_mutable:
-                raise Refused(f"{like.name} writes in place and has no other form")
+        packet = getattr(torch.ops.aten, like.name, None)
+        target = getattr(packet, like.overload or "default", None)
+        if not isinstance(target, OpOverload):
+            raise Refused(f"{like.name} is no op of PyTorch's own")
+        if target._schema.is_mutable:
+            raise Refused(f"{like.name} writes in place and has no other form")
         return target
 
     # ---- parts by a running index
@@ -176,15 +175,15 @@ class Evaluator:
     def _running(self, like: Value, args: dict[str, Any], base: Batch) -> Batch:
         if base.batched:
             raise Refused("the steps read moving parts of what they compute")
-        dim = args["dim"] % base.x.dim()
-        index = args["index"] if like.name == "select" else args.get("start", 0)
+        dim = args["dim"]
+        index = args["index"] if like.name == "select" else args["start"]
         if not isinstance(index, Progress):
             raise Refused("its indices are not in arithmetic progression")
         if like.name == "select":
             return self.along(base.x, dim, index)
-        if like.name in ("slice", "narrow") and args.get("step", 1) == 1:
+        if args["step"] == 1:
             return self._windows(base.x, dim, index, like.shape[dim])
-        raise Refused(f"it takes parts by {like.name}")
+        raise Refused("it takes parts by a slice with steps")
 
     def along(self, x: Tensor, dim: int, index: Progress) -> Batch:
         """x.select(dim, index_t) for all steps."""
@@ -197,8 +196,7 @@ class Evaluator:
 
     def _order(self, index: Progress, size: int) -> tuple[int, int]:
         """First index and step in the order of the steps' dim."""
-        first = index.start + size if index.start < 0 else index.start
-        last = first + (self.steps - 1) * index.step
+        first, last = index.start, index.start + (self.steps - 1) * index.step
         if index.step == 0 or not (0 <= first < size and 0 <= last < size):
             raise Refused("an index leaves its dim")
         return (last, -index.step) if self.reverse else (first, index.step)
@@ -221,20 +219,9 @@ class Evaluator:
         return Batch(part.flip(0) if step < 0 else part, True)
 
     def _getitem(self, like: Value, args: dict[str, Any], operand: Callable[[Ref], Any]) -> Any:
-        index, many = args["index"], args["self"]
-        if not isinstance(index, Progress):
-            return self._checked(like, operand(many)[index])
-        if not isinstance(many, Invariant):
-            raise Refused("the steps read moving parts of what they compute")
-        v, inner = self.parts(many)
-        if v.name not in ("unbind", "split", "chunk"):
-            raise Refused(f"it takes parts of {v.name}")
-        base = operand(inner["self"])
-        dim = v.args.get("dim", 0) % base.x.dim()
-        if v.name == "unbind":
-            return self.along(base.x, dim, index)
-        width = like.shape[dim]
-        return self._windows(base.x, dim, Progress(index.start * width, index.step * width), width)
+        if isinstance(args["index"], Progress):
+            raise Refused("its steps take one result each of one call")
+        return self._checked(like, operand(args["self"])[args["index"]])
 
     # ---- logarithms
 
@@ -249,15 +236,15 @@ class Evaluator:
             return _mapped(torch.nn.functional.logsigmoid, [self.value(inner)])
         if (log := self._log_complement(like, args)) is not None:
             return log
-        if like.name in ("mul", "multiply") and _is_ref(args["other"]) and _is_ref(inner):
+        if like.name == "mul" and _is_ref(args["other"]):
             return _mapped(torch.add, [self.log(inner), self.log(args["other"])])
-        if like.name in ("mul", "multiply") and isinstance(args["other"], (int, float)) and args["other"] > 0:
+        if like.name == "mul" and args["other"] > 0:
             return _mapped(lambda x: x + math.log(args["other"]), [self.log(inner)])
         if like.name in ("literal", "full") and (number := _number(like)) is not None and number > 0:
             return _mapped(torch.log, [self.value(ref)])
         floats = like.dtype is not None and like.dtype.is_floating_point
         one = list(refs_in(args)) == [inner]
-        if floats and one and (like.name in VIEWS or like.name in _COPIES or like.name == "getitem"):
+        if floats and one and like.name in _SAME_ENTRIES:
             return self.apply(like, args, self._log_operand)
         raise Refused("its decay is not shown to be positive")
 
@@ -266,14 +253,12 @@ class Evaluator:
 
     def _log_complement(self, like: Value, args: dict[str, Any]) -> Batch | None:
         """1 - sigmoid(x) = sigmoid(-x)."""
-        one, x = args.get("self"), args.get("other")
-        if like.name == "rsub":
-            one, x = x, one
-        if like.name not in ("sub", "rsub") or one != 1 or args.get("alpha", 1) != 1:
+        if like.name != "add" or args["other"] != 1 or not isinstance(args["self"], (Family, Invariant)):
             return None
-        if not isinstance(x, (Family, Invariant)):
+        less, of_less = self.parts(args["self"])
+        if less.name != "mul" or of_less["other"] != -1 or args.get("alpha", 1) != 1:
             return None
-        inner, inner_args = self.parts(x)
+        inner, inner_args = self.parts(of_less["self"])
         if inner.name != "sigmoid":
             return None
         return _mapped(lambda y: torch.nn.functional.logsigmoid(-y), [self.value(inner_args["self"])])

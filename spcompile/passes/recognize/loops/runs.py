@@ -22,7 +22,7 @@ FEWEST = 4
 _LAGS = 4
 _PERIODS = 24
 _SLACK = 64
-_INDICES = {"select": ("index",), "slice": ("start", "end"), "narrow": ("start",), "getitem": ("index",)}
+_INDICES = {"select": ("index",), "slice": ("start", "end"), "getitem": ("index",)}
 
 
 def index_arguments(v: Value) -> tuple[str, ...]:

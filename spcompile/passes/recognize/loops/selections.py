@@ -52,29 +52,25 @@ def _through(x: Value, dim: int, dims: Dims, size: int, step: int, offset: int, 
 
 def _select(v: Value, dims: Dims) -> Iterator[Selection]:
     x = v.args["self"]
-    dim = v.args["dim"] % len(x.shape)
+    dim = v.args["dim"]
     wider = dims[:dim] + ((),) + dims[dim:]
-    yield _through(x, dim, wider, 1, 1, v.args["index"] % x.shape[dim])
+    yield _through(x, dim, wider, 1, 1, v.args["index"])
 
 
 def _slice(v: Value, dims: Dims) -> Iterator[Selection]:
-    x = v.args["self"]
-    dim = v.args.get("dim", 0) % len(x.shape)
-    start = v.args.get("start") or 0
-    start = max(0, start + x.shape[dim]) if start < 0 else start
-    yield _through(x, dim, dims, v.shape[dim], v.args.get("step", 1), start)
+    dim, start, step = (v.args[n] for n in ("dim", "start", "step"))
+    yield _through(v.args["self"], dim, dims, v.shape[dim], step, start)
 
 
 def _stack(v: Value, dims: Dims) -> Iterator[Selection]:
-    dim = v.args.get("dim", 0) % len(dims)
+    dim = v.args["dim"]
     for n, x in enumerate(v.args["tensors"]):
         place = Factor(_matrix(1, v.shape[dim], 1, -n), ((), dims[dim]))
         yield x, dims[:dim] + dims[dim + 1 :], [place], []
 
 
 def _cat(v: Value, dims: Dims) -> Iterator[Selection]:
-    dim = v.args.get("dim", 0) % len(dims)
-    at = 0
+    dim, at = v.args["dim"], 0
     for x in v.args["tensors"]:
         yield _through(x, dim, dims, v.shape[dim], 1, -at)
         at += x.shape[dim]
@@ -82,7 +78,7 @@ def _cat(v: Value, dims: Dims) -> Iterator[Selection]:
 
 def _flip(v: Value, dims: Dims) -> Iterator[Selection]:
     if len(v.args["dims"]) == 1:
-        dim = v.args["dims"][0] % len(dims)
+        (dim,) = v.args["dims"]
         yield _through(v.args["self"], dim, dims, v.shape[dim], -1, v.shape[dim] - 1)
 
 
@@ -103,7 +99,7 @@ def _pad(v: Value, dims: Dims) -> Iterator[Selection]:
 
 
 def _cumsum(v: Value, dims: Dims) -> Iterator[Selection]:
-    dim = v.args["dim"] % len(dims)
+    dim = v.args["dim"]
     size = v.shape[dim]
     inner = name_dims((size,))[0]
 

@@ -266,8 +266,7 @@ class Surroundings:
                 pieces[-1] = (family, last[1], step)
             else:
                 pieces.append((family, step, step))
-        rank = len(value.shape)
-        return Stacked(value.args.get("dim", 0) % rank, value.name == "stack", tuple(pieces))
+        return Stacked(value.args["dim"], value.name == "stack", tuple(pieces))
 
 
 def _higher_order(n: fx.Node) -> bool:
@@ -286,17 +285,13 @@ def _geometry(t: torch.Tensor) -> tuple:
 def _place(v: Any, shape: Any) -> tuple[int, int, int | None]:
     """(dim, index, width) of a part of a tensor of `shape`, by one select or slice."""
     found: tuple[int, int, int | None] | None = None
-    while isinstance(v, Value) and v.name in ("select", "slice"):
+    while isinstance(v, Value) and v.name in ("select", "slice", "clone"):
         source = v.args["self"]
-        if v.name == "select":
-            dim = v.args["dim"] % len(source.shape)
-            part = (dim, v.args["index"] % source.shape[dim], None)
-        elif source.shape == v.shape:
+        if v.name == "clone":  # a slice of the whole
             v = source
             continue
-        else:
-            dim = v.args.get("dim", 0) % len(source.shape)
-            part = (dim, v.args.get("start") or 0, v.shape[dim])
+        dim = v.args["dim"]
+        part = (dim, v.args["index"], None) if v.name == "select" else (dim, v.args["start"], v.shape[dim])
         if found is not None:
             raise Refused("its steps write to a tensor in a way that is not read")
         found, v = part, source
