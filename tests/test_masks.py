@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from spcompile.passes.recognize import masks
-from spcompile.passes.recognize.dims import Atom
+from spcompile.passes.recognize.algebra.dims import Atom
+from spcompile.passes.recognize.proof import masks
+from spcompile.passes.recognize.proof.prover import Prover
 from spcompile.passes.shadow import Value, trace
 
 INF = float("inf")
@@ -38,7 +39,7 @@ def pieces_of(fn: Callable[..., Tensor], *data: Tensor) -> tuple[masks.Pieces | 
     value = value_of(fn, *data)
     rows, cols = Atom(value.shape[-2]), Atom(value.shape[-1])
     dims = tuple((Atom(s),) if s > 1 else () for s in value.shape[:-2]) + ((rows,), (cols,))
-    return masks.Prover().pieces(value, dims, rows, cols), value
+    return Prover().pieces(value, dims, rows, cols), value
 
 
 T, S = 6, 6

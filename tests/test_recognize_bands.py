@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from recognition import INF, B, D, H, T, future, qkv, see, spelling
 from torch import Tensor
 
-from spcompile.passes.recognize.bands import Band, band_of
-from spcompile.passes.recognize.masks import Piece
+from spcompile.passes.recognize.proof.masks import Piece
+from spcompile.passes.recognize.softmax.bands import Band, band_of
 
 FOUND: dict = {}
 LEFT: dict = {}

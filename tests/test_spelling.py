@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 from spcompile._torch import FakeTensorMode
 from spcompile.passes.shadow import Shadow, Value, trace
-from spcompile.passes.shadow_values import values_in
-from spcompile.passes.spelling import arithmetic, views
+from spcompile.passes.shadow.spelling import arithmetic, views
+from spcompile.passes.shadow.values import values_in
 
 X = torch.arange(12.0).reshape(3, 4) + 1
 Sample = Callable[[Tensor], Any]
@@ -48,6 +48,7 @@ SAMPLES: dict[str, list[Sample]] = {
         lambda x: torch.addmm(x[:, :3], x, x.mT),
         lambda x: torch.addmm(x[0, 0], x, x.mT, beta=2, alpha=3),
     ],
+    "addr": [lambda x: torch.addr(x[:, :2], x[:, 0], x[0, :2], alpha=2)],
     "addmv": [lambda x: torch.addmv(x[:, 0], x, x[0])],
     "baddbmm": [
         lambda x: torch.baddbmm(x[:1, :3], x[None], x.mT[None], beta=0.5, alpha=2),

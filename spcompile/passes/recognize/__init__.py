@@ -1,7 +1,7 @@
 """Find attention in Dynamo's graph and put one of our ops in its place.
 
 Recognition is only speed: whatever is in doubt is left as it is, with a `Site` that says why. The graph is
-analysed on its shadow (`passes/shadow.py`) and edited itself.
+analysed on its shadow (`passes/shadow/`) and edited itself.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import spcompile.attention  # noqa: F401  (registers the ops that are emitted)
 from spcompile.errors import SpcompileError
 from spcompile.passes.recognize import linear, loops, softmax
 from spcompile.passes.recognize.edit import Editor, Refused
-from spcompile.passes.recognize.masks import Prover
+from spcompile.passes.recognize.proof.prover import Prover
 from spcompile.passes.recognize.safety import Snapshot, failed
-from spcompile.passes.recognize.softmax_masks import Found
+from spcompile.passes.recognize.softmax.steps import Found
 from spcompile.passes.shadow import Shadow, trace
-from spcompile.passes.shadow_values import values_in
+from spcompile.passes.shadow.values import values_in
 from spcompile.passes.sites import Site, source_of
 
 __all__ = ["Site", "recognize"]

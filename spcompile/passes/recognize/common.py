@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from spcompile.passes.recognize.dims import Atom, Dims, align, atoms_of, back_through_view, name_dims
+from spcompile.passes.recognize.algebra.dims import Atom, Dims, align, atoms_of, back_through_view, name_dims
+from spcompile.passes.recognize.algebra.products import Factor, product_of, same_values
 from spcompile.passes.recognize.edit import Refused
-from spcompile.passes.recognize.products import Factor, product_of, same_values
 from spcompile.passes.shadow import Value
 
 

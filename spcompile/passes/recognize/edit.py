@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from spcompile.passes.recognize.dims import Atom, Dims, atoms_of, back_through_view, resolve
-from spcompile.passes.recognize.products import Factor, same_values
+from spcompile.passes.recognize.algebra.dims import Atom, Dims, atoms_of, back_through_view, resolve
+from spcompile.passes.recognize.algebra.products import Factor, same_values
 from spcompile.passes.shadow import Record, Shadow, Value
 
 Group = tuple[Atom, ...]

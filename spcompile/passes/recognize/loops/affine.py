@@ -3,7 +3,7 @@
     out[atoms] = sum_terms scale * sum_{summed} state[atoms] * prod_n factor_n[atoms]
 
 Reading a Value this way *is* the proof that it is affine in the state, op by op: an op that isn't known, or a
-product of two things that depend on the state, is `Refused`. Dims are named by atoms (see `recognize.dims`),
+product of two things that depend on the state, is `Refused`. Dims are named by atoms (see `algebra.dims`),
 so a term says which dims of the state pass through and which are mixed by a contraction.
 """
 
@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from spcompile.passes.recognize.dims import Atom, Dims, align, atoms_of, back_through_view
+from spcompile.passes.recognize.algebra.dims import Atom, Dims, align, atoms_of, back_through_view
+from spcompile.passes.recognize.algebra.products import Factor, product_of, same_values, scalar, summed_dims
 from spcompile.passes.recognize.edit import Refused
 from spcompile.passes.recognize.loops.families import Carry, Family, Invariant, Loop, Ref
 from spcompile.passes.recognize.loops.selections import selections
-from spcompile.passes.recognize.products import Factor, product_of, same_values, scalar, summed_dims
 from spcompile.passes.shadow import Value
 
 __all__ = ["Product", "Reader", "mixed"]

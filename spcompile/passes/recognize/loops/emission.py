@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, fx
 
+from spcompile.passes.recognize.algebra.products import is_zero
 from spcompile.passes.recognize.edit import Refused
 from spcompile.passes.recognize.loops import named, scans
 from spcompile.passes.recognize.loops.affine import Reader
 from spcompile.passes.recognize.loops.evaluate import Batch, Evaluator
 from spcompile.passes.recognize.loops.families import Carry, Family, Invariant, Loop, Progress
 from spcompile.passes.recognize.loops.layout import Layout
-from spcompile.passes.recognize.products import is_zero
 from spcompile.passes.shadow import Value
 
 __all__ = ["Emission"]

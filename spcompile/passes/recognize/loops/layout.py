@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from spcompile.passes.recognize.dims import Atom, Dims, atoms_of, resolve
+from spcompile.passes.recognize.algebra.dims import Atom, Dims, atoms_of, resolve
+from spcompile.passes.recognize.algebra.products import Factor
 from spcompile.passes.recognize.edit import Group, Refused
 from spcompile.passes.recognize.loops.affine import Product, Reader
 from spcompile.passes.recognize.loops.evaluate import Batch, Evaluator
-from spcompile.passes.recognize.products import Factor
 
 __all__ = ["Item", "Layout", "permuted", "shaped", "spread"]
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spcompile.passes.recognize.dims import Atom, Dims, atoms_of, name_dims, resolve
+from spcompile.passes.recognize.algebra.dims import Atom, Dims, atoms_of, name_dims, resolve
+from spcompile.passes.recognize.algebra.products import Factor
 from spcompile.passes.recognize.edit import Group, Refused
 from spcompile.passes.recognize.loops.affine import Product, Reader, mixed
 from spcompile.passes.recognize.loops.evaluate import Batch
 from spcompile.passes.recognize.loops.families import Carry, Family, Invariant, Progress, Ref
 from spcompile.passes.recognize.loops.layout import Item, Layout, permuted, shaped, spread
-from spcompile.passes.recognize.products import Factor
 
 __all__ = ["attention"]
 

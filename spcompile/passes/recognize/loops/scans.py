@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spcompile.passes.recognize.dims import Atom, Dims, atoms_of, name_dims, resolve
+from spcompile.passes.recognize.algebra.dims import Atom, Dims, atoms_of, name_dims, resolve
+from spcompile.passes.recognize.algebra.products import Factor
 from spcompile.passes.recognize.edit import Refused
 from spcompile.passes.recognize.loops.affine import Product, mixed
 from spcompile.passes.recognize.loops.evaluate import Batch
 from spcompile.passes.recognize.loops.families import Carry
 from spcompile.passes.recognize.loops.layout import Item, Layout, permuted, shaped, spread
-from spcompile.passes.recognize.products import Factor
 
 __all__ = ["scan"]
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
-from spcompile.passes.recognize.dims import Atom, Dims, name_dims
-from spcompile.passes.recognize.products import Factor
+from spcompile.passes.recognize.algebra.dims import Atom, Dims, name_dims
+from spcompile.passes.recognize.algebra.products import Factor
 from spcompile.passes.shadow import Value
 
 __all__ = ["Selection", "selections"]

@@ -18,7 +18,7 @@ from spcompile._torch import HigherOrderOperator, OpOverload
 from spcompile.passes.recognize.edit import Refused
 from spcompile.passes.recognize.loops.families import Family, Loop, Progress
 from spcompile.passes.shadow import Record, Shadow, Value, is_pure
-from spcompile.passes.shadow_values import Write, values_in
+from spcompile.passes.shadow.values import Write, values_in
 
 __all__ = ["Slots", "Stacked", "Step", "Surroundings", "Want"]
 

@@ -1,0 +1,1 @@
+"""What operands are to each other: named dims, contractions, polynomials."""

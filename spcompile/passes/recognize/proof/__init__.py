@@ -1,0 +1,1 @@
+"""What code alone says of masks and decays, by symbolic evaluation."""

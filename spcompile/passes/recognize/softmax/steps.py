@@ -1,0 +1,298 @@
+"""What the steps on the scores come to: a scale, a mask that is proved, and masks that stay data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from spcompile.passes.recognize.algebra.dims import Atom, Dims
+from spcompile.passes.recognize.algebra.products import Factor
+from spcompile.passes.recognize.edit import Editor, Refused, Writer
+from spcompile.passes.recognize.proof import masks
+from spcompile.passes.recognize.proof.prover import Prover
+from spcompile.passes.recognize.softmax.bands import Band, Split, band_of, split
+from spcompile.passes.recognize.softmax.documents import Documents
+from spcompile.passes.shadow import Value
+
+NEVER = -1e9  # a filled score at or below this has weight zero in a row that keeps a key (see `_is_never`)
+
+
+@dataclass
+class Step:
+    """What happens to the scores, in order from the raw ones outward."""
+
+    kind: str
+    """"scale", "cap" (a tanh), "bias" or "fill"."""
+    number: float = 1.0
+    """The factor; the bias's sign; the value that is filled in."""
+    value: Value | None = None
+    dims: Dims = ()
+    keep: bool = False
+    """Of a fill: whether the mask says where to keep (or where to fill)."""
+    of_keys: bool = False
+    """Of a fill: whether the mask has keys, and no rows."""
+
+
+@dataclass
+class Found:
+    """A softmax attention, before anything is decided about its dims."""
+
+    terminal: Value
+    out: Dims
+    q: Factor
+    k: Factor
+    v: Factor
+    keys: Atom
+    contracted: tuple[Atom, ...]
+    steps: list[Step]
+    dtype: torch.dtype | None
+    interior: list[Value] = field(default_factory=list)
+    """Everything from the scores to the probabilities."""
+    causal: bool = False
+    dropout: bool = False
+    sinks: Factor | None = None
+    """A logit of each row beside those of the keys, whose weight is dropped."""
+    by_hand: bool = True
+    """Whether it is a softmax (a row that keeps no key is NaN) and not a library's attention (it is 0)."""
+
+
+def _is_never(fill: float, dtype: torch.dtype | None) -> bool:
+    """Whether a filled score has weight exactly zero beside a kept one.
+
+    At -1e9 that needs every kept score above -1e9 + 750, in float64 the widest case: scores below that are
+    not numbers that attention produces, and float32 has no precision left there. -10000 is not accepted.
+    """
+    least = torch.finfo(dtype).min if dtype is not None and dtype.is_floating_point else NEVER
+    return fill <= NEVER or fill <= least
+
+
+@dataclass
+class Masking:
+    """What the steps come to: the scores' numbers, a proved band, and the steps that stay data."""
+
+    scale: float
+    soft_cap: float | None
+    band: Band
+    general: list[Step]
+    sinks: bool = False
+    uniform: bool = False
+    """Whether a row that keeps no key is uniform over all keys, as a finite fill makes it, and not zero."""
+    undefined: bool = False
+    """Whether a row that keeps no key is NaN, as a softmax over nothing is."""
+    documents: Documents | None = None
+
+    @property
+    def name(self) -> str:
+        """For reports."""
+        data = {"padding" if s.of_keys else "general": None for s in self.general}
+        structure = [self.band.name, "documents" if self.documents else ""]
+        mask = " and ".join([*(name for name in structure if name), *data]) or "all"
+        more = [*(["soft cap"] if self.soft_cap is not None else []), *(["sinks"] if self.sinks else [])]
+        return ", ".join([mask, *more])
+
+
+def decide(found: Found, rows: Atom, prover: Prover, held: Callable[[Value], bool]) -> Masking:
+    """Prove the masks, and fold the scales.
+
+    Args:
+        held: whether a Value can be had where the operator will stand.
+    """
+    scale, soft_cap = _scores(found.steps)
+    whole: masks.Pieces = [masks.Piece(1 - found.keys.size, rows.size - 1, True)]
+    proved, data, numbers, documents = whole, list[Step](), list[float](), dict[Documents, None]()
+    for n, step in enumerate(found.steps):
+        if step.kind not in ("bias", "fill"):
+            continue
+        after = _after(found.steps, n)
+        if after <= 0:
+            raise Refused("its masked scores are multiplied by a number that is not positive")
+        part = _proved_part(step, after, rows, found, prover, held)
+        if part is None:
+            data.append(_scaled(step, after))
+            numbers += [data[-1].number] if step.kind == "fill" else []
+        else:
+            proved = masks.combine(lambda a, b: a and b, proved, part.pieces)
+            data += [Step("fill", part.hides, k.value, k.dims, k.keep, True) for k in part.keys]
+            numbers.append(part.hides)
+            documents |= {} if part.documents is None else {part.documents: None}
+    if documents:  # a row of which no more is known than that it may see itself
+        sure = masks.combine(lambda a, b: a and b, proved, _itself(rows.size, found.keys.size))
+    else:
+        sure = proved
+    # With a sink a row that keeps no key gives it all its weight, whatever stands for the hidden scores.
+    keeps = found.sinks is not None or masks.keeps_every_row(sure, rows.size, found.keys.size)
+    band = band_of(proved)
+    structure = bool(documents) or (band is not None and bool(band.name))
+    told = not structure or _told_apart(found, numbers, data)
+    if band is None or len(documents) > 1 or not (told if data else keeps):
+        data, band = _undo(found), Band()
+        documents.clear()
+    band = Band(band.causal or found.causal, band.window)
+    keeps = keeps and (not data or found.sinks is not None)
+    uniform = _uniform(data) and not keeps
+    undefined = bool(data) and found.by_hand and not uniform and not keeps
+    ids = next(iter(documents), None)
+    return Masking(scale, soft_cap, band, data, found.sinks is not None, uniform, undefined, ids)
+
+
+def _itself(rows: int, keys: int) -> masks.Pieces:
+    """A row sees the key at its own place."""
+    pieces = [masks.Piece(1 - keys, -1, False), masks.Piece(0, 0, True), masks.Piece(1, rows - 1, False)]
+    return [p for p in pieces if p.lo <= p.hi]
+
+
+def _after(steps: Sequence[Step], n: int) -> float:
+    """What step ``n`` is multiplied by afterwards."""
+    return math.prod(s.number for s in steps[n + 1 :] if s.kind == "scale")
+
+
+def _scores(steps: Sequence[Step]) -> tuple[float, float | None]:
+    """The scale and the soft cap: c tanh(s q k) is cap * tanh(scale q k / cap), cap = |c|, scale = s c."""
+    caps = [n for n, s in enumerate(steps) if s.kind == "cap"]
+    if not caps:
+        return _after(steps, -1), None
+    if len(caps) > 1 or any(s.kind != "scale" for s in steps[: caps[0]]):
+        raise Refused("something other than a scale stands before the tanh of its scores")
+    cap = _after(steps, caps[0])
+    if cap == 0:
+        raise Refused("its scores are multiplied by zero")
+    inner = math.prod(s.number for s in steps[: caps[0]])
+    return inner * cap, abs(cap)
+
+
+def _scaled(step: Step, after: float) -> Step:
+    """A mask that stays data, with the scales that follow it."""
+    number = step.number * (after if step.kind == "bias" or step.number > -math.inf else 1)
+    return Step(step.kind, number, step.value, step.dims, step.keep)
+
+
+def _told_apart(found: Found, numbers: Sequence[float], data: Sequence[Step]) -> bool:
+    """Whether structure may be taken off the data: whether it is known what becomes of a row without a key.
+
+    It is where all that is hidden is -inf, or one finite fill. Two masks that are added are not: twice a huge
+    negative number is another number, or -inf.
+    """
+    if all(x == -math.inf for x in numbers):
+        return True
+    steps = [s for s in found.steps if s.kind in ("bias", "fill")]
+    alike = len(steps) == 1 or all(s.kind == "fill" for s in steps)
+    return alike and len(set(numbers)) == 1 and all(s.of_keys for s in data)
+
+
+def _uniform(steps: list[Step]) -> bool:
+    """Whether finite fills are left: a row that keeps no key then attends to all, and passes no gradient to
+    scores.
+
+    That is exact only if every entry of such a row gets the same number: one fill value, and nothing added
+    after it.
+    """
+    fills = [n for n, s in enumerate(steps) if s.kind == "fill"]
+    numbers = {steps[n].number for n in fills}
+    if all(x == -math.inf for x in numbers):
+        return False
+    if (
+        len(numbers) > 1
+        or any(s.kind == "bias" for s in steps[fills[0] :])
+        or not _is_never(max(numbers), None)
+    ):
+        raise Refused("a row may lose all its keys, to a fill that is not one finite number")
+    return True
+
+
+def _undo(found: Found) -> list[Step]:
+    """Every mask as data, with the scales that follow it: what can't be proved stays general."""
+    steps = enumerate(found.steps)
+    return [_scaled(s, _after(found.steps, n)) for n, s in steps if s.kind in ("bias", "fill")]
+
+
+@dataclass
+class _Part(Split):
+    """A step that is proved to do nothing where it keeps scores, and to forbid the rest."""
+
+    hides: float = -math.inf
+    """What a hidden score becomes."""
+
+
+def _proved_part(
+    step: Step,
+    after: float,
+    rows: Atom,
+    found: Found,
+    prover: Prover,
+    held: Callable[[Value], bool],
+) -> _Part | None:
+    assert step.value is not None
+    hidden: list[float] = []
+
+    def fill(x: Any) -> bool | None:
+        return bool(x) == step.keep
+
+    def bias(x: Any) -> bool | None:
+        number = float(x) * step.number * after
+        if number == 0:
+            return True
+        hidden.append(number)
+        return False if _is_never(number, found.dtype) else None
+
+    if step.kind == "fill":
+        if not _is_never(step.number * after, found.dtype):
+            return None
+        hidden.append(step.number * after)
+    does = fill if step.kind == "fill" else bias
+    pieces = prover.pieces(step.value, step.dims, rows, found.keys)
+    if pieces is not None:
+        if any(does(p.value) is None for p in pieces):
+            return None
+        return _Part(masks.mapped(does, pieces), [], hides=max(hidden, default=-math.inf))
+    parts = split(prover, step.value, step.dims, rows, found.keys, does, held)
+    if parts is None:
+        return None
+    if parts.keys and step.kind == "bias" and found.sinks is None:
+        # A row that keeps no key weighs all alike, but unlike after a fill its scores have a gradient.
+        return None
+    return _Part(parts.pieces, parts.keys, parts.documents, max(hidden, default=-math.inf))
+
+
+def emit_mask(
+    w: Writer, editor: Editor, steps: Sequence[Step], groups: Sequence, dtype: torch.dtype
+) -> fx.Node | None:
+    """What the steps do, as one node broadcastable to [B, H, T, S]."""
+    keep: fx.Node | None = None
+    bias: fx.Node | None = None
+    for s in steps:
+        assert s.value is not None
+        x = w.arrange(editor.operand(Factor(s.value, s.dims), w.before), groups, expand=False)
+        if s.kind == "fill":
+            x = w.to(x, torch.bool)
+            x = x if s.keep else w.call(torch.logical_not, x)
+            keep = x if keep is None else w.call(torch.logical_and, keep, x)
+            continue
+        if s.value.requires_grad:
+            raise Refused("its bias needs a gradient")
+        x = w.to(x, dtype)
+        x = x if s.number == 1 else w.call(torch.mul, x, s.number)
+        bias = x if bias is None else w.call(torch.add, bias, x)
+    if bias is not None and keep is not None:
+        return w.call(torch.where, keep, bias, w.number(-math.inf, dtype))
+    return keep if bias is None else bias
+
+
+def emit_uniform(w: Writer, out: fx.Node, lse: fx.Node, v: fx.Node) -> fx.Node:
+    """Rows that keep no key get the mean of all values."""
+    some = w.call(torch.ne, w.call(torch.unsqueeze, lse, -1), -math.inf)
+    mean = w.call(torch.mean, v, 2, keepdim=True)
+    copies = w.shape(out)[1] // w.shape(v)[1]
+    mean = mean if copies == 1 else w.call(torch.repeat_interleave, mean, copies, 1)
+    return w.call(torch.where, some, out, mean)
+
+
+def emit_undefined(w: Writer, out: fx.Node, lse: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """Rows that keep no key are NaN, and so are their gradients: a product, unlike a choice, gives both."""
+    empty = w.call(torch.eq, w.call(torch.unsqueeze, lse, -1), -math.inf)
+    factor = w.call(torch.where, empty, w.number(math.nan, dtype), w.number(1.0, dtype))
+    return w.call(torch.mul, out, factor)

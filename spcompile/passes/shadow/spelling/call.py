@@ -1,0 +1,53 @@
+"""A call of ATen on Values, and what rewrites one into the spelling that recognizers read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from spcompile.passes.shadow.values import Value
+
+__all__ = ["Call", "Derive", "Rewrite", "each"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of `torch.ops.aten.<name>.<overload>`, arguments by name, and its result."""
+
+    name: str
+    overload: str
+    args: dict[str, Any]
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    device: torch.device | None
+
+    def of(self, name: str, overload: str, /, **args: Any) -> Call:
+        """Another call with this one's result."""
+        return replace(self, name=name, overload=overload, args=args)
+
+    def made(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Call:
+        return replace(self, shape=tuple(shape), dtype=self.dtype if dtype is None else dtype)
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    @property
+    def source(self) -> Value | None:
+        """The operand of an operation on one tensor."""
+        x = self.args.get("self", self.args.get("input"))
+        return x if isinstance(x, Value) else None
+
+
+Derive = Callable[[Call], Value]
+"""Makes a Value of a call on the way."""
+Rewrite = Callable[[Call, Derive], Call | None]
+"""None: it is canonical as it stands."""
+
+
+def each(names: str, rewrite: Rewrite) -> dict[str, Rewrite]:
+    """One rewrite for several names."""
+    return dict.fromkeys(names.split(), rewrite)
