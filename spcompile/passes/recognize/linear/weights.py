@@ -1,7 +1,7 @@
 """Weights of keys per query, w(i, j), as decays: what linear attention can carry in its state.
 
-A product of masks and decays is settled between the thresholds of its conditions (`proof.prover`), where it is
-one expression (`proof.reals`). Below the diagonal, and above it, it must be 0 or
+A product of masks and decays is settled between the thresholds of its conditions (`proof.prover`), where it
+is one expression (`proof.reals`). Below the diagonal, and above it, it must be 0 or
 
     w(i, j) = rows(i) columns(j) exp(f(i) - f(j)),
 
