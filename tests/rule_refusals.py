@@ -61,6 +61,12 @@ for _name in ("causal", "all", "window", "window, cap, sinks", "documents", "doc
         **_refused(ops.softmax_attention.default, _name, HEAD_SIZE, (2, 3)),
         **_refused(ops.softmax_attention_backward.default, _name, HEAD_SIZE, (0, 3), (3, 3), (4, 3)),
     }
+for _name in ("relative", "relative alike"):
+    CONSERVATIVE |= {
+        **_refused(ops.softmax_attention.default, _name, HEAD_SIZE, (2, 3)),
+        **_refused(ops.softmax_attention_backward.default, _name, HEAD_SIZE, (0, 3), (3, 3), (4, 3)),
+        **_refused(ops.softmax_attention_relative_backward.default, _name, HEAD_SIZE, (0, 3), (3, 3), (4, 3)),
+    }
 _name = "cross, grouped, masked"
 CONSERVATIVE |= {
     **_refused(ops.softmax_attention.default, _name, MASKED, (0, 0), (1, 0), (2, 0), (3, 0)),

@@ -404,6 +404,15 @@ def _attention() -> list[S]:
             S(ops.softmax_attention.default, (q, k, v, None, *more), name=name),
             S(ops.softmax_attention_backward.default, (grad, q, k, v, None, out, lse, *more), name=name),
         ]
+    for name, of in {"relative": x(3, 13), "relative alike": x(1, 17)}.items():
+        more = (name == "relative", 0.7, None, None, None, None, of)
+        out, lse = ops.softmax_attention(q, k, v, None, *more)
+        back = (grad, q, k, v, None, out, lse, *more)
+        found += [
+            S(ops.softmax_attention.default, (q, k, v, None, *more), name=name),
+            S(ops.softmax_attention_backward.default, back, name=name),
+            S(ops.softmax_attention_relative_backward.default, back, name=name),
+        ]
     for sample in found:
         sample.exchanges, sample.trusting, sample.tolerance = True, True, 1e-10
     return found

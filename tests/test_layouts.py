@@ -66,7 +66,7 @@ def softmax_samples(operator: str, *options: Any) -> list[tuple[Any, ...]]:
     operands = [attention(m) for m in masks().values()] + [attention(None, 7)]
     if not operator.endswith("_backward"):
         return [(*own, *options) for own in operands]
-    forward = getattr(spc, operator.removesuffix("_backward"))
+    forward = getattr(spc, operator.removesuffix("_backward").removesuffix("_relative"))
     return [softmax_backward(forward, own, *options) for own in operands]
 
 
@@ -144,6 +144,14 @@ SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "softmax_attention_backward": lambda: softmax_samples("softmax_attention_backward", *WHOLE),
     "local_softmax_attention": lambda: softmax_samples("local_softmax_attention", *LOCAL),
     "local_softmax_attention_backward": lambda: softmax_samples("local_softmax_attention_backward", *LOCAL),
+    "softmax_attention_relative_backward": lambda: softmax_samples(
+        "softmax_attention_relative_backward", *WHOLE, None, None, None, None, normal(4, 23)
+    ),
+    "local_softmax_attention_relative_backward": lambda: softmax_samples(
+        "local_softmax_attention_relative_backward",
+        *LOCAL,
+        *(True, None, None, None, 0, None, None, normal(1, 23)),
+    ),
     "linear_attention": lambda: [(*x, *o) for x, o in linear()],
     "linear_attention_backward": lambda: [linear_backward(x, o) for x, o in linear()],
     "affine_scan": scans,

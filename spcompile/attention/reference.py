@@ -72,6 +72,7 @@ def softmax_attention(
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
     documents: Tensor | None = None,
+    relative: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One query at a time: softmax of its scores over the keys it may see, times their values.
 
@@ -83,6 +84,7 @@ def softmax_attention(
         window: and only if ``|i - j| < window``.
         soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)``, before the mask.
         documents: ``[B, S]`` or ``[1, S]``: and only if ``documents_i == documents_j``.
+        relative: ``[H or 1, 2 L - 1]``: entry ``L - 1 + i - j`` is added to s_ij, behind the soft cap.
         sinks: ``[H]``, one more logit in each row of a head, whose weight is dropped.
     Returns:
         out ``[B, H, T, V]`` and the natural log of the sum of exponentials ``[B, H, T]``. A query that may
@@ -96,6 +98,8 @@ def softmax_attention(
         scores = (q[:, :, i, None] * k).sum(-1) * scale
         if soft_cap is not None:
             scores = soft_cap * torch.tanh(scores / soft_cap)
+        if relative is not None:
+            scores = scores + relative[:, relative.shape[1] // 2 + i - torch.arange(s)]
         if mask is not None:
             row = mask.expand(b, h, t, s)[:, :, i]
             scores = scores.masked_fill(~row, -torch.inf) if row.dtype == torch.bool else scores + row

@@ -23,7 +23,10 @@ from spcompile.kernels.softmax import rows
 from spcompile.kernels.softmax.operands import Operands, Options
 
 __all__ = [
+    "Local",
     "check_shapes",
+    "empty_like",
+    "local",
     "local_softmax_attention",
     "local_softmax_attention_backward",
     "softmax_attention",
@@ -61,6 +64,20 @@ def _check_options(name: str, x: Operands, options: Options) -> None:
             )
         if ids.dtype.is_floating_point or ids.dtype.is_complex:
             raise ValueError(f"{name}: documents of {ids.dtype}: expected integers")
+    if x.relative is not None:
+        _check_relative(name, x, x.relative)
+
+
+def _check_relative(name: str, x: Operands, relative: Tensor) -> None:
+    heads, longest = x.q.shape[1], max(x.q.shape[2], x.k.shape[2])
+    fits = relative.dim() == 2 and relative.shape[0] in (1, heads)
+    if not fits or relative.shape[1] % 2 == 0 or relative.shape[1] < 2 * longest - 1:
+        raise ValueError(
+            f"{name}: relative {list(relative.shape)}: expected an entry for each distance from "
+            f"{1 - longest} to {longest - 1}, of each of {heads} heads or of all"
+        )
+    if not relative.dtype.is_floating_point:
+        raise ValueError(f"{name}: relative of {relative.dtype}: expected floats")
 
 
 # ---- softmax ----
@@ -78,6 +95,7 @@ def softmax_attention(
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
     documents: Tensor | None = None,
+    relative: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention, ``out_i = sum_j softmax_j(s_ij + mask_ij) v_j`` with ``s_ij = scale * q_i k_j``.
 
@@ -95,6 +113,8 @@ def softmax_attention(
         documents: ``[B, S]`` or ``[1, S]``, integers, with T = S: key j is visible to query i only if
             ``documents_i == documents_j``. The ids need not ascend; where they do, other documents cost no
             time.
+        relative: ``[H, 2 L - 1]`` or ``[1, 2 L - 1]``, any float dtype, L at least T and S: entry
+            ``L - 1 + i - j`` is added to s_ij (behind a soft cap).
     Returns:
         out ``[B, H, T, V]`` in q's dtype, and lse ``[B, H, T]``, natural log, float32 (float64 for
         float64), which is not differentiable. Both contiguous. A query that may see no key (False or -inf
@@ -104,7 +124,10 @@ def softmax_attention(
         ValueError: shapes or dtypes that disagree; a window or a soft cap that is not positive.
         SpcompileError: the mask requires a gradient.
     """
-    x, options = Operands(q, k, v, mask, sinks, documents), Options(causal, scale, 0, window, soft_cap)
+    x, options = (
+        Operands(q, k, v, mask, sinks, documents, relative),
+        Options(causal, scale, 0, window, soft_cap),
+    )
     check_shapes("softmax_attention", q, k, v)
     _check_options("softmax_attention", x, options)
     return rows.forward(x, options)
@@ -115,7 +138,7 @@ def _fake_softmax(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=wide)
 
 
-def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+def empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in tensors)
 
 
@@ -131,9 +154,13 @@ def _(
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
     documents: Tensor | None = None,
+    relative: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     check_shapes("softmax_attention", q, k, v)
-    x, options = Operands(q, k, v, mask, sinks, documents), Options(causal, scale, 0, window, soft_cap)
+    x, options = (
+        Operands(q, k, v, mask, sinks, documents, relative),
+        Options(causal, scale, 0, window, soft_cap),
+    )
     _check_options("softmax_attention", x, options)
     return _fake_softmax(q, v)
 
@@ -153,10 +180,11 @@ def softmax_attention_backward(
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
     documents: Tensor | None = None,
+    relative: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) of ``softmax_attention`` from its inputs, its results and ``grad`` of out."""
     options = Options(causal, scale, 0, window, soft_cap)
-    return rows.backward(grad, Operands(q, k, v, mask, sinks, documents), out, lse, options)
+    return rows.backward(grad, Operands(q, k, v, mask, sinks, documents, relative), out, lse, options)
 
 
 @softmax_attention_backward.register_fake
@@ -174,12 +202,13 @@ def _(
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
     documents: Tensor | None = None,
+    relative: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    return _empty_like(q, k, v)
+    return empty_like(q, k, v)
 
 
 def _save_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, *ctx.options, sinks, documents = inputs
+    q, k, v, mask, *ctx.options, sinks, documents, relative = inputs
     out, lse = output
     if ctx.needs_input_grad[3]:
         raise SpcompileError(
@@ -187,19 +216,23 @@ def _save_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
             "Remedy: detach the mask, or write this attention with torch.softmax."
         )
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, mask, out, lse, sinks, documents)
+    ctx.save_for_backward(q, k, v, mask, out, lse, sinks, documents, relative)
 
 
 def _softmax_gradients(ctx: Any, grad: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *saved, sinks, documents = ctx.saved_tensors
-    given = [*ctx.options, sinks, documents]
-    while given[-1] is None and len(given) > len(ctx.options):
-        given.pop()  # what there is not is not in the graph
-    grads = torch.ops.spcompile.softmax_attention_backward(grad, *saved, *given)
+    *saved, sinks, documents, relative = ctx.saved_tensors
+    given = [*ctx.options, sinks, documents, relative]
+    drelative = None
+    if relative is not None and ctx.needs_input_grad[10]:
+        *grads, drelative = torch.ops.spcompile.softmax_attention_relative_backward(grad, *saved, *given)
+    else:
+        while given[-1] is None and len(given) > len(ctx.options):
+            given.pop()  # what there is not is not in the graph
+        grads = torch.ops.spcompile.softmax_attention_backward(grad, *saved, *given)
     dsinks = None
     if sinks is not None and ctx.needs_input_grad[8]:
         dsinks = _sink_gradient(grad, saved[4], saved[5], sinks)
-    return *grads, None, None, None, None, None, dsinks, None
+    return *grads, None, None, None, None, None, dsinks, None, drelative
 
 
 def _sink_gradient(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
@@ -215,7 +248,7 @@ softmax_attention.register_autograd(_softmax_gradients, setup_context=_save_soft
 # ---- softmax, this rank's rows ----
 
 
-class _Local(NamedTuple):
+class Local(NamedTuple):
     """This rank's rows and the keys that are given, as positions of one sequence."""
 
     x: Operands
@@ -223,12 +256,20 @@ class _Local(NamedTuple):
     first: int
     """Which of the keys given is the first that is there."""
 
+    def back(self, dk: Tensor, dv: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+        """Gradients of all ``keys`` that were given, 0 where one is not there."""
+        there = self.x.k.shape[2]
+        if there == keys:
+            return dk, dv
+        pad = (0, 0, self.first, keys - self.first - there)
+        return F.pad(dk, pad), F.pad(dv, pad)
 
-def _local(x: Operands, options: Options, group: str, block: int, length: int, reach: int | None) -> _Local:
+
+def local(x: Operands, options: Options, group: str, block: int, length: int, reach: int | None) -> Local:
     """Place this rank's rows among the keys; of neighbours' keys, drop what lies outside of the sequence."""
     row, begin = current_rank(group) * block, 0
     if reach is None:
-        return _Local(x, options._replace(first_row=row), 0)
+        return Local(x, options._replace(first_row=row), 0)
     begin = row - reach
     first, end = max(0, begin), min(length, begin + x.k.shape[2])
     count = max(0, end - first)
@@ -240,7 +281,7 @@ def _local(x: Operands, options: Options, group: str, block: int, length: int, r
     if documents is not None:
         documents = documents[:, first : first + count]
     x = x._replace(k=k, v=v, mask=mask, documents=documents)
-    return _Local(x, options._replace(first_row=row - first), first - begin)
+    return Local(x, options._replace(first_row=row - first), first - begin)
 
 
 @torch.library.custom_op("spcompile::local_softmax_attention", mutates_args=())
@@ -259,6 +300,7 @@ def local_softmax_attention(
     length: int = 0,
     reach: int | None = None,
     documents: Tensor | None = None,
+    relative: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of this rank's query rows where the position says what a row may see.
 
@@ -275,11 +317,12 @@ def local_softmax_attention(
         block: tokens per rank.
         causal, scale, window, soft_cap, sinks: as in ``softmax_attention``.
         documents: of the tokens of all ranks, ``[B, S]`` or ``[1, S]``.
+        relative: for all distances between tokens of all ranks.
     Returns:
         out and lse of these rows, as in ``softmax_attention``.
     """
     options = Options(causal, scale, 0, window, soft_cap)
-    here = _local(Operands(q, k, v, mask, sinks, documents), options, group, block, length, reach)
+    here = local(Operands(q, k, v, mask, sinks, documents, relative), options, group, block, length, reach)
     return rows.forward(here.x, here.options)
 
 
@@ -299,6 +342,7 @@ def _(
     length: int = 0,
     reach: int | None = None,
     documents: Tensor | None = None,
+    relative: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return _fake_softmax(q, v)
 
@@ -322,16 +366,14 @@ def local_softmax_attention_backward(
     length: int = 0,
     reach: int | None = None,
     documents: Tensor | None = None,
+    relative: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``local_softmax_attention``: dq of these rows; dk, dv of the keys given from just these
     rows, 0 where a key is not there."""
     options = Options(causal, scale, 0, window, soft_cap)
-    here = _local(Operands(q, k, v, mask, sinks, documents), options, group, block, length, reach)
-    dq, *grads = rows.backward(grad, here.x, out, lse, here.options)
-    if reach is not None:
-        behind = k.shape[2] - here.first - here.x.k.shape[2]
-        grads = [F.pad(y, (0, 0, here.first, behind)) for y in grads]
-    return dq, grads[0], grads[1]
+    here = local(Operands(q, k, v, mask, sinks, documents, relative), options, group, block, length, reach)
+    dq, dk, dv = rows.backward(grad, here.x, out, lse, here.options)
+    return dq, *here.back(dk, dv, k.shape[2])
 
 
 @local_softmax_attention_backward.register_fake
@@ -353,5 +395,6 @@ def _(
     length: int = 0,
     reach: int | None = None,
     documents: Tensor | None = None,
+    relative: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    return _empty_like(q, k, v)
+    return empty_like(q, k, v)

@@ -37,6 +37,7 @@ FORWARD = {
 _MADE_BY_FORWARD = {
     ops.linear_attention_backward.default: (ops.linear_attention.default, 8),
     ops.softmax_attention_backward.default: (ops.softmax_attention.default, 6),
+    ops.softmax_attention_relative_backward.default: (ops.softmax_attention.default, 6),
 }
 # backward operator -> its forward, and the argument of the backward that the forward returned
 
@@ -212,9 +213,12 @@ def _carry(
     return linear.forward(x, options, sequence, context.linear)[2]
 
 
+_BACKWARD = (ops.softmax_attention_backward.default, ops.softmax_attention_relative_backward.default)
+
+
 def edges(node: fx.Node) -> int:
     """How many of its neighbours' keys a rank's rows see under the window of a softmax attention, or 0."""
-    backward = node.target is ops.softmax_attention_backward.default
+    backward = node.target in _BACKWARD
     if not backward and node.target is not ops.softmax_attention.default:
         return 0
     at = 7 if backward else 4
@@ -222,7 +226,7 @@ def edges(node: fx.Node) -> int:
     return 0 if window is None else (int(window) - 1) * (1 if node.args[at] else 2)
 
 
-_MORE = ("sinks", "documents")
+_MORE = ("sinks", "documents", "relative")
 # Operands of a softmax attention behind its options, which have no queries' and no keys' shape.
 
 
@@ -231,7 +235,8 @@ class SoftmaxAttention:
     """softmax_attention and its backward: queries stay, keys and values are gathered by the strategy.
 
     Under a window that is shorter than a shard these are its neighbours'. Sinks are whole, and their gradient
-    is made of other operators. So are the documents: a number per token.
+    is made of other operators. So are the documents: a number per token; and relative biases, whose gradient
+    is a term of the sum over ranks.
 
     Keys of another length than the queries (cross attention) are asked for whole; their gradients are then
     partial.
@@ -243,7 +248,11 @@ class SoftmaxAttention:
     @property
     def backward(self) -> bool:
         """Whether this is the backward operator, whose first operand is the gradient of the output."""
-        return self.call.op is ops.softmax_attention_backward.default
+        return self.call.op in _BACKWARD
+
+    @property
+    def _relative_gradient(self) -> bool:
+        return self.call.op is ops.softmax_attention_relative_backward.default
 
     def split(self, side: Side, index: int, shard: Shard) -> Split | None:
         """See :class:`spcompile.rules.base.Rule`."""
@@ -256,6 +265,8 @@ class SoftmaxAttention:
             return self._by_batch(shard, roles) if batch else None
         alike = self.call.operands[first].shape[2] == self.call.operands[first + 1].shape[2]
         role = roles[index] if side == "in" else "q" if not self.backward or index == 0 else "kv"
+        if role == "relative" or (side == "out" and index == 3):
+            return None
         if shard.dim < 2:
             by = shard.at(1) if role == "sinks" else shard
             return self._by_batch(by, roles) if role != "mask" else None
@@ -264,7 +275,8 @@ class SoftmaxAttention:
         keys: Placement = shard if alike else Replicate()
         inputs = tuple(self._place(r, x, shard, keys) for r, x in zip(roles, self.call.operands, strict=True))
         grads: Placement = shard if alike else Partial("sum")
-        outputs = (shard, grads, grads) if self.backward else (shard, shard)
+        terms = (Partial("sum"),) if self._relative_gradient else ()
+        outputs = (shard, grads, grads, *terms) if self.backward else (shard, shard)
         return Split(inputs, outputs, (None,) * len(inputs), self._emit(shard, alike))
 
     def whole_emit(self) -> Emit:
@@ -294,12 +306,18 @@ class SoftmaxAttention:
         if len({x.shape[shard.dim] for x in tensors}) > 1 or "mask" in roles:
             return None  # grouped heads, or a mask that may or may not have the dim
         place = dict.fromkeys(_MORE, Replicate()) | dict.fromkeys(("q", "kv"), shard)
+        lead = {r: x.shape[0] for x, r in zip(self.call.operands, roles, strict=True)}
         if shard.dim == 1:
             place["sinks"] = shard.at(0)
-        elif "documents" in roles and self.call.operands[-1].shape[0] != 1:
+            if lead.get("relative", 1) != 1:
+                place["relative"] = shard.at(0)
+        elif lead.get("documents", 1) != 1:
             place["documents"] = shard
         inputs = tuple(place[r] for r in roles)
-        outputs = (shard,) * len(self.call.outputs)
+        outputs: tuple[Placement, ...] = (shard,) * len(self.call.outputs)
+        if self._relative_gradient:
+            own = place["relative"]
+            outputs = (*outputs[:3], own if isinstance(own, Shard) else Partial("sum"))
         return Split(inputs, outputs, (None,) * len(roles), self._emit(None, False))
 
     def _emit(self, shard: Shard | None, alike: bool) -> Emit:
@@ -324,7 +342,8 @@ class SoftmaxAttention:
             x = softmax.Operands(q, k, v, *more)
             gather = lambda: context.softmax.gather(x, options, queries, keys)  # noqa: E731
             kv = context.left(self.call.site, keys, gather)
-            return context.softmax.backward(grad, x, out, lse, kv, options, queries, keys)
+            wanted = {"relative": True} if self._relative_gradient else {}
+            return context.softmax.backward(grad, x, out, lse, kv, options, queries, keys, **wanted)
 
         return emit
 
@@ -389,5 +408,5 @@ RULES: dict[Any, type[LinearAttention] | type[SoftmaxAttention] | type[AffineSca
     ops.linear_attention.default: LinearAttention,
     ops.linear_attention_backward.default: LinearAttention,
     ops.softmax_attention.default: SoftmaxAttention,
-    ops.softmax_attention_backward.default: SoftmaxAttention,
+    **dict.fromkeys(_BACKWARD, SoftmaxAttention),
 }

@@ -48,8 +48,11 @@ class SoftmaxStrategy(Protocol):
         options: Options,
         queries: Sequence | None,
         keys: Sequence | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv of this rank's tokens.
+        *,
+        relative: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """dq, dk, dv of this rank's tokens; if ``relative``, the gradient of ``x.relative`` from this rank's
+        rows as well, a term of the sum over ranks.
 
         With ``keys`` None and sharded queries, dk and dv are this rank's *terms* of a sum over ranks.
         """

@@ -93,8 +93,11 @@ class AllGather:
         options: Options,
         queries: Sequence | None,
         keys: Sequence | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of all keys from this rank's rows, then each rank's own of their sum."""
+        *,
+        relative: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Gradients of all keys from this rank's rows, then each rank's own of their sum; that of a
+        ``relative`` bias, if it is wanted, is a term of the sum over ranks."""
         x = _with_keys(x, kv, options, queries, keys)
         grad, q, out = masked(queries, 2, grad, x.q, out)
         (lse,) = masked(queries, 2, lse)
@@ -104,19 +107,39 @@ class AllGather:
         saved = (grad, q, x.k, x.v, mask, out, lse)
         where = _where(x, options, queries, keys)
         if where is not None:
-            local = torch.ops.spcompile.local_softmax_attention_backward
-            dq, dk, dv = local(*saved, options.scale, *where[:2], **_named(x, options), **where[2])
+            local = _BACKWARD[relative][0]
+            dq, dk, dv, *more = local(*saved, options.scale, *where[:2], **_named(x, options), **where[2])
         else:
-            whole = torch.ops.spcompile.softmax_attention_backward
-            dq, dk, dv = whole(*saved, options.causal, options.scale, *options[3:], *x[4:])
-        if kv is None:
-            return dq, dk, dv
-        assert keys is not None
-        reach = _reach(options, queries, keys)
-        if reach is None:
-            return dq, *_scatter_kv(dk, dv, keys, summed=others(queries) is not None)
-        rank = collectives.rank(keys.group, dk.device)
-        return dq, *_unpacked(give_back(_packed(dk, dv), *reach, keys.group, rank), dk.shape[3])
+            whole = _BACKWARD[relative][1]
+            dq, dk, dv, *more = whole(*saved, options.causal, options.scale, *options[3:], *x[4:])
+        if kv is not None:
+            dk, dv = _given_back(dk, dv, options, queries, keys)
+        return dq, dk, dv, *more
+
+
+_BACKWARD = {
+    False: (
+        torch.ops.spcompile.local_softmax_attention_backward,
+        torch.ops.spcompile.softmax_attention_backward,
+    ),
+    True: (
+        torch.ops.spcompile.local_softmax_attention_relative_backward,
+        torch.ops.spcompile.softmax_attention_relative_backward,
+    ),
+}
+"""Of this rank's rows and of all rows, without and with the gradient of a relative bias."""
+
+
+def _given_back(
+    dk: Tensor, dv: Tensor, options: Options, queries: Sequence | None, keys: Sequence | None
+) -> tuple[Tensor, Tensor]:
+    """Each rank's own part of the gradients of all keys that its rows saw."""
+    assert keys is not None
+    reach = _reach(options, queries, keys)
+    if reach is None:
+        return _scatter_kv(dk, dv, keys, summed=others(queries) is not None)
+    rank = collectives.rank(keys.group, dk.device)
+    return _unpacked(give_back(_packed(dk, dv), *reach, keys.group, rank), dk.shape[3])
 
 
 def _where(
@@ -125,7 +148,8 @@ def _where(
     """Where this rank's rows stand among the keys: the arguments of the operator that reads the rank; None
     where it is all the same."""
     group = others(queries)
-    if group is None or not (options.causal or options.window is not None or x.documents is not None):
+    placed = options.causal or any(y is not None for y in (options.window, x.documents, x.relative))
+    if group is None or not placed:
         return None
     assert queries is not None
     reach = _reach(options, queries, keys)
@@ -136,7 +160,7 @@ def _where(
 def _named(x: Operands, options: Options) -> dict[str, object]:
     """The options that are not the plain causal attention's."""
     given = options._asdict() | x._asdict()
-    names = ("window", "soft_cap", "sinks", "documents")
+    names = ("window", "soft_cap", "sinks", "documents", "relative")
     named: dict[str, object] = {name: given[name] for name in names if given[name] is not None}
     return named if options.causal else {"causal": False, **named}
 

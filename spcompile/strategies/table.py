@@ -54,6 +54,11 @@ _LINEAR = (
         },
     ),
 )
+_BACK: dict[tuple[str, ...], tuple[str, str]] = {
+    ("all_gather",): ("keys and values again", _KEYS),
+    ("reduce_scatter",): ("gradients of keys and values", _KEYS),
+    ("all_gather", "edges"): ("gradients of neighbours' keys and values", _EDGES),
+}
 _SOFTMAX = (
     Strategy(
         "allgather",
@@ -62,12 +67,11 @@ _SOFTMAX = (
         {
             ("softmax_attention", "all_gather"): ("keys and values", _KEYS),
             ("softmax_attention", "all_gather", "edges"): ("neighbours' keys and values", _EDGES),
-            ("softmax_attention_backward", "all_gather"): ("keys and values again", _KEYS),
-            ("softmax_attention_backward", "reduce_scatter"): ("gradients of keys and values", _KEYS),
-            ("softmax_attention_backward", "all_gather", "edges"): (
-                "gradients of neighbours' keys and values",
-                _EDGES,
-            ),
+            **{
+                (f"softmax_attention{relative}_backward", *crossing): said
+                for relative in ("", "_relative")
+                for crossing, said in _BACK.items()
+            },
         },
     ),
 )

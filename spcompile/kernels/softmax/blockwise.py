@@ -1,6 +1,6 @@
 """Softmax attention in plain PyTorch, a block of query rows at a time: any device, dtype, mask, head sizes.
 
-    s_ij = scale * q_i k_j, or cap * tanh(scale * q_i k_j / cap)
+    s_ij = scale * q_i k_j, or cap * tanh(scale * q_i k_j / cap), plus what the distance i - j adds
     p_ij = softmax_j(s_ij + mask_ij)    out_i = sum_j p_ij v_j    lse_i = log sum_j exp(...)
 
 with a sink as one more logit of each row. The probabilities of one block of rows exist at a time, against the
@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spcompile.kernels.scan import state_dtype
 from spcompile.kernels.softmax.operands import Operands, Options
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "backward_relative", "forward"]
 
 # Scores held at a time, in elements (64 MiB in float32).
 _BUDGET = 1 << 24
@@ -82,7 +83,10 @@ def _probabilities(q: Tensor, k: Tensor, x: Operands, options: Options, block: _
     if options.soft_cap is not None:
         bounded = torch.tanh(scores / options.soft_cap)
         scores, slope = options.soft_cap * bounded, 1 - bounded * bounded
-    mask = _mask_block(x.mask, heads, block)
+    bias = _mask_block(x.bias(options, *block), heads)
+    if bias is not None:
+        scores = scores + bias
+    mask = _mask_block(_cut(x.mask, block), heads)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     visible = x.visible(options, *block)
@@ -102,13 +106,19 @@ def _probabilities(q: Tensor, k: Tensor, x: Operands, options: Options, block: _
     return _Weights(weights / torch.where(total == 0, 1.0, total), lse, slope)
 
 
-def _mask_block(mask: Tensor | None, kv_heads: int, block: _Block) -> Tensor | None:
-    """The mask's part of a block, [B, Hkv, G, t, keys], any of them 1."""
+def _cut(mask: Tensor | None, block: _Block) -> Tensor | None:
+    """The mask's part of a block, [B, H, t, keys], any of them 1."""
     if mask is None:
         return None
     mask = mask[(None,) * (4 - mask.dim())]
     mask = mask[:, :, block.rows] if mask.shape[2] > 1 else mask
-    mask = mask[..., block.keys] if mask.shape[3] > 1 else mask
+    return mask[..., block.keys] if mask.shape[3] > 1 else mask
+
+
+def _mask_block(mask: Tensor | None, kv_heads: int) -> Tensor | None:
+    """[B, Hkv, G, t, keys], any of them 1."""
+    if mask is None:
+        return None
     return mask.unsqueeze(2) if mask.shape[1] == 1 else _grouped(mask, kv_heads)
 
 
@@ -136,6 +146,32 @@ def forward(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
 
 def backward(grad: Tensor, x: Operands, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`forward`'s ``out``: dq, dk, dv contiguous, each in its input's dtype."""
+    return _gradients(grad, x, options, None)
+
+
+def backward_relative(grad: Tensor, x: Operands, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same, and the gradient of ``relative``: of an entry the sum over the scores that it is added to."""
+    assert x.relative is not None
+    total = torch.zeros(x.relative.shape, dtype=state_dtype(x.q.dtype), device=x.q.device)
+    return *_gradients(grad, x, options, total), total.to(x.relative.dtype)
+
+
+def _by_distance(ds: Tensor, heads: int) -> Tensor:
+    """The sums of [B, Hkv, G, t, keys] along its diagonals and over the batch, [heads, t + keys - 1].
+
+    With the keys from last to first and each row moved on by one, a diagonal is a column.
+    """
+    rows, keys = ds.shape[-2:]
+    ds = ds.sum(0).flatten(0, 1)
+    ds = ds if heads > 1 else ds.sum(0, keepdim=True)
+    moved = F.pad(ds.flip(-1), (0, rows)).flatten(1)[:, : rows * (rows + keys - 1)]
+    return moved.unflatten(1, (rows, rows + keys - 1)).sum(1)
+
+
+def _gradients(
+    grad: Tensor, x: Operands, options: Options, total: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv; that of ``relative`` is added to ``total``."""
     q, k, v = x[:3]
     wide, heads = state_dtype(q.dtype), k.shape[1]
     dq, dk, dv = (torch.zeros(y.shape, dtype=wide, device=y.device) for y in (q, k, v))
@@ -145,7 +181,10 @@ def backward(grad: Tensor, x: Operands, options: Options) -> tuple[Tensor, Tenso
         p, _, slope = _probabilities(rows, keys, x, options, block)
         dv[:, :, block.keys] += (p.mT @ grads).sum(2)
         dp = grads @ values.unsqueeze(2).mT
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * options.scale
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+        if total is not None:
+            total.index_add_(1, x.distances(options, *block), _by_distance(ds, total.shape[0]))
+        ds = ds * options.scale
         ds = ds if slope is None else ds * slope
         dq[:, :, block.rows] = (ds @ keys.unsqueeze(2)).flatten(1, 2)
         dk[:, :, block.keys] += (ds.mT @ rows).sum(2)

@@ -36,7 +36,7 @@ _NONE_VISIBLE = -1e29
 
 # A window's rows are taken so many at a time, or as many as the window is long if that is between.
 _FEWEST_ROWS, _MOST_ROWS = 64, 512
-# Those of documents, where no window says more.
+# Those of documents and relative biases, where no window says more.
 _ROWS_OF_DOCUMENTS = 256
 
 # CUDA's kernel: heads of at most so many numbers, a multiple of so many, and its kinds of numbers.
@@ -66,6 +66,8 @@ def refuses(x: Operands, options: Options = PLAIN) -> str:
         return "a sliding window"
     if x.documents is not None:
         return "documents"
+    if x.relative is not None:
+        return "a relative bias"
     return f"heads of more than {_LARGEST} numbers" if _size(x) > _LARGEST else ""
 
 
@@ -79,15 +81,16 @@ def _on_gpu(q: Tensor) -> bool:
     return q.device.type != "cpu"
 
 
-def imprecise(mask: Tensor | None, lse: Tensor) -> bool:
-    """Whether an additive mask makes some row's ``lse`` so large that it cannot say the row's weights.
+def imprecise(x: Operands, lse: Tensor) -> bool:
+    """Whether an additive mask or bias makes a row's ``lse`` so large that it cannot say the row's weights.
 
     A row whose keys all carry -1e4 or ``finfo.min`` is a softmax of what is left of its scores after
     rounding (often uniform), which exp(score - lse) loses: -3e38 + log(n) is -3e38. Such rows, and those
     where an additive -inf hides every key, are left to the blockwise kernel. (Scores that are large by
     themselves round alike everywhere.)
     """
-    return mask is not None and mask.dtype != torch.bool and bool((lse < -1e3).any())
+    additive = x.relative is not None or (x.mask is not None and x.mask.dtype != torch.bool)
+    return additive and bool((lse < -1e3).any())
 
 
 def _parts(x: Operands, options: Options) -> list[tuple[int, int, bool]]:
@@ -112,16 +115,20 @@ def _widened(x: Tensor, size: int) -> Tensor:
 
 
 def _mask_part(x: Operands, call: _Call, options: Options) -> Tensor | None:
-    """The mask of a call, data and window, as the kernel's additive 4-D mask; dims of size 1 stay."""
+    """The mask of a call, data and structure, as the kernel's additive 4-D mask; dims of size 1 stay."""
     mask, wide, visible = x.mask, state_dtype(x.q.dtype), None
+    block = call.row, call.row + call.rows, call.key, call.key + call.keys
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
         mask = mask[:, :, call.row : call.row + call.rows] if mask.shape[2] > 1 else mask
         mask = mask[..., call.key : call.key + call.keys] if mask.shape[3] > 1 else mask
         additive = mask.dtype != torch.bool
         mask = mask.to(wide).clamp(min=_MASKED) if additive else torch.where(mask, 0.0, _MASKED).to(wide)
+    bias = x.bias(options, *block)
+    if bias is not None:
+        mask = bias.to(wide) if mask is None else bias.to(wide) + mask
     if _in_blocks(x, options):
-        visible = x.visible(options, call.row, call.row + call.rows, call.key, call.key + call.keys)
+        visible = x.visible(options, *block)
     if visible is None:
         return mask
     return torch.where(
@@ -153,7 +160,7 @@ def _calls(x: Operands, options: Options) -> list[_Call]:
 
 
 def _in_blocks(x: Operands, options: Options) -> bool:
-    return options.window is not None or x.documents is not None
+    return options.window is not None or x.documents is not None or x.relative is not None
 
 
 def _blocks(x: Operands, options: Options) -> list[_Call]:

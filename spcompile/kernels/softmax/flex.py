@@ -3,7 +3,7 @@
 That is float32, and a mask that is data. FlexAttention is told of a call by three things:
 
 - ``mask_mod``, whether row i may see key j: the band of the options, documents, and a bool mask's entry;
-- ``score_mod``, what becomes of a score: an additive mask's entry is added;
+- ``score_mod``, what becomes of a score: an additive mask's entry is added, and a relative bias's;
 - a block mask: which blocks of 128 rows by 128 keys are looked at, and in which ``mask_mod`` is asked.
 
 They are built inside the compiled function from tensors, this rank's first row among them, so that one piece
@@ -54,7 +54,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST = 2**31 - 1
 
 # Options and operands that may be left out and that this file has a line for.
-_KNOWN = frozenset({"first_row", "mask", "window", "documents"})
+_KNOWN = frozenset({"first_row", "mask", "window", "documents", "relative"})
 
 # Of the choices of PyTorch's kernels the plain one. The backward is given what a forward would write down.
 _FORWARD = {"BACKEND": "TRITON"}
@@ -151,9 +151,10 @@ def _gradients(call: _Call) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         mask: Tensor | None,
         top: Tensor | None,
         documents: Tensor | None,
+        relative: Tensor | None,
         *blocks: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        given = first, mask, top, documents
+        given = first, mask, top, documents, relative
         there = [x is not None for x in given]
         tensors = tuple(x for x in given if x is not None)
 
@@ -170,7 +171,7 @@ def _gradients(call: _Call) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         def back(
             score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, grad: Tensor, *tensors: Tensor
         ) -> list[Tensor | None]:
-            """Gradients of score_mod's arguments: masks get none."""
+            """Gradients of score_mod's arguments: masks and biases get none."""
             return [grad, *[None] * (4 + len(tensors))]
 
         lengths = q.shape[2], k.shape[2]
@@ -195,9 +196,15 @@ def programs(options: Options, precise: bool = False) -> tuple[Callable[..., Any
     gradients = _gradients(call)
 
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, documents: Tensor | None, first: Tensor
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        documents: Tensor | None,
+        relative: Tensor | None,
+        first: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        given = given_of(options, q, k, mask, first, documents)
+        given = given_of(options, q, k, mask, documents, relative, first)
         out, lse = _attend(call, q, k, v, given, blocks_of(options, q, k, given))
         lse = lse if given.top is None else lse + given.top.squeeze(-1)
         return out.contiguous(), lse.contiguous()
@@ -209,11 +216,12 @@ def programs(options: Options, precise: bool = False) -> tuple[Callable[..., Any
         v: Tensor,
         mask: Tensor | None,
         documents: Tensor | None,
+        relative: Tensor | None,
         first: Tensor,
         out: Tensor,
         lse: Tensor,
     ) -> tuple[Tensor, ...]:
-        given = given_of(options, q, k, mask, first, documents)
+        given = given_of(options, q, k, mask, documents, relative, first)
         blocks = blocks_of(options, q, k, given)
         lse = _lse(call, q, k, v, lse, given, blocks) * math.log2(math.e)  # as the kernel has it
         return tuple(x.contiguous() for x in gradients(grad, q, k, v, out, lse, *given, *blocks))
@@ -231,14 +239,15 @@ class _Kind(NamedTuple):
     mask: tuple[Any, ...]  # dtype, and which dims are broadcast
     precise: bool  # float32, and TF32 is not allowed
     documents: tuple[Any, ...] = ()  # as the mask
+    relative: tuple[Any, ...] = ()
 
 
 def _kind(x: Operands, options: Options) -> _Kind:
     sizes = x.q.shape[1], x.k.shape[1], x.k.shape[3], x.v.shape[3]
     mask = () if x.mask is None else (x.mask.dtype, *(size == 1 for size in x.mask.shape))
     precise = x.q.dtype == torch.float32 and not _tf32() and max(sizes[2:]) <= 128 and _holds(x.q.device)
-    ids = () if x.documents is None else (x.documents.dtype, x.documents.shape[0] == 1)
-    return _Kind(options._replace(first_row=0), x.q.device, x.q.dtype, sizes, mask, precise, ids)
+    ids, bias = (() if y is None else (y.dtype, y.shape[0] == 1) for y in (x.documents, x.relative))
+    return _Kind(options._replace(first_row=0), x.q.device, x.q.dtype, sizes, mask, precise, ids, bias)
 
 
 def _holds(device: torch.device) -> bool:
@@ -284,14 +293,14 @@ def _first(x: Operands, options: Options) -> Tensor:
 
 def forward(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
     """As :func:`.blockwise.forward`."""
-    return _run(0, x, options, (*x[:4], x.documents, _first(x, options)))
+    return _run(0, x, options, (*x[:4], x.documents, x.relative, _first(x, options)))
 
 
 def backward(
     grad: Tensor, x: Operands, out: Tensor, lse: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients from the saved ``out`` and ``lse``: dq, dk, dv contiguous, each in its input's dtype."""
-    return _run(1, x, options, (grad, *x[:4], x.documents, _first(x, options), out, lse))
+    return _run(1, x, options, (grad, *x[:4], x.documents, x.relative, _first(x, options), out, lse))
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ class Given(NamedTuple):
     mask: Tensor | None = None  # bool or additive, 4-D; dims of size 1 are broadcast
     top: Tensor | None = None  # [., ., R or 1, 1]: the largest additive entry that each row sees, finite
     documents: Tensor | None = None  # [B or 1, S]: of each key
+    relative: Tensor | None = None  # [H or 1, 2 L - 1]: added to a score by distance
 
 
 def _band(options: Options) -> tuple[int | None, int | None]:
@@ -54,7 +55,7 @@ def modifications(options: Options, given: Given) -> tuple[Callable[..., Tensor]
 
     d score_mod / d score is 1; an option that changes it needs a line in ``flex._gradients`` too.
     """
-    band, (first, mask, top, documents) = _band(options), given
+    band, (first, mask, top, documents, relative) = _band(options), given
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         seen = _within(first + i - j, band)
@@ -66,6 +67,9 @@ def modifications(options: Options, given: Given) -> tuple[Callable[..., Tensor]
         return seen
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if relative is not None:
+            at = (relative.shape[1] // 2 + first + i - j).clamp(0, relative.shape[1] - 1)
+            score = score + _entry(relative, h, at).to(score.dtype)
         if mask is not None and top is not None:  # the NOTE in flex.py: in this order
             score = (score + _entry(mask, b, h, i, j).to(top.dtype)) - _entry(top, b, h, i, j)
         return score
@@ -96,10 +100,16 @@ def _structure(options: Options, given: Given, rows: int, keys: int) -> Tensor:
 
 
 def given_of(
-    options: Options, q: Tensor, k: Tensor, mask: Tensor | None, first: Tensor, documents: Tensor | None
+    options: Options,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    documents: Tensor | None,
+    relative: Tensor | None,
+    first: Tensor,
 ) -> Given:
     """What the modifications of a call read."""
-    given = Given(first, documents=documents)
+    given = Given(first, documents=documents, relative=relative)
     if mask is None:
         return given
     given = given._replace(mask=mask[(None,) * (4 - mask.dim())])

@@ -1,5 +1,5 @@
 """What a call of softmax attention is made of, and the one rule of which key a row may see: by its place
-(:class:`Options`) and by its document (:class:`Operands`)."""
+(:class:`Options`) and by its document (:class:`Operands`); and of what their distance adds to a score."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class Operands(NamedTuple):
     mask: Tensor | None = None  # bool (True = may see) or additive, broadcastable to [B, H, T, S]
     sinks: Tensor | None = None  # [H]: a logit beside those of the keys, whose weight is dropped
     documents: Tensor | None = None  # [B or 1, S], integers: a row sees the keys of its own document
+    relative: Tensor | None = None  # [H or 1, 2 L - 1]: entry L - 1 + p - j is added to a score, L >= T, S
 
     def own_documents(self, options: Options, start: int, stop: int) -> Tensor:
         """The documents of the rows [start, stop), [B or 1, rows]; behind the keys that of the last."""
@@ -29,6 +30,25 @@ class Operands(NamedTuple):
         if last <= ids.shape[1]:
             return ids[:, first:last]
         return ids[:, torch.arange(first, last, device=ids.device).clamp(max=ids.shape[1] - 1)]
+
+    def distances(self, options: Options, start: int, stop: int, first: int, end: int) -> Tensor:
+        """Where the entries of ``relative`` are that a block of rows and keys reads, ``[rows + keys - 1]``,
+        from the last key's distance to the first row to the first key's to the last row.
+
+        Rows behind all keys are padding, and read the last entry.
+        """
+        assert self.relative is not None
+        size = self.relative.shape[1]
+        zero = size // 2 + options.first_row
+        low, high = zero + start - (end - 1), zero + stop - first
+        return torch.arange(low, high, device=self.relative.device).clamp(0, size - 1)
+
+    def bias(self, options: Options, start: int, stop: int, first: int, end: int) -> Tensor | None:
+        """What ``relative`` adds to the scores of a block, ``[1, H or 1, rows, keys]``; None: nothing."""
+        if self.relative is None:
+            return None
+        entries = self.relative[:, self.distances(options, start, stop, first, end)]
+        return entries.unfold(1, end - first, 1).flip(2).unsqueeze(0)
 
     def visible(self, options: Options, start: int, stop: int, first: int, end: int) -> Tensor | None:
         """Which keys of [first, end) each row of [start, stop) may see, by their places and documents.

@@ -11,7 +11,7 @@ from torch import Tensor
 from spcompile.kernels.softmax import blockwise, flash, flex
 from spcompile.kernels.softmax.operands import PLAIN, Operands, Options
 
-__all__ = ["backward", "forward", "name", "refuses"]
+__all__ = ["backward", "backward_relative", "forward", "name", "refuses"]
 
 
 def name(x: Operands, options: Options = PLAIN) -> str:
@@ -34,7 +34,7 @@ def forward(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
     """Attention of the query rows given against all keys given; the result is as in ``blockwise.forward``."""
     if not flash.refuses(x, options):
         out, lse = flash.forward(x, options)
-        if not flash.imprecise(x.mask, lse):
+        if not flash.imprecise(x, lse):
             return (out, lse) if x.sinks is None else _with_sinks(out, lse, x.sinks)
     elif not flex.refuses(x, options):
         with flex.or_blocks(x, options):
@@ -61,9 +61,14 @@ def backward(
     gradients of a row's scores have in common.
     """
     if not flash.refuses(x, options):
-        if not flash.imprecise(x.mask, lse):
+        if not flash.imprecise(x, lse):
             return flash.backward(grad, x, out, lse, options)
     elif not flex.refuses(x, options):
         with flex.or_blocks(x, options):
             return flex.backward(grad, x, out, lse, options)
     return blockwise.backward(grad, x, options)
+
+
+def backward_relative(grad: Tensor, x: Operands, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same and the gradient of ``relative``, which no fused kernel sums in a fixed order."""
+    return blockwise.backward_relative(grad, x, options)

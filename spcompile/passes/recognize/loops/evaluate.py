@@ -20,6 +20,7 @@ from spcompile._torch import OpOverload
 from spcompile.passes.recognize.edit import Refused
 from spcompile.passes.recognize.loops.families import Carry, Family, Invariant, Progress, Ref, refs_in
 from spcompile.passes.shadow import Value, is_pure
+from spcompile.passes.shadow.spelling import by_schema
 
 __all__ = ["Batch", "Evaluator"]
 
@@ -144,7 +145,8 @@ class Evaluator:
             filled = list(leaves)
             for i, x in zip(at, tensors, strict=True):
                 filled[i] = x
-            return _by_schema(target, pytree.tree_unflatten(filled, spec))
+            positional, named = by_schema(target, pytree.tree_unflatten(filled, spec))
+            return target(*positional, **named)
 
         try:
             return _mapped(op, [leaves[i] for i in at])
@@ -293,15 +295,3 @@ def _mapped(op: Callable[..., Any], operands: list[Batch]) -> Any:
     if isinstance(out, (tuple, list)):
         return [Batch(x, batched) for x in out]
     return Batch(out, batched)
-
-
-
-def _by_schema(target: OpOverload, args: dict[str, Any]) -> Any:
-    """Call an op with arguments by name; those before the first that is left out go by place."""
-    positional: list[Any] = []
-    rest = dict(args)
-    for a in target._schema.arguments:
-        if a.name not in rest or a.kwarg_only:
-            break
-        positional.append(rest.pop(a.name))
-    return target(*positional, **rest)

@@ -24,6 +24,7 @@ from spcompile.passes.recognize.algebra.products import Factor, peel, product_of
 from spcompile.passes.recognize.common import check_one_place, check_private
 from spcompile.passes.recognize.edit import Editor, Operand, Refused, Writer
 from spcompile.passes.recognize.proof.prover import Prover
+from spcompile.passes.recognize.softmax.relative import emit_relative
 from spcompile.passes.recognize.softmax.sinks import read_sink
 from spcompile.passes.recognize.softmax.steps import (
     Found,
@@ -246,6 +247,7 @@ def rewrite(found: Found, editor: Editor, prover: Prover) -> tuple[fx.Node, str]
     mask = emit_mask(w, editor, masking.general, (roles.b, heads, rows, keys), dtype)
     more = [masking.band.window, masking.soft_cap, _sinks(found, heads, editor, w)]
     more.append(_documents(masking, roles, editor, w))
+    more.append(emit_relative(masking.relative, heads, roles.t, roles.s, editor, w))
     while more and more[-1] is None:
         more.pop()
     q4 = w.to(w.arrange(q, (roles.b, heads, rows, roles.k)), dtype)

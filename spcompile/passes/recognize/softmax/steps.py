@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from spcompile.passes.recognize.algebra.dims import Atom, Dims
-from spcompile.passes.recognize.algebra.products import Factor
+from spcompile.passes.recognize.algebra.dims import Atom, Dims, align
+from spcompile.passes.recognize.algebra.products import Factor, peel, scalar
 from spcompile.passes.recognize.edit import Editor, Refused, Writer
 from spcompile.passes.recognize.proof import masks
 from spcompile.passes.recognize.proof.prover import Prover
 from spcompile.passes.recognize.softmax.bands import Band, Split, band_of, split
 from spcompile.passes.recognize.softmax.documents import Documents
+from spcompile.passes.recognize.softmax.relative import Relative, read_relative
 from spcompile.passes.shadow import Value
 
 NEVER = -1e9  # a filled score at or below this has weight zero in a row that keeps a key (see `_is_never`)
@@ -85,6 +86,8 @@ class Masking:
     undefined: bool = False
     """Whether a row that keeps no key is NaN, as a softmax over nothing is."""
     documents: Documents | None = None
+    relative: list[Relative] = field(default_factory=list)
+    """Biases by head and distance."""
 
     @property
     def name(self) -> str:
@@ -92,7 +95,12 @@ class Masking:
         data = {"padding" if s.of_keys else "general": None for s in self.general}
         structure = [self.band.name, "documents" if self.documents else ""]
         mask = " and ".join([*(name for name in structure if name), *data]) or "all"
-        more = [*(["soft cap"] if self.soft_cap is not None else []), *(["sinks"] if self.sinks else [])]
+        others = {
+            "soft cap": self.soft_cap is not None,
+            "relative bias": bool(self.relative),
+            "sinks": self.sinks,
+        }
+        more = [name for name, there in others.items() if there]
         return ", ".join([mask, *more])
 
 
@@ -105,14 +113,12 @@ def decide(found: Found, rows: Atom, prover: Prover, held: Callable[[Value], boo
     scale, soft_cap = _scores(found.steps)
     whole: masks.Pieces = [masks.Piece(1 - found.keys.size, rows.size - 1, True)]
     proved, data, numbers, documents = whole, list[Step](), list[float](), dict[Documents, None]()
-    for n, step in enumerate(found.steps):
-        if step.kind not in ("bias", "fill"):
-            continue
-        after = _after(found.steps, n)
-        if after <= 0:
-            raise Refused("its masked scores are multiplied by a number that is not positive")
+    relative: list[Relative] = []
+    for step, after in _masks(found, rows, prover, held):
         part = _proved_part(step, after, rows, found, prover, held)
-        if part is None:
+        if part is None and (by := _by_distance(step, after, rows, found, prover, held)) is not None:
+            relative.append(by)
+        elif part is None:
             data.append(_scaled(step, after))
             numbers += [data[-1].number] if step.kind == "fill" else []
         else:
@@ -132,12 +138,63 @@ def decide(found: Found, rows: Atom, prover: Prover, held: Callable[[Value], boo
     if band is None or len(documents) > 1 or not (told if data else keeps):
         data, band = _undo(found), Band()
         documents.clear()
+        relative.clear()
     band = Band(band.causal or found.causal, band.window)
     keeps = keeps and (not data or found.sinks is not None)
     uniform = _uniform(data) and not keeps
     undefined = bool(data) and found.by_hand and not uniform and not keeps
     ids = next(iter(documents), None)
-    return Masking(scale, soft_cap, band, data, found.sinks is not None, uniform, undefined, ids)
+    return Masking(scale, soft_cap, band, data, found.sinks is not None, uniform, undefined, ids, relative)
+
+
+def _masks(
+    found: Found, rows: Atom, prover: Prover, held: Callable[[Value], bool]
+) -> Iterator[tuple[Step, float]]:
+    """What is added to or filled into the scores, with what it is multiplied by afterwards.
+
+    A sum of a bias by distance and of other terms is these, one by one.
+    """
+    for n, step in enumerate(found.steps):
+        if step.kind not in ("bias", "fill"):
+            continue
+        after = _after(found.steps, n)
+        if after <= 0:
+            raise Refused("its masked scores are multiplied by a number that is not positive")
+        terms = _terms(step, found.dtype)
+        apart = len(terms) > 1 and any(_by_distance(t, after, rows, found, prover, held) for t in terms)
+        yield from ((t, after) for t in (terms if apart else [step]))
+
+
+def _terms(step: Step, dtype: torch.dtype | None) -> list[Step]:
+    """The terms of a bias that is a sum, or that is there where a mask says and hides what is elsewhere."""
+    v = step.value
+    if step.kind != "bias" or v is None:
+        return [step]
+    v, dims, _ = peel(v, step.dims)
+
+    def terms(x: Value, by: float = 1.0) -> list[Step]:
+        part = replace(step, number=step.number * by, value=x, dims=align(dims, x.shape))
+        return _terms(part, dtype)
+
+    if v.name == "add":
+        a, b, alpha = v.args["self"], v.args["other"], v.args.get("alpha", 1)
+        return [*terms(a), *terms(b, alpha)] if isinstance(b, Value) and alpha > 0 else [step]
+    if v.name == "where":
+        mask = v.args["condition"]
+        for name, other, keep in (("self", "other", True), ("other", "self", False)):
+            x, fill = v.args[name], scalar(v.args[other])
+            if isinstance(x, Value) and fill is not None and _is_never(fill * step.number, dtype):
+                hides = Step("fill", fill * step.number, mask, align(dims, mask.shape), keep)
+                return [*terms(x), hides]
+    return [step]
+
+
+def _by_distance(
+    step: Step, after: float, rows: Atom, found: Found, prover: Prover, held: Callable[[Value], bool]
+) -> Relative | None:
+    if step.kind != "bias" or step.value is None:
+        return None
+    return read_relative(step.value, step.dims, step.number * after, rows, found.keys, prover, held)
 
 
 def _itself(rows: int, keys: int) -> masks.Pieces:

@@ -22,9 +22,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from spcompile.passes.shadow.spelling import arithmetic, views
-from spcompile.passes.shadow.spelling.call import Call, Derive
+from spcompile.passes.shadow.spelling.call import Call, Derive, by_schema
 
-__all__ = ["Call", "canonical"]
+__all__ = ["Call", "by_schema", "canonical"]
 
 _REWRITES = arithmetic.REWRITES | views.REWRITES
 

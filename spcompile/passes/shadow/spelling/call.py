@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from spcompile._torch import OpOverload
 from spcompile.passes.shadow.values import Value
 
-__all__ = ["Call", "Derive", "Rewrite", "each"]
+__all__ = ["Call", "Derive", "Rewrite", "by_schema", "each"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,17 @@ Derive = Callable[[Call], Value]
 """Makes a Value of a call on the way."""
 Rewrite = Callable[[Call, Derive], Call | None]
 """None: it is canonical as it stands."""
+
+
+def by_schema(target: OpOverload, args: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments by name as those of a call: those before the first that is left out go by place."""
+    positional: list[Any] = []
+    rest = dict(args)
+    for a in target._schema.arguments:
+        if a.name not in rest or a.kwarg_only:
+            break
+        positional.append(rest.pop(a.name))
+    return positional, rest
 
 
 def each(names: str, rewrite: Rewrite) -> dict[str, Rewrite]:
