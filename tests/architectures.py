@@ -1,9 +1,10 @@
-"""Causal language models of transformers, shrunk and sharded: ``python -m tests.architectures [NAMES...]``.
+"""Other people's models, shrunk and sharded: ``python -m tests.architectures [NAMES...]``.
 
-Every architecture that transformers' table of causal language models lists and that can be made small by the
-names of its sizes. Each runs in a process of its own, a training step on simulated ranks, all short of
-Inductor; ``--plan`` asks ``spcompile.explain`` for 2,048 tokens besides. What is done is kept in a file, one
-line of JSON for each, and not done again; ``--table`` prints it.
+Every architecture that transformers' table of causal language models lists and that can be made small by
+the names of its sizes; or, by ``--builders``, the models of a Python file. Each runs in a process of its
+own, a training step on simulated ranks, all short of Inductor; ``--plan`` asks ``spcompile.explain`` for
+2,048 tokens besides. What is done is kept in a file, one line of JSON for each, and not done again;
+``--table`` prints it.
 """
 
 from __future__ import annotations
@@ -30,100 +31,15 @@ from torch import nn
 
 import spcompile
 from spcompile.simulate import simulated
+from spcompile.tables import human
 from tests.proof import Eager, eager, left_behind, loss_of
-from tests.third_party import load
+from tests.small_models import architectures, built, of_file
 
-__all__ = ["EXACT", "INSIDE", "build", "check", "names", "plan"]
+__all__ = ["EXACT", "INSIDE", "check", "plan"]
 
 # Theirs may compute norms, rotary embeddings, softmax or routers in float32, whatever the model's dtype.
 EXACT, INSIDE = 1e-9, 2e-5
-LENGTH, PLANNED, VOCAB = 97, 2048, 128
-LARGEST = 20_000_000  # parameters: what has more was not made small
-
-_SIZES: dict[Any, tuple[str, ...]] = {
-    VOCAB: ("vocab_size",),
-    64: ("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "word_embed_proj_dim"),
-    128: (
-        *("intermediate_size", "n_inner", "ffn_dim", "d_ff", "decoder_ffn_dim", "encoder_ffn_dim", "d_inner"),
-        "ffn_hidden_size",
-    ),
-    2: (
-        *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"),
-        *("num_decoder_layers", "num_encoder_layers", "num_key_value_heads", "num_experts_per_tok", "moe_k"),
-        *("moe_topk", "linear_num_key_heads", "mamba_expand"),
-    ),
-    4: (
-        *("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"),
-        *(
-            "encoder_attention_heads",
-            "num_experts",
-            "num_local_experts",
-            "n_routed_experts",
-            "moe_num_experts",
-        ),
-        "linear_num_value_heads",
-    ),
-    4096: ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"),
-    16: (
-        *(
-            "head_dim",
-            "sliding_window",
-            "attention_chunk_size",
-            "kv_lora_rank",
-            "qk_nope_head_dim",
-            "v_head_dim",
-        ),
-        *("linear_key_head_dim", "linear_value_head_dim", "state_size", "mamba_d_state", "mamba_d_head"),
-    ),
-    8: ("qk_rope_head_dim", "mamba_n_heads", "rotary_dim"),
-    24: ("q_lora_rank",),
-    32: ("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size"),
-    1: ("n_group", "topk_group", "first_k_dense_replace", "num_expert_groups", "bos_token_id"),
-    0: ("pad_token_id",),
-}
-_SMALL = {name: size for size, found in _SIZES.items() for name in found} | {
-    "eos_token_id": 2,
-    "is_decoder": True,
-    "use_cache": False,
-}
-_RANDOM = ("dropout", "pdrop", "layerdrop", "jitter_noise", "drop_path")
-
-
-def names() -> dict[str, str]:
-    """Type of model -> its class, of every causal language model."""
-    found: dict[str, str] = load("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return dict(found)
-
-
-def build(name: str) -> nn.Module:
-    """A small model of an architecture, random, in float64 and train mode, without anything at random.
-
-    Raises:
-        Exception: whatever its configuration says of such sizes.
-    """
-    configuration = load("transformers.models.auto.configuration_auto").CONFIG_MAPPING[name]
-    default = configuration()
-    derived = {key for key in _SMALL if isinstance(getattr(configuration, key, None), property)}
-    sizes = {key: size for key, size in _SMALL.items() if hasattr(default, key) and key not in derived}
-    if "qk_rope_head_dim" in sizes:
-        sizes["head_dim"] = sizes["qk_rope_head_dim"]  # of rotary embeddings, there
-    chances = {key: 0.0 for key in vars(default) if any(word in key for word in _RANDOM)}
-    torch.manual_seed(0)
-    made = getattr(load("transformers"), names()[name])
-    config = configuration(**sizes, **chances)
-    with torch.device("meta"):
-        count = sum(p.numel() for p in made(config).parameters())
-    if count > LARGEST:
-        raise ValueError(f"{count:,} parameters, whatever sizes are given")
-    model: nn.Module = made(config)
-    return model.double().train()
-
-
-def inputs_of(length: int) -> dict[str, Any]:
-    """Tokens and labels."""
-    ids = torch.randint(3, VOCAB, (2, length), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "labels": ids.clone(), "use_cache": False}
-
+LENGTH, PLANNED = 97, 2048
 
 # Their gated delta rule by chunks rounds the gradient of its gate to 2e-5 in float32, by tokens to 1e-7.
 _LESS_EXACT = {"torch_chunk_gated_delta_rule": "torch_recurrent_gated_delta_rule"}
@@ -163,10 +79,10 @@ def _one_by_one(model: nn.Module, inputs: dict[str, Any]) -> Eager:
         config._experts_implementation = default
 
 
-def check(name: str, ranks: int) -> dict[str, Any]:
+def check(name: str, ranks: int, builders: Path | None) -> dict[str, Any]:
     """The error of a training step on simulated ranks, and where the graph breaks."""
     torch.compiler.reset()
-    model, inputs = build(name), inputs_of(LENGTH)
+    model, inputs = built(name, LENGTH, builders)
     expected = reference(model, inputs)
     torch._dynamo.utils.counters.clear()
     loss = loss_of(torch.compile(model, backend=simulated(ranks, nan_padding=True))(**inputs))
@@ -175,10 +91,11 @@ def check(name: str, ranks: int) -> dict[str, Any]:
     return {"error": expected.error(loss.detach(), left_behind(model, inputs)), "breaks": breaks}
 
 
-def plan(name: str) -> dict[str, Any]:
+def plan(name: str, builders: Path | None) -> dict[str, Any]:
     """What a step of 2,048 tokens would do on four ranks."""
     torch.compiler.reset()
-    model, inputs = build(name).float(), inputs_of(PLANNED)
+    model, inputs = built(name, PLANNED, builders)
+    model = model.float()
     seconds = {}
     for ranks in (1, 4):
         report = spcompile.explain(model, ranks=ranks)(**inputs)
@@ -186,7 +103,9 @@ def plan(name: str) -> dict[str, Any]:
         torch.compiler.reset()
     sites = Counter(f"{s.kind}, {s.mask}" if s.mask else s.kind for s in report.sites if s.rewritten)
     left = Counter(f"{s.kind}: {s.reason}" for s in report.sites if not s.rewritten)
-    gathered = Counter(g.op for g in report.gathers)
+    gathered: Counter[str] = Counter()
+    for g in report.gathers:
+        gathered[g.op] += g.bytes
     alone, memory = report.alone, report.memory
     return {
         "sites": dict(sites),
@@ -197,22 +116,22 @@ def plan(name: str) -> dict[str, Any]:
     }
 
 
-def measured(name: str, ranks: list[int], planned: bool) -> dict[str, Any]:
+def measured(name: str, ranks: list[int], planned: bool, builders: Path | None) -> dict[str, Any]:
     """All that is asked of one architecture; what stops it is told."""
     row: dict[str, Any] = {"name": name}
     began = time.perf_counter()
     try:
-        build(name)
+        built(name, LENGTH, builders)
     except Exception as error:
         return row | {"note": f"not made small: {_line(error)}"}
     for p in ranks:
         try:
-            row[f"P={p}"] = check(name, p)
+            row[f"P={p}"] = check(name, p, builders)
         except Exception as error:
             row[f"P={p}"] = {"note": _line(error)}
     if planned:
         try:
-            row |= plan(name)
+            row |= plan(name, builders)
         except Exception as error:
             row["plan"] = _line(error)
     return row | {"took": time.perf_counter() - began}
@@ -225,6 +144,7 @@ def _line(error: BaseException) -> str:
 def apart(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """The same in a process of its own, which may crash or take too long."""
     how = [sys.executable, "-m", "tests.architectures", "--one", name, "--ranks", *map(str, args.ranks)]
+    how += ["--builders", str(args.builders)] if args.builders else []
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
@@ -252,18 +172,18 @@ def verdict(found: dict[str, Any]) -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The architectures, one a line."""
-    heads = ["architecture", "ranks", "graph breaks", "attention", "left", "gathered", "1 / 4 ranks save"]
+    heads = ["model", "ranks", "graph breaks", "attention", "left", "gathered by 4 ranks"]
+    heads += ["1 / 4 ranks save", "4 / 1 ranks plan"]
     body = []
     for row in sorted(rows, key=lambda row: row["name"]):
         found = {k: v for k, v in row.items() if k.startswith("P=")}
         said = row.get("note", "")[:100] or "; ".join(f"{p}: {verdict(x)}" for p, x in found.items())
         breaks = max((x.get("breaks", 0) for x in found.values()), default="")
-        listed = (
-            "; ".join(f"{n} {what}" for what, n in row.get(k, {}).items())
-            for k in ("sites", "left", "gathers")
-        )
-        alone, each = row.get("saved", (0, 0))
-        body.append([row["name"], said, breaks, *listed, f"{alone / each:.1f}x" if each else ""])
+        listed = ["; ".join(f"{n} {what}" for what, n in row.get(k, {}).items()) for k in ("sites", "left")]
+        gathered = "; ".join(f"{what} {human(n)}" for what, n in row.get("gathers", {}).items())
+        (alone, each), (one, four) = row.get("saved", (0, 0)), row.get("seconds", (0, 0))
+        saves, longer = (f"{a / b:.1f}x" if b else "" for a, b in ((alone, each), (four, one)))
+        body.append([row["name"], said, breaks, *listed, gathered, saves, longer])
     wide = tabulate(body, heads, tablefmt="github", disable_numparse=True)
     return re.sub(r"-{4,}", "---", re.sub(r" +\|", " |", wide))  # a page of it, not a screen
 
@@ -271,6 +191,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.architectures", description=__doc__)
     parser.add_argument("names", nargs="*", help="types of model, as transformers has them (default: all)")
+    parser.add_argument("--builders", type=Path, help="a file of builders, in place of transformers' table")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--plan", action="store_true", help="also what 2,048 tokens on four ranks would do")
     parser.add_argument("--timeout", type=int, default=600, help="seconds for each (default: %(default)s)")
@@ -281,14 +202,15 @@ def main() -> int:
     args = parser.parse_args()
     if args.one:
         sys.modules["fla"] = None  # type: ignore[assignment]  # whose kernels, where it is there, need a GPU
-        print("ROW " + json.dumps(measured(args.one, args.ranks, args.plan)), flush=True)
+        print("ROW " + json.dumps(measured(args.one, args.ranks, args.plan, args.builders)), flush=True)
         return 0
     rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     if args.table:
         print(table(rows))
         return 0
+    known = architectures() if args.builders is None else of_file(args.builders)
     kept = {row["name"] for row in rows}
-    todo = [name for name in args.names or names() if name not in kept]
+    todo = [name for name in args.names or known if name not in kept]
     with ThreadPoolExecutor(args.jobs) as pool, args.out.open("a") as out:
         done = as_completed([pool.submit(apart, name, args) for name in todo])
         for each in track(done, "architectures", total=len(todo)):

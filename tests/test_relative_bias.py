@@ -216,6 +216,22 @@ class Together(nn.Module):
         return self.learned(t) + hidden[None, None]
 
 
+class PerKey(nn.Module):
+    """A number for each head and key, beside a mask: filled by it (falcon), or both are added (bloom)."""
+
+    def __init__(self, filled: bool) -> None:
+        super().__init__()
+        self.filled = filled
+
+    def forward(self, t: int) -> Tensor:
+        slopes = 0.5 ** torch.arange(1, 5, dtype=torch.float64)
+        bias, least = slopes[:, None, None] * torch.arange(t), torch.finfo(torch.float64).min
+        seen = torch.arange(t)[:, None] >= torch.arange(t)
+        if self.filled:
+            return torch.where(seen, bias, least)
+        return bias + torch.zeros(t, t, dtype=torch.float64).masked_fill(~seen, least)
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], bool, str]] = {
     "alibi": (Alibi, True, "causal, relative bias"),
     "alibi both ways": (Alibi, False, "all, relative bias"),
@@ -224,6 +240,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], bool, str]] = {
     "buckets both ways": (lambda: Buckets(True), False, "all, relative bias"),
     "with a mask in one": (lambda: Together(True), False, "causal, relative bias"),
     "masked itself": (lambda: Together(False), False, "causal, relative bias"),
+    "per key, filled": (lambda: PerKey(True), False, "causal and bias per key"),
+    "per key, added": (lambda: PerKey(False), False, "causal and bias per key"),
 }
 
 
@@ -261,4 +279,29 @@ def test_what_is_no_bias_by_distance(name: str) -> None:
     inputs = {"x": torch.randn(2, 13, 12, dtype=torch.float64)}
     expected, joint = eager(model, inputs), capture(model, inputs)
     assert all("relative" not in s.mask for s in joint.sites)
+    assert expected.error(*joint.run(3, nan_padding=True)) <= 1e-9
+
+
+@pytest.mark.parametrize("least", [-torch.inf, torch.finfo(torch.float64).min])
+def test_a_bias_that_may_hide_keys_is_not_taken_off_its_mask(least: float) -> None:
+    """A row all of whose keys a given bias hides attends, in eager, to those that the mask hid."""
+
+    class Given(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(12, 36, bias=False)
+
+        def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+            b, t, _ = x.shape
+            q, k, v = self.qkv(x).view(b, t, 3, 4, 3).permute(2, 0, 3, 1, 4)
+            seen = torch.arange(t)[:, None] >= torch.arange(t)
+            hidden = torch.where(seen, bias[:, None, None], torch.finfo(torch.float64).min)
+            return ((q @ k.mT + hidden).softmax(-1) @ v).square().mean()
+
+    torch.manual_seed(0)
+    model, bias = Given().double(), torch.zeros(2, 13, dtype=torch.float64)
+    bias[:, 0] = least  # all that the first row sees
+    inputs = {"x": torch.randn(2, 13, 12, dtype=torch.float64), "bias": bias}
+    expected, joint = eager(model, inputs), capture(model, inputs)
+    assert [s.mask for s in joint.sites] == ["general"]
     assert expected.error(*joint.run(3, nan_padding=True)) <= 1e-9

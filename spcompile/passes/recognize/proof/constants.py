@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,11 @@ from spcompile.passes.shadow import Value
 _SMALL = 4096  # elements: as many as there are heads, not as there are tokens
 _POSITIVE = {"exp", "exp2", "sigmoid", "softplus"}
 _INPUTS = {"input", "opaque"}
+_ARITHMETIC = {
+    *("add", "mul", "abs", "minimum", "maximum", "clamp", "cumsum", "sum", "arange", "embedding"),
+    *("_to_copy", "clone", "detach", "reshape", "permute", "expand", "select", "slice"),
+}
+"""Operations on floats that give no infinity where they are given none, of numbers that occur."""
 
 
 def positive(v: object) -> bool:
@@ -34,6 +41,32 @@ def positive(v: object) -> bool:
 
 def _all_positive(x: Tensor | None) -> bool:
     return x is not None and bool((x > 0).all())
+
+
+def bounded(x: object, least: float) -> bool:
+    """Whether every entry is a number above ``least`` and none is infinite, by the code that makes it.
+
+    That code is arithmetic on whole numbers (positions, counts), parameters and numbers in the code.
+    """
+    if (c := scalar(x)) is not None:
+        return math.isfinite(c) and c > least
+    if not isinstance(x, Value) or x.dtype is None:
+        return False
+    if not x.dtype.is_floating_point:
+        return not x.dtype.is_complex
+    if x.name == "input":
+        return x.is_parameter
+    if x.name == "full":
+        return bounded(x.args["fill_value"], least)
+    if x.name == "div":
+        return scalar(x.args["other"]) not in (None, 0) and bounded(x.args["self"], least)
+    if x.name == "pow":
+        return (scalar(x.args["self"]) or 0) > 0 or isinstance(x.args["exponent"], int)
+    return x.name in _ARITHMETIC and all(bounded(o, least) for o in _operands_of(x))
+
+
+def _operands_of(x: Value) -> list[object]:
+    return [o for o in x.args.values() if isinstance(o, (Value, float, int)) and not isinstance(o, bool)]
 
 
 def constant(v: Value) -> Tensor | None:

@@ -9,6 +9,7 @@ entries. Gradients flow to what is learned by autograd, through the table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch import fx
 
 from spcompile.passes.recognize.algebra.dims import Atom, Dims, atoms_of, resolve
 from spcompile.passes.recognize.edit import Editor, Operand, Refused, Writer
+from spcompile.passes.recognize.proof.constants import bounded
 from spcompile.passes.recognize.proof.context import Context
 from spcompile.passes.recognize.proof.prover import Prover
 from spcompile.passes.recognize.proof.values import evaluate
@@ -111,7 +113,7 @@ class _Reader:
         if found is not None:
             return found
         if v.name in _MADE:
-            return _Call(v, place, v.args)
+            return _Call(v, place, v.args) if bounded(v, -math.inf) else None  # or it is a mask
         places = _operands(v, place)
         if places is None:
             return None

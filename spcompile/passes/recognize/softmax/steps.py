@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from spcompile.passes.recognize.algebra.dims import Atom, Dims, align
+from spcompile.passes.recognize.algebra.dims import Atom, Dims, align, atoms_of
 from spcompile.passes.recognize.algebra.products import Factor, peel, scalar
 from spcompile.passes.recognize.edit import Editor, Refused, Writer
 from spcompile.passes.recognize.proof import masks
+from spcompile.passes.recognize.proof.constants import bounded
 from spcompile.passes.recognize.proof.prover import Prover
 from spcompile.passes.recognize.softmax.bands import Band, Split, band_of, split
 from spcompile.passes.recognize.softmax.documents import Documents
@@ -36,7 +37,9 @@ class Step:
     keep: bool = False
     """Of a fill: whether the mask says where to keep (or where to fill)."""
     of_keys: bool = False
-    """Of a fill: whether the mask has keys, and no rows."""
+    """Whether the mask or bias has keys, and no rows."""
+    bounded: bool = False
+    """Of a bias: whether it is known to hide nothing."""
 
 
 @dataclass
@@ -92,7 +95,8 @@ class Masking:
     @property
     def name(self) -> str:
         """For reports."""
-        data = {"padding" if s.of_keys else "general": None for s in self.general}
+        per_key = {"fill": "padding", "bias": "bias per key"}
+        data = {per_key[s.kind] if s.of_keys else "general": None for s in self.general}
         structure = [self.band.name, "documents" if self.documents else ""]
         mask = " and ".join([*(name for name in structure if name), *data]) or "all"
         others = {
@@ -114,18 +118,22 @@ def decide(found: Found, rows: Atom, prover: Prover, held: Callable[[Value], boo
     whole: masks.Pieces = [masks.Piece(1 - found.keys.size, rows.size - 1, True)]
     proved, data, numbers, documents = whole, list[Step](), list[float](), dict[Documents, None]()
     relative: list[Relative] = []
+    hiding: list[Step] = []
     for step, after in _masks(found, rows, prover, held):
         part = _proved_part(step, after, rows, found, prover, held)
         if part is None and (by := _by_distance(step, after, rows, found, prover, held)) is not None:
             relative.append(by)
-        elif part is None:
-            data.append(_scaled(step, after))
+            continue
+        if part is None:
+            alone = step.kind == "bias" and rows not in atoms_of(step.dims)
+            data.append(replace(_scaled(step, after), of_keys=alone))
             numbers += [data[-1].number] if step.kind == "fill" else []
         else:
             proved = masks.combine(lambda a, b: a and b, proved, part.pieces)
             data += [Step("fill", part.hides, k.value, k.dims, k.keep, True) for k in part.keys]
             numbers.append(part.hides)
             documents |= {} if part.documents is None else {part.documents: None}
+        hiding += [] if step.bounded else [step]
     if documents:  # a row of which no more is known than that it may see itself
         sure = masks.combine(lambda a, b: a and b, proved, _itself(rows.size, found.keys.size))
     else:
@@ -134,17 +142,21 @@ def decide(found: Found, rows: Atom, prover: Prover, held: Callable[[Value], boo
     keeps = found.sinks is not None or masks.keeps_every_row(sure, rows.size, found.keys.size)
     band = band_of(proved)
     structure = bool(documents) or (band is not None and bool(band.name))
-    told = not structure or _told_apart(found, numbers, data)
-    if band is None or len(documents) > 1 or not (told if data else keeps):
+    told = not structure or _told_apart(hiding, numbers, data)
+    if band is None or len(documents) > 1 or not (told if _hides(data) else keeps):
         data, band = _undo(found), Band()
         documents.clear()
         relative.clear()
     band = Band(band.causal or found.causal, band.window)
-    keeps = keeps and (not data or found.sinks is not None)
+    keeps = keeps and (not _hides(data) or found.sinks is not None)
     uniform = _uniform(data) and not keeps
-    undefined = bool(data) and found.by_hand and not uniform and not keeps
+    undefined = _hides(data) and found.by_hand and not uniform and not keeps
     ids = next(iter(documents), None)
     return Masking(scale, soft_cap, band, data, found.sinks is not None, uniform, undefined, ids, relative)
+
+
+def _hides(data: Sequence[Step]) -> bool:
+    return any(not s.bounded for s in data)
 
 
 def _masks(
@@ -152,7 +164,7 @@ def _masks(
 ) -> Iterator[tuple[Step, float]]:
     """What is added to or filled into the scores, with what it is multiplied by afterwards.
 
-    A sum of a bias by distance and of other terms is these, one by one.
+    A bias that is a sum of what is structure and of numbers that hide nothing is these, one by one.
     """
     for n, step in enumerate(found.steps):
         if step.kind not in ("bias", "fill"):
@@ -160,9 +172,23 @@ def _masks(
         after = _after(found.steps, n)
         if after <= 0:
             raise Refused("its masked scores are multiplied by a number that is not positive")
-        terms = _terms(step, found.dtype)
-        apart = len(terms) > 1 and any(_by_distance(t, after, rows, found, prover, held) for t in terms)
-        yield from ((t, after) for t in (terms if apart else [step]))
+        terms = [_known(t) for t in _terms(step, found.dtype)]
+
+        def structured(t: Step, after: float = after) -> bool:
+            given = t, after, rows, found, prover, held
+            return _proved_part(*given) is not None or _by_distance(*given) is not None
+
+        seen = [structured(t) for t in terms] if len(terms) > 1 else []
+        apart = any(seen) and all(
+            there or (t.bounded and t.value is not None and held(t.value))
+            for there, t in zip(seen, terms, strict=True)
+        )
+        yield from ((t, after) for t in (terms if apart else [_known(step)]))
+
+
+def _known(step: Step) -> Step:
+    """With what is known of a bias's numbers."""
+    return replace(step, bounded=step.kind == "bias" and bounded(step.value, NEVER))
 
 
 def _terms(step: Step, dtype: torch.dtype | None) -> list[Step]:
@@ -225,10 +251,10 @@ def _scores(steps: Sequence[Step]) -> tuple[float, float | None]:
 def _scaled(step: Step, after: float) -> Step:
     """A mask that stays data, with the scales that follow it."""
     number = step.number * (after if step.kind == "bias" or step.number > -math.inf else 1)
-    return Step(step.kind, number, step.value, step.dims, step.keep)
+    return Step(step.kind, number, step.value, step.dims, step.keep, bounded=step.bounded)
 
 
-def _told_apart(found: Found, numbers: Sequence[float], data: Sequence[Step]) -> bool:
+def _told_apart(hiding: Sequence[Step], numbers: Sequence[float], data: Sequence[Step]) -> bool:
     """Whether structure may be taken off the data: whether it is known what becomes of a row without a key.
 
     It is where all that is hidden is -inf, or one finite fill. Two masks that are added are not: twice a huge
@@ -236,9 +262,9 @@ def _told_apart(found: Found, numbers: Sequence[float], data: Sequence[Step]) ->
     """
     if all(x == -math.inf for x in numbers):
         return True
-    steps = [s for s in found.steps if s.kind in ("bias", "fill")]
-    alike = len(steps) == 1 or all(s.kind == "fill" for s in steps)
-    return alike and len(set(numbers)) == 1 and all(s.of_keys for s in data)
+    alike = len(hiding) == 1 or all(s.kind == "fill" for s in hiding)
+    apart = all(s.bounded or (s.kind == "fill" and s.of_keys) for s in data)
+    return alike and len(set(numbers)) == 1 and apart
 
 
 def _uniform(steps: list[Step]) -> bool:
