@@ -19,7 +19,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "agreement": AgreementCost("comparing the ranks' inputs, linear_llama3:tiny on 2 ranks, one step"),
     "compile": CompileTime("compile time of linear_llama3:tiny with 16 layers, forward and backward"),
     "variants": VariantsCompile(
-        "processor seconds to compile 4 layers of every variant, forward and backward"
+        "processor seconds to compile layers of every variant, forward and backward"
     ),
     "warm": WarmStart("processor seconds of the first step in a process, compiler caches empty, then filled"),
     "kernels": Kernels("Triton kernels: on a GPU their times, elsewhere machine code, launches, bytes"),

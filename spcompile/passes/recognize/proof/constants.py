@@ -16,7 +16,8 @@ _POSITIVE = {"exp", "exp2", "sigmoid", "softplus"}
 _INPUTS = {"input", "opaque"}
 _ARITHMETIC = {
     *("add", "mul", "abs", "minimum", "maximum", "clamp", "cumsum", "sum", "arange", "embedding"),
-    *("_to_copy", "clone", "detach", "reshape", "permute", "expand", "select", "slice"),
+    *("_to_copy", "clone", "detach", "reshape", "permute", "expand", "select", "slice", "repeat"),
+    *("repeat_interleave", "cat", "stack", "flip", "diff"),
 }
 """Operations on floats that give no infinity where they are given none, of numbers that occur."""
 
@@ -58,15 +59,14 @@ def bounded(x: object, least: float) -> bool:
         return x.is_parameter
     if x.name == "full":
         return bounded(x.args["fill_value"], least)
+    if (known := constant(x)) is not None:  # as many as heads
+        return bool((known.isfinite() & (known > least)).all())
     if x.name == "div":
         return scalar(x.args["other"]) not in (None, 0) and bounded(x.args["self"], least)
     if x.name == "pow":
         return (scalar(x.args["self"]) or 0) > 0 or isinstance(x.args["exponent"], int)
-    return x.name in _ARITHMETIC and all(bounded(o, least) for o in _operands_of(x))
-
-
-def _operands_of(x: Value) -> list[object]:
-    return [o for o in x.args.values() if isinstance(o, (Value, float, int)) and not isinstance(o, bool)]
+    numbers = (o for o in x.args.values() if isinstance(o, float))
+    return x.name in _ARITHMETIC and all(bounded(o, least) for o in (*x.operands(), *numbers))
 
 
 def constant(v: Value) -> Tensor | None:
