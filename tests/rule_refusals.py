@@ -19,6 +19,7 @@ CHANNELS = "channels are never the sequence"
 HEAD_SIZE = "a head's size is never the sequence"
 KEYS = "keys and values are gathered: the sequence of queries is what is cut"
 MASKED = "a mask may or may not have the batch: one rule for both"
+SUMMED = "the gradient of a bias is a sum over it"
 BROADCAST = "a decay that is broadcast over the batch: its gradient would be a sum over it"
 BOUNDARIES = "a table of boundaries is never the sequence"
 
@@ -65,7 +66,11 @@ for _name in ("relative", "relative alike"):
     CONSERVATIVE |= {
         **_refused(ops.softmax_attention.default, _name, HEAD_SIZE, (2, 3)),
         **_refused(ops.softmax_attention_backward.default, _name, HEAD_SIZE, (0, 3), (3, 3), (4, 3)),
-        **_refused(ops.softmax_attention_relative_backward.default, _name, HEAD_SIZE, (0, 3), (3, 3), (4, 3)),
+    }
+    _backward, _summed = ops.softmax_attention_relative_backward.default, (0, 1)[: 1 + ("alike" in _name)]
+    CONSERVATIVE |= {
+        **_refused(_backward, _name, HEAD_SIZE, (0, 3), (3, 3), (4, 3)),
+        **_refused(_backward, _name, SUMMED, *((i, dim) for i in range(6) for dim in _summed)),
     }
 _name = "cross, grouped, masked"
 CONSERVATIVE |= {

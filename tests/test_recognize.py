@@ -199,7 +199,7 @@ def window(q, k, v):
     return (q @ k.mT).masked_fill((d < 0) | (d > 3), -INF).softmax(-1) @ v
 
 
-@spelling(SOFTMAX, "causal and general")
+@spelling(SOFTMAX, "causal, relative bias")
 def alibi_and_causal(q, k, v):
     i = torch.arange(T)
     bias = (i[None] - i[:, None]) * torch.tensor([0.5, 0.25, 0.125, 0.0625], dtype=q.dtype)[:, None, None]

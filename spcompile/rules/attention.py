@@ -250,6 +250,14 @@ class SoftmaxAttention:
         """Whether this is the backward operator, whose first operand is the gradient of the output."""
         return self.call.op in _BACKWARD
 
+    def _result(self, index: int) -> str:
+        """The role of a result."""
+        return ("q", "kv", "kv", "relative")[index] if self.backward else "q"
+
+    def _lead(self, roles: list[str], role: str) -> int:
+        """The length of an operand's first dim; 1 where there is none."""
+        return self.call.operands[roles.index(role)].shape[0] if role in roles else 1
+
     @property
     def _relative_gradient(self) -> bool:
         return self.call.op is ops.softmax_attention_relative_backward.default
@@ -261,12 +269,13 @@ class SoftmaxAttention:
         roles = self._roles()
         first = 1 if self.backward else 0
         if side == "in" and roles[index] == "documents":
-            batch = shard.dim == 0 and self.call.operands[index].shape[0] > 1
+            batch = shard.dim == 0 and self._lead(roles, "documents") > 1
             return self._by_batch(shard, roles) if batch else None
         alike = self.call.operands[first].shape[2] == self.call.operands[first + 1].shape[2]
-        role = roles[index] if side == "in" else "q" if not self.backward or index == 0 else "kv"
-        if role == "relative" or (side == "out" and index == 3):
-            return None
+        role = roles[index] if side == "in" else self._result(index)
+        if role == "relative":
+            heads = shard.dim == 0 and self._lead(roles, role) > 1
+            return self._by_batch(shard.at(1), roles) if heads else None
         if shard.dim < 2:
             by = shard.at(1) if role == "sinks" else shard
             return self._by_batch(by, roles) if role != "mask" else None
@@ -306,18 +315,16 @@ class SoftmaxAttention:
         if len({x.shape[shard.dim] for x in tensors}) > 1 or "mask" in roles:
             return None  # grouped heads, or a mask that may or may not have the dim
         place = dict.fromkeys(_MORE, Replicate()) | dict.fromkeys(("q", "kv"), shard)
-        lead = {r: x.shape[0] for x, r in zip(self.call.operands, roles, strict=True)}
         if shard.dim == 1:
             place["sinks"] = shard.at(0)
-            if lead.get("relative", 1) != 1:
-                place["relative"] = shard.at(0)
-        elif lead.get("documents", 1) != 1:
+            place["relative"] = shard.at(0) if self._lead(roles, "relative") > 1 else Replicate()
+        elif self._lead(roles, "documents") > 1:
             place["documents"] = shard
+        if self._relative_gradient and not isinstance(place["relative"], Shard):
+            return None  # it sums over what is cut, whose padding may hold anything
         inputs = tuple(place[r] for r in roles)
         outputs: tuple[Placement, ...] = (shard,) * len(self.call.outputs)
-        if self._relative_gradient:
-            own = place["relative"]
-            outputs = (*outputs[:3], own if isinstance(own, Shard) else Partial("sum"))
+        outputs = (*outputs[:3], place["relative"]) if self._relative_gradient else outputs
         return Split(inputs, outputs, (None,) * len(roles), self._emit(None, False))
 
     def _emit(self, shard: Shard | None, alike: bool) -> Emit:
