@@ -33,19 +33,31 @@ def case(pattern: str, causal: bool, normaliser: bool, length: int, recognize: b
     return eager(model, inputs), capture(model, inputs, recognize)
 
 
-def how() -> Iterator[Any]:
-    """Lengths and ranks, with the recognizer and without: some for each change, the others for a release."""
-    for recognize, (length, some) in itertools.product((True, False), LENGTHS.items()):
-        some = some if recognize else (2,) * (length == 13)
-        for ranks, marks in (some, ()), (tuple(r for r in RANKS if r not in some), pytest.mark.sweep):
-            name = f"{'recognized' if recognize else 'propagation-alone'}-{length}"
-            if ranks:
-                yield pytest.param(recognize, length, ranks, id=f"{name}-{ranks}", marks=marks)
+# The recognizer or propagation alone, the length, and the ranks that are tried for each change.
+HOW = [(True, length, some) for length, some in LENGTHS.items()] + [(False, 13, (2,))]
 
 
-@pytest.mark.parametrize(("recognize", "length", "ranks"), list(how()))
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize(("pattern", "normaliser"), LAYERS, ids=str)
+def cases() -> Iterator[Any]:
+    """For each change every layer in two of the ways, each way with half of the layers; else for a release."""
+    for n, ((layer, causal), (m, (recognize, length, some))) in enumerate(
+        itertools.product(itertools.product(LAYERS, (True, False)), enumerate(HOW))
+    ):
+        number, other = divmod(n // len(HOW), 2)
+        now = (number + other + m) % 2 == 0
+        names = "causal" if causal else "bidirectional", "recognized" if recognize else "propagation-alone"
+        for ranks, marks in (some, () if now else pytest.mark.sweep), (_others(some), pytest.mark.sweep):
+            name = "-".join(map(str, (*layer, *names, length, ranks)))
+            yield pytest.param(*layer, causal, recognize, length, ranks, id=name, marks=marks)
+    for (layer, causal), length in itertools.product(itertools.product(LAYERS, (True, False)), LENGTHS):
+        name = "-".join(map(str, (*layer, "causal" if causal else "bidirectional", "alone", length)))
+        yield pytest.param(*layer, causal, False, length, RANKS, id=name, marks=pytest.mark.sweep)
+
+
+def _others(some: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(r for r in RANKS if r not in some)
+
+
+@pytest.mark.parametrize(("pattern", "normaliser", "causal", "recognize", "length", "ranks"), list(cases()))
 def test_every_pattern_is_eager(
     pattern: str, causal: bool, normaliser: bool, recognize: bool, length: int, ranks: tuple[int, ...]
 ) -> None:
