@@ -38,7 +38,7 @@ HOW = [(True, length, some) for length, some in LENGTHS.items()] + [(False, 13, 
 
 
 def cases() -> Iterator[Any]:
-    """For each change every layer in two of the ways, each way with half of the layers; else for a release."""
+    """For each change every layer in two of the ways, each way with half of the layers."""
     for n, ((layer, causal), (m, (recognize, length, some))) in enumerate(
         itertools.product(itertools.product(LAYERS, (True, False)), enumerate(HOW))
     ):
