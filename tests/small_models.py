@@ -84,6 +84,8 @@ def architecture(name: str) -> nn.Module:
     sizes = {key: size for key, size in _SMALL.items() if hasattr(default, key) and key not in derived}
     if "qk_rope_head_dim" in sizes:
         sizes["head_dim"] = sizes["qk_rope_head_dim"]  # of rotary embeddings, there
+    if "kv_lora_rank" in sizes:
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]  # of latent attention: not grouped
     chances = {key: 0.0 for key in vars(default) if any(word in key for word in _RANDOM)}
     torch.manual_seed(0)
     made = getattr(load("transformers"), architectures()[name])
