@@ -10,10 +10,11 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is for Linux alone")
 
-from bench import device, growth, output, variants
+from bench import device, growth, kernels, output, variants
 from bench.kernels import OF_FLA, Step
 from bench.options import Options
 from bench.registry import BENCHMARKS
+from tests.fused_worker import COUNTED, HEADS
 
 
 def options(said: list[str], static: bool = False) -> Options:
@@ -44,16 +45,30 @@ def test_without_a_gpu_kernels_are_compiled(monkeypatch: pytest.MonkeyPatch) -> 
     """Which is said; a kernel that does not compile is a row that says so."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     said: list[str] = []
-    kernels = BENCHMARKS["kernels"]
-    steps = kernels.plan(options(said))
-    assert "no GPU here" in said[0] and steps == kernels.plan(options([], static=True))
+    static = BENCHMARKS["kernels"]
+    steps = static.plan(options(said))
+    assert "no GPU here" in said[0] and steps == static.plan(options([], static=True))
     assert [x for x in steps if isinstance(x, str)] == list(OF_FLA)
-    made = kernels.measure(Step("pairs", 64, "bfloat16", 90), options(said))
+    made = static.measure(Step("pairs", 64, "bfloat16", 90), options(said))
     assert made["registers"] and made["blocks"] and made["wide"] and made["stack"] == 0
-    failed = kernels.measure(Step("pairs", 64, "float64", 90), options(said))
+    failed = static.measure(Step("pairs", 64, "float64", 90), options(said))
     assert failed["note"].startswith("failed") and "float64" in said[-1]
-    (table,) = kernels.tables([made, failed])
+    (table,) = static.tables([made, failed])
     assert table[1][0] == "kernel" and len(table[2]) == 2
+
+
+def test_every_count_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the names that the worker gives them: it takes minutes, and is asked last."""
+    ways = ("forward", "backward")
+    moved = {f"{way}, {size}, {kind}": 1.0 for way in ways for size in (64, 128) for kind in COUNTED}
+    once = {f"{way}, {name}, {kind}": 2.0 for way in ways for name in HEADS for kind in COUNTED}
+    found = {"bytes": moved, "launches": once, "operands": once, "programs": once}
+    monkeypatch.setattr(kernels, "_traffic", lambda: found)
+    rows = [BENCHMARKS["kernels"].measure(case, options([])) for case in OF_FLA]
+    assert all(row["bytes"] == 1 for row in rows)
+    assert [row["launches"] for row in rows if row["heads of"] == "128"] == [2] * 10
+    (table,) = BENCHMARKS["kernels"].tables(rows)
+    assert len(table[2]) == len(OF_FLA)
 
 
 def test_an_earlier_checkout_is_measured_beside_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
