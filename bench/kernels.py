@@ -52,8 +52,8 @@ class Step(NamedTuple):
 # The first column of a row says what it is; titles of those that are not machine code.
 _TITLES = {
     "call": "linear attention on a GPU, bf16, with flash-linear-attention's",
-    "variant": "bytes per token and head that the kernels move, bf16, T = 1024, with fla's; launches, operand "
-    "bytes and least programs of a launch, 4 heads, T = 32,768",
+    "variant": "bytes per token and head that the kernels move, bf16, T = 1024, with fla's; launches, "
+    "operand bytes and least programs of a launch, 4 heads, T = 32,768",
 }
 
 
