@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from spcompile import collectives  # noqa: F401  (registers start_shift)
 from spcompile.phases import backward_of
 from spcompile.placement import Partial, Placement, Shard
 from spcompile.sizes import hint
@@ -29,7 +28,6 @@ _NAMES = {
     _c10d.all_gather_into_tensor.default: "all_gather",
     _c10d.all_reduce.default: "all_reduce",
     _c10d.reduce_scatter_tensor.default: "reduce_scatter",
-    torch.ops.spcompile.start_shift.default: "shift",
 }
 
 
@@ -71,8 +69,6 @@ class Transfer(NamedTuple):
     def bytes(self) -> int:
         """Received by one rank."""
         size, P = self.elements * self.itemsize, self.ranks
-        if self.op == "shift":
-            return size
         if self.op == "all_reduce":
             return round(2 * (P - 1) * size / P)
         return (P - 1) * size // P if self.op == "reduce_scatter" else (P - 1) * size
