@@ -305,3 +305,28 @@ def test_a_bias_that_may_hide_keys_is_not_taken_off_its_mask(least: float) -> No
     expected, joint = eager(model, inputs), capture(model, inputs)
     assert [s.mask for s in joint.sites] == ["general"]
     assert expected.error(*joint.run(3, nan_padding=True)) <= 1e-9
+
+
+@pytest.mark.parametrize("minus", [False, True])
+def test_a_mask_by_arithmetic_is_no_bias_that_hides_nothing(minus: bool) -> None:
+    """Rows whose keys are all padding weigh, in eager, the padding and what the causal fill hid alike."""
+
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(12, 36, bias=False)
+
+        def forward(self, x: Tensor, there: Tensor) -> Tensor:
+            b, t, _ = x.shape
+            q, k, v = self.qkv(x).view(b, t, 3, 4, 3).permute(2, 0, 3, 1, 4)
+            far = (1 - there[:, None, None]).to(x.dtype) * 1e5 * 1e4
+            scores = q @ k.mT - far if minus else q @ k.mT + far * -1.0
+            hidden = torch.arange(t)[:, None] < torch.arange(t)
+            return (scores.masked_fill(hidden, -1e9).softmax(-1) @ v).square().mean()
+
+    torch.manual_seed(0)
+    model, there = Padded().double(), torch.ones(2, 13, dtype=torch.int64)
+    there[0, :4] = 0  # on the left: rows that see padding alone
+    inputs = {"x": torch.randn(2, 13, 12, dtype=torch.float64), "there": there}
+    expected, joint = eager(model, inputs), capture(model, inputs)
+    assert expected.error(*joint.run(3, nan_padding=True)) <= 1e-9

@@ -63,7 +63,7 @@ def _geometry(t: torch.Tensor) -> tuple:
 
 
 class Builder:
-    """Runs the interpreter and turns the ATen nodes of each Dynamo node into Values as they appear."""
+    """Turns the ATen nodes of each Dynamo node into Values as they appear."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm

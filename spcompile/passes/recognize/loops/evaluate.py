@@ -20,7 +20,7 @@ from spcompile._torch import OpOverload
 from spcompile.passes.recognize.edit import Refused
 from spcompile.passes.recognize.loops.families import Carry, Family, Invariant, Progress, Ref, refs_in
 from spcompile.passes.shadow import Value, is_pure
-from spcompile.passes.shadow.spelling import by_schema
+from spcompile.passes.shadow.spelling import by_schema, target_of
 
 __all__ = ["Batch", "Evaluator"]
 
@@ -164,9 +164,8 @@ class Evaluator:
                 raise Refused("it draws random numbers")
             if not called._schema.is_mutable and not is_pure(node):
                 raise Refused(f"{like.name} does more than compute")
-        packet = getattr(torch.ops.aten, like.name, None)
-        target = getattr(packet, like.overload or "default", None)
-        if not isinstance(target, OpOverload):
+        target = target_of(like)
+        if target is None:
             raise Refused(f"{like.name} is no op of PyTorch's own")
         if target._schema.is_mutable:
             raise Refused(f"{like.name} writes in place and has no other form")

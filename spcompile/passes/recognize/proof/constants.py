@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from spcompile.passes.recognize.algebra.dims import back_through_view, name_dims
 from spcompile.passes.recognize.algebra.products import same_values, scalar
 from spcompile.passes.shadow import Value
+from spcompile.passes.shadow.spelling import target_of
 
 _SMALL = 4096  # elements: as many as there are heads, not as there are tokens
 _POSITIVE = {"exp", "exp2", "sigmoid", "softplus"}
 _INPUTS = {"input", "opaque"}
+_MODERATE = 1e4  # numbers in code that makes biases; a mask's are -1e9 or less
 _ARITHMETIC = {
     *("add", "mul", "abs", "minimum", "maximum", "clamp", "cumsum", "sum", "arange", "embedding"),
     *("_to_copy", "clone", "detach", "reshape", "permute", "expand", "select", "slice", "repeat"),
@@ -44,13 +44,14 @@ def _all_positive(x: Tensor | None) -> bool:
     return x is not None and bool((x > 0).all())
 
 
-def bounded(x: object, least: float) -> bool:
-    """Whether every entry is a number above ``least`` and none is infinite, by the code that makes it.
+def bounded(x: object) -> bool:
+    """Whether no entry is so large, of either sign, that it hides keys as a mask does, by its code.
 
-    That code is arithmetic on whole numbers (positions, counts), parameters and numbers in the code.
+    That code is arithmetic on whole numbers (positions, counts), parameters and moderate numbers: a factor of
+    1e9 makes a mask of a 0 and a 1, and so does minus such a bias.
     """
     if (c := scalar(x)) is not None:
-        return math.isfinite(c) and c > least
+        return abs(c) <= _MODERATE
     if not isinstance(x, Value) or x.dtype is None:
         return False
     if not x.dtype.is_floating_point:
@@ -58,15 +59,15 @@ def bounded(x: object, least: float) -> bool:
     if x.name == "input":
         return x.is_parameter
     if x.name == "full":
-        return bounded(x.args["fill_value"], least)
+        return bounded(x.args["fill_value"])
     if (known := constant(x)) is not None:  # as many as heads
-        return bool((known.isfinite() & (known > least)).all())
+        return bool((known.abs() <= _MODERATE).all())
     if x.name == "div":
-        return scalar(x.args["other"]) not in (None, 0) and bounded(x.args["self"], least)
+        return abs(scalar(x.args["other"]) or 0) >= 1 / _MODERATE and bounded(x.args["self"])
     if x.name == "pow":
         return (scalar(x.args["self"]) or 0) > 0 or isinstance(x.args["exponent"], int)
     numbers = (o for o in x.args.values() if isinstance(o, float))
-    return x.name in _ARITHMETIC and all(bounded(o, least) for o in (*x.operands(), *numbers))
+    return x.name in _ARITHMETIC and all(bounded(o) for o in (*x.operands(), *numbers))
 
 
 def constant(v: Value) -> Tensor | None:
@@ -84,8 +85,8 @@ def _run(x: object) -> Tensor:
         raise ValueError("large")
     if x.name == "literal":
         return torch.tensor(x.args["value"], dtype=x.dtype)
-    function = getattr(getattr(torch.ops.aten, x.name), x.overload)
-    if torch.Tag.nondeterministic_seeded in function.tags or "empty" in x.name:
+    function = target_of(x)
+    if function is None or torch.Tag.nondeterministic_seeded in function.tags or "empty" in x.name:
         raise ValueError("not fixed by its code")
     args = {n: _run(a) if isinstance(a, Value) else a for n, a in x.args.items()}
     if any(isinstance(b, Value) for a in args.values() if isinstance(a, (list, tuple)) for b in a):

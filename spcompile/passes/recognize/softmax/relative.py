@@ -9,7 +9,6 @@ entries. Gradients flow to what is learned by autograd, through the table.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,7 @@ from spcompile.passes.recognize.proof.context import Context
 from spcompile.passes.recognize.proof.prover import Prover
 from spcompile.passes.recognize.proof.values import evaluate
 from spcompile.passes.shadow import Value
-from spcompile.passes.shadow.spelling import by_schema
+from spcompile.passes.shadow.spelling import by_schema, target_of
 
 __all__ = ["Relative", "emit_relative", "read_relative"]
 
@@ -113,7 +112,7 @@ class _Reader:
         if found is not None:
             return found
         if v.name in _MADE:
-            return _Call(v, place, v.args) if bounded(v, -math.inf) else None  # or it is a mask
+            return _Call(v, place, v.args) if bounded(v) else None  # or it is a mask
         places = _operands(v, place)
         if places is None:
             return None
@@ -159,7 +158,7 @@ def _operands(v: Value, place: _Place) -> dict[Value, _Place] | None:
 
 
 def _is_pointwise(v: Value) -> bool:
-    target = getattr(getattr(torch.ops.aten, v.name, None), v.overload or "default", None)
+    target = target_of(v)
     return target is not None and torch.Tag.pointwise in target.tags
 
 
@@ -255,7 +254,8 @@ class _Table:
         }
         if v.name in _SIZES:
             args[_SIZES[v.name]] = shape
-        target = getattr(getattr(torch.ops.aten, v.name), v.overload or "default")
+        target = target_of(v)
+        assert target is not None
         positional, named = by_schema(target, args)
         return self.w.call(target, *positional, **named)
 

@@ -119,10 +119,9 @@ def decide(found: Found, rows: Atom, prover: Prover, held: Callable[[Value], boo
     proved, data, numbers, documents = whole, list[Step](), list[float](), dict[Documents, None]()
     relative: list[Relative] = []
     hiding: list[Step] = []
-    for step, after in _masks(found, rows, prover, held):
-        part = _proved_part(step, after, rows, found, prover, held)
-        if part is None and (by := _by_distance(step, after, rows, found, prover, held)) is not None:
-            relative.append(by)
+    for step, after, part in _masks(found, rows, prover, held):
+        if isinstance(part, Relative):
+            relative.append(part)
             continue
         if part is None:
             alone = step.kind == "bias" and rows not in atoms_of(step.dims)
@@ -161,8 +160,8 @@ def _hides(data: Sequence[Step]) -> bool:
 
 def _masks(
     found: Found, rows: Atom, prover: Prover, held: Callable[[Value], bool]
-) -> Iterator[tuple[Step, float]]:
-    """What is added to or filled into the scores, with what it is multiplied by afterwards.
+) -> Iterator[tuple[Step, float, _Part | Relative | None]]:
+    """What is added to or filled into the scores, the factor behind it, and what it is proved to be.
 
     A bias that is a sum of what is structure and of numbers that hide nothing is these, one by one.
     """
@@ -172,23 +171,31 @@ def _masks(
         after = _after(found.steps, n)
         if after <= 0:
             raise Refused("its masked scores are multiplied by a number that is not positive")
+        whole = _structure(step, after, rows, found, prover, held)
         terms = [_known(t) for t in _terms(step, found.dtype)]
+        if whole is None and len(terms) > 1:
+            proved = [_structure(t, after, rows, found, prover, held) for t in terms]
+            free = [t.bounded and t.value is not None and held(t.value) for t in terms]
+            if any(proved) and all(p or f for p, f in zip(proved, free, strict=True)):
+                yield from ((t, after, p) for t, p in zip(terms, proved, strict=True))
+                continue
+        yield _known(step), after, whole
 
-        def structured(t: Step, after: float = after) -> bool:
-            given = t, after, rows, found, prover, held
-            return _proved_part(*given) is not None or _by_distance(*given) is not None
 
-        seen = [structured(t) for t in terms] if len(terms) > 1 else []
-        apart = any(seen) and all(
-            there or (t.bounded and t.value is not None and held(t.value))
-            for there, t in zip(seen, terms, strict=True)
-        )
-        yield from ((t, after) for t in (terms if apart else [_known(step)]))
+def _structure(
+    step: Step, after: float, rows: Atom, found: Found, prover: Prover, held: Callable[[Value], bool]
+) -> _Part | Relative | None:
+    """What a mask or a bias is proved to be; None: it is data."""
+    part = _proved_part(step, after, rows, found, prover, held)
+    if part is not None or step.kind != "bias":
+        return part
+    assert step.value is not None
+    return read_relative(step.value, step.dims, step.number * after, rows, found.keys, prover, held)
 
 
 def _known(step: Step) -> Step:
     """With what is known of a bias's numbers."""
-    return replace(step, bounded=step.kind == "bias" and bounded(step.value, NEVER))
+    return replace(step, bounded=step.kind == "bias" and bounded(step.value))
 
 
 def _terms(step: Step, dtype: torch.dtype | None) -> list[Step]:
@@ -213,14 +220,6 @@ def _terms(step: Step, dtype: torch.dtype | None) -> list[Step]:
                 hides = Step("fill", fill * step.number, mask, align(dims, mask.shape), keep)
                 return [*terms(x), hides]
     return [step]
-
-
-def _by_distance(
-    step: Step, after: float, rows: Atom, found: Found, prover: Prover, held: Callable[[Value], bool]
-) -> Relative | None:
-    if step.kind != "bias" or step.value is None:
-        return None
-    return read_relative(step.value, step.dims, step.number * after, rows, found.keys, prover, held)
 
 
 def _itself(rows: int, keys: int) -> masks.Pieces:
@@ -251,7 +250,7 @@ def _scores(steps: Sequence[Step]) -> tuple[float, float | None]:
 def _scaled(step: Step, after: float) -> Step:
     """A mask that stays data, with the scales that follow it."""
     number = step.number * (after if step.kind == "bias" or step.number > -math.inf else 1)
-    return Step(step.kind, number, step.value, step.dims, step.keep, bounded=step.bounded)
+    return replace(step, number=number)
 
 
 def _told_apart(hiding: Sequence[Step], numbers: Sequence[float], data: Sequence[Step]) -> bool:
@@ -272,14 +271,16 @@ def _uniform(steps: list[Step]) -> bool:
     scores.
 
     That is exact only if every entry of such a row gets the same number: one fill value, and nothing added
-    after it.
+    after it; and if what is added before it makes no score as low as the fill.
     """
     fills = [n for n, s in enumerate(steps) if s.kind == "fill"]
     numbers = {steps[n].number for n in fills}
     if all(x == -math.inf for x in numbers):
         return False
+    hides = any(s.kind == "bias" and not s.bounded for s in steps)
     if (
         len(numbers) > 1
+        or hides
         or any(s.kind == "bias" for s in steps[fills[0] :])
         or not _is_never(max(numbers), None)
     ):
@@ -290,7 +291,7 @@ def _uniform(steps: list[Step]) -> bool:
 def _undo(found: Found) -> list[Step]:
     """Every mask as data, with the scales that follow it: what can't be proved stays general."""
     steps = enumerate(found.steps)
-    return [_scaled(s, _after(found.steps, n)) for n, s in steps if s.kind in ("bias", "fill")]
+    return [_scaled(_known(s), _after(found.steps, n)) for n, s in steps if s.kind in ("bias", "fill")]
 
 
 @dataclass

@@ -22,9 +22,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from spcompile.passes.shadow.spelling import arithmetic, views
-from spcompile.passes.shadow.spelling.call import Call, Derive, by_schema
+from spcompile.passes.shadow.spelling.call import Call, Derive, by_schema, target_of
 
-__all__ = ["Call", "by_schema", "canonical"]
+__all__ = ["Call", "by_schema", "canonical", "target_of"]
 
 _REWRITES = arithmetic.REWRITES | views.REWRITES
 

@@ -11,7 +11,7 @@ import torch
 from spcompile._torch import OpOverload
 from spcompile.passes.shadow.values import Value
 
-__all__ = ["Call", "Derive", "Rewrite", "by_schema", "each"]
+__all__ = ["Call", "Derive", "Rewrite", "by_schema", "each", "target_of"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,12 @@ Derive = Callable[[Call], Value]
 """Makes a Value of a call on the way."""
 Rewrite = Callable[[Call, Derive], Call | None]
 """None: it is canonical as it stands."""
+
+
+def target_of(v: Value) -> OpOverload | None:
+    """The operator that a Value is a call of; None where it is none of ATen's."""
+    target = getattr(getattr(torch.ops.aten, v.name, None), v.overload or "default", None)
+    return target if isinstance(target, OpOverload) else None
 
 
 def by_schema(target: OpOverload, args: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
