@@ -6,6 +6,8 @@ that it is added to, batch, rows and keys of one distance (over all heads, where
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,11 @@ from spcompile.kernels.softmax import rows
 from spcompile.kernels.softmax.operands import Operands, Options
 
 __all__ = ["local_softmax_attention_relative_backward", "softmax_attention_relative_backward"]
+
+
+def _like_operands(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, ...]:
+    """Memory for the gradients; ``relative`` is the last argument of both operators."""
+    return empty_like(q, k, v, named["relative"] if "relative" in named else rest[-1])
 
 
 @torch.library.custom_op("spcompile::softmax_attention_relative_backward", mutates_args=())
@@ -39,23 +46,8 @@ def softmax_attention_relative_backward(
 
 
 @softmax_attention_relative_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    soft_cap: float | None,
-    sinks: Tensor | None,
-    documents: Tensor | None,
-    relative: Tensor,
-) -> tuple[Tensor, ...]:
-    return empty_like(q, k, v, relative)
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, ...]:
+    return _like_operands(q, k, v, *rest, **named)
 
 
 @torch.library.custom_op("spcompile::local_softmax_attention_relative_backward", mutates_args=())
@@ -88,25 +80,5 @@ def local_softmax_attention_relative_backward(
 
 
 @local_softmax_attention_relative_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    group: str,
-    block: int,
-    causal: bool = True,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    sinks: Tensor | None = None,
-    length: int = 0,
-    reach: int | None = None,
-    documents: Tensor | None = None,
-    relative: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    assert relative is not None
-    return empty_like(q, k, v, relative)
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, ...]:
+    return _like_operands(q, k, v, *rest, **named)

@@ -188,22 +188,7 @@ def softmax_attention_backward(
 
 
 @softmax_attention_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scale: float,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    sinks: Tensor | None = None,
-    documents: Tensor | None = None,
-    relative: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
     return empty_like(q, k, v)
 
 
@@ -327,23 +312,7 @@ def local_softmax_attention(
 
 
 @local_softmax_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    group: str,
-    block: int,
-    causal: bool = True,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    sinks: Tensor | None = None,
-    length: int = 0,
-    reach: int | None = None,
-    documents: Tensor | None = None,
-    relative: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     return _fake_softmax(q, v)
 
 
@@ -377,24 +346,5 @@ def local_softmax_attention_backward(
 
 
 @local_softmax_attention_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    group: str,
-    block: int,
-    causal: bool = True,
-    window: int | None = None,
-    soft_cap: float | None = None,
-    sinks: Tensor | None = None,
-    length: int = 0,
-    reach: int | None = None,
-    documents: Tensor | None = None,
-    relative: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
     return empty_like(q, k, v)
