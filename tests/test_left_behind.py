@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from spcompile import _torch, simulate
-from spcompile.passes import recognize, shadow
+from spcompile.passes import recognize
 from spcompile.passes.localize import Localizer
+from spcompile.passes.shadow import build as shadow_build
 from spcompile.simulate import simulated
 from tests import left_samples
 from tests.left_samples import SAMPLES, batch, steps
@@ -104,7 +105,7 @@ def test_a_failed_shadow_leaves_no_state_behind(monkeypatch: pytest.MonkeyPatch)
             y = x @ x
             return y.sin() + 1
 
-    absorb = shadow._Builder.absorb
+    absorb = shadow_build.Builder.absorb
 
     def broken(self: Any, aten: Any, node: Any) -> None:
         assert "sin" not in str(aten.target), "planted"
@@ -121,7 +122,7 @@ def test_a_failed_shadow_leaves_no_state_behind(monkeypatch: pytest.MonkeyPatch)
         states.append((before, state(), site.reason))
         return gm
 
-    monkeypatch.setattr(shadow._Builder, "absorb", broken)
+    monkeypatch.setattr(shadow_build.Builder, "absorb", broken)
     torch._dynamo.reset()
     torch.compile(body, backend=backend)(torch.ones(3, 3))
     ((before, after, reason),) = states
