@@ -7,6 +7,7 @@ from bench.compile_growth import CompileGrowth
 from bench.compile_time import CompileTime
 from bench.growth import ALONE, EAGER, INDUCTOR, PAIR, Growth
 from bench.kernels import Kernels
+from bench.masks import Masks
 from bench.options import Benchmark
 from bench.outputs import Outputs
 from bench.variants import VariantsCompile
@@ -23,5 +24,6 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "warm": WarmStart("processor seconds of the first step in a process, compiler caches empty, then filled"),
     "kernels": Kernels("Triton kernels: on a GPU their times, elsewhere machine code, launches, bytes"),
+    "masks": Masks("softmax attention under each kind of mask, B1 H2 D64, one training step on two ranks"),
     "outputs": Outputs("Hugging Face Llama that returns logits and cache, a training step on two ranks"),
 }

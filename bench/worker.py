@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bench import cases
+from bench import cases, mask_cases  # noqa: F401  (adds its cases)
 from bench.launch import report, task
 from bench.memory import peak_growth
 

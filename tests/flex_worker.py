@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from spcompile.kernels.softmax import blockwise, flex
-from spcompile.kernels.softmax.operands import Operands, Options
+from spcompile.kernels.softmax.operands import Operands
 from tests import triton_interpreter
 from tests.interpreted_inductor import Written, interpreted
-from tests.test_flex import mask_of
+from tests.test_flex import mask_of, options_of
 
 # Mask, dtype, causal, query heads; and what is called one after another, (rows, keys, first row).
 CASES: dict[str, tuple[str, torch.dtype, bool, int, list[tuple[int, int, int]]]] = {
     "bf16, bool": ("bool", torch.bfloat16, True, 2, [(140, 150, 10), (130, 260, 130), (150, 280, 130)]),
     "fp32, minimum": ("minimum", torch.float32, False, 1, [(131, 60, 0)]),
     "bf16, alibi": ("alibi", torch.bfloat16, True, 2, [(130, 60, 10)]),
+    "fp32, capped": ("capped", torch.float32, True, 2, [(70, 140, 70)]),
     "fp32": ("none", torch.float32, True, 2, [(70, 140, 70)]),
 }
 SIZES = 16, 24  # of keys and values
@@ -47,7 +48,7 @@ def found(case: str, written: list[Written]) -> list[dict[str, Any]]:
     kind, dtype, causal, heads, lengths = CASES[case]
     results = []
     for t, s, first in lengths:
-        (x, grad), options = operands(kind, dtype, heads, t, s), Options(causal, 0.3, first)
+        (x, grad), options = operands(kind, dtype, heads, t, s), options_of(kind, causal, 0.3, first)
         before = len(written)
         out, lse = flex.forward(x, options)
         got = out, lse, *flex.backward(grad, x, out, lse, options)

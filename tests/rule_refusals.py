@@ -57,7 +57,8 @@ CONSERVATIVE |= _refused(
     (1, 2),
     (5, 2),
 )
-for _name in ("causal", "all", "window", "window, cap, sinks", "documents", "documents alike"):
+_ids = ("documents", "documents alike", "prefixes", "prefixes alike")
+for _name in ("causal", "all", "window", "window, cap, sinks", *_ids):
     CONSERVATIVE |= {
         **_refused(ops.softmax_attention.default, _name, HEAD_SIZE, (2, 3)),
         **_refused(ops.softmax_attention_backward.default, _name, HEAD_SIZE, (0, 3), (3, 3), (4, 3)),

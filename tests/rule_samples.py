@@ -404,6 +404,13 @@ def _attention() -> list[S]:
             S(ops.softmax_attention.default, (q, k, v, None, *more), name=name),
             S(ops.softmax_attention_backward.default, (grad, q, k, v, None, out, lse, *more), name=name),
         ]
+    for name, of in {"prefixes": ids - 1, "prefixes alike": ids[:1]}.items():
+        more = (True, 0.7, 2 if name == "prefixes" else None, None, None, None, None, of)
+        out, lse = ops.softmax_attention(q, k, v, None, *more)
+        found += [
+            S(ops.softmax_attention.default, (q, k, v, None, *more), name=name),
+            S(ops.softmax_attention_backward.default, (grad, q, k, v, None, out, lse, *more), name=name),
+        ]
     for name, of in {"relative": x(3, 13), "relative alike": x(1, 17)}.items():
         more = (name == "relative", 0.7, None, None, None, None, of)
         out, lse = ops.softmax_attention(q, k, v, None, *more)

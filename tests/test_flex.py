@@ -117,12 +117,14 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 KINDS = ("none", "bool", "bias", "per head", "padding", "minimum", "documents", "far", "column", "alibi")
 PACKED = ("packed", "packed alike", "packed at random", "packed, bool", "packed, minimum", "packed, alibi")
+CAPPED = ("capped", "capped, bool", "capped, far", "capped, per head", "sinks", "sinks, far", "sinks, bool")
+PREFIXED = ("prefixed", "prefixed alike", "prefixed at random", "prefixed, minimum", "prefixed and packed")
 
 
 def mask_of(kind: str, sizes: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor | None:
     """A mask of [B, H, T, S]; most have a row that sees nothing, or nothing but masked keys."""
     (b, h, t, s), least = sizes, torch.finfo(torch.float32).min
-    if kind.startswith("packed"):
+    if kind.startswith(("packed", "prefixed", "capped", "sinks")):
         kind = kind.partition(", ")[2] or "none"
     i, j = torch.arange(t)[:, None], torch.arange(s)
     if kind == "none":
@@ -148,12 +150,26 @@ def mask_of(kind: str, sizes: tuple[int, int, int, int], dtype: torch.dtype) -> 
 
 def documents_of(kind: str, b: int, s: int) -> Tensor | None:
     """Numbers of the tokens' documents: ascending, of one number for all sequences, or in any order."""
-    if not kind.startswith("packed"):
+    if "packed" not in kind:
         return None
     if kind == "packed at random":
         return torch.randint(-2, 3, (b, s))
     ids = (torch.rand(b, s) < 5 / s).cumsum(1)
     return ids[:1].int() if kind == "packed alike" else ids
+
+
+def prefixes_of(kind: str, b: int, s: int) -> Tensor | None:
+    """Numbers of tokens that see each other: a prefix, images of any length, or in any order."""
+    if not kind.startswith("prefixed"):
+        return None
+    if kind == "prefixed at random":
+        return torch.randint(-2, 2, (b, s))
+    if kind == "prefixed late":
+        return torch.where(torch.arange(s) < 131, -1, 0)[None]
+    if kind == "prefixed alike":
+        return torch.where(torch.arange(s) < 2 * s // 3, 0, -1)[None]
+    ids = (torch.rand(b, s) < 5 / s).cumsum(1)
+    return torch.where(ids % 2 == 0, ids, -1)
 
 
 def drawn(kind: str, t: int, s: int, dtype: torch.dtype, heads: tuple[int, int] = (4, 2)) -> tuple[Any, ...]:
@@ -162,7 +178,14 @@ def drawn(kind: str, t: int, s: int, dtype: torch.dtype, heads: tuple[int, int] 
     (h, hkv), b = heads, 2
     sizes = (h, t, 4), (hkv, s, 4), (hkv, s, 6), (h, t, 6)
     q, k, v, grad = (torch.randn(b, n, m, d).to(dtype).transpose(1, 2) for m, n, d in sizes)
-    return Operands(q, k, v, mask_of(kind, (b, h, t, s), dtype), None, documents_of(kind, b, s)), grad
+    mask, documents = mask_of(kind, (b, h, t, s), dtype), documents_of(kind, b, s)
+    sinks = torch.randn(h).to(dtype) if kind.startswith("sinks") else None
+    return Operands(q, k, v, mask, sinks, documents, None, prefixes_of(kind, b, s)), grad
+
+
+def options_of(kind: str, *given: Any) -> Options:
+    """Causal, scale, first row, window."""
+    return Options(*given)._replace(soft_cap=0.7 if kind.startswith("capped") else None)
 
 
 def errors(x: Operands, grad: Tensor, options: Options) -> list[float]:
@@ -180,17 +203,17 @@ def errors(x: Operands, grad: Tensor, options: Options) -> list[float]:
 
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("kind", KINDS + PACKED)
+@pytest.mark.parametrize("kind", KINDS + PACKED + PREFIXED + CAPPED)
 @pytest.mark.usefixtures("on_cpu")
 def test_every_kind_of_mask(kind: str, causal: bool, window: int | None) -> None:
     """Rows of the middle of a sequence against all of its keys."""
     x, grad = drawn(kind, 150, 300, torch.float64)
-    assert max(errors(x, grad, Options(causal, 0.3, 131, window))) < 1e-11
+    assert max(errors(x, grad, options_of(kind, causal, 0.3, 131, window))) < 1e-11
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.sampled_from(KINDS + PACKED),
+    st.sampled_from(KINDS + PACKED + PREFIXED + CAPPED),
     st.integers(1, 200),
     st.integers(1, 300),
     st.integers(0, 320),
@@ -212,17 +235,19 @@ def test_any_call(
 ) -> None:
     x, grad = drawn(kind, t, s, dtype, heads)
     limit = 1e-11 if dtype == torch.float64 else 4e-5
-    assert max(errors(x, grad, Options(causal, 0.3, first, window))) < limit
+    assert max(errors(x, grad, options_of(kind, causal, 0.3, first, window))) < limit
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["none", "bool", "alibi", "packed"])
+@pytest.mark.parametrize("kind", ["none", "bool", "alibi", "packed", "prefixed"])
 @pytest.mark.usefixtures("on_cpu")
 def test_rows_of_ranks(kind: str, ranks: int) -> None:
     """The rows of all ranks are the whole, and their terms of dk and dv its gradients."""
     x, grad = drawn(kind, 290, 290, torch.float64)
     leaves = [y.clone().requires_grad_() for y in x[:3]]
-    want = reference.softmax_attention(*leaves, x.mask, True, 0.3, documents=x.documents)[0]
+    want = reference.softmax_attention(
+        *leaves, x.mask, True, 0.3, documents=x.documents, prefixes=x.prefixes
+    )[0]
     wants = torch.autograd.grad(want, leaves, grad)
     block, found = -(-290 // ranks), []
     for first in range(0, 290, block):
@@ -237,7 +262,7 @@ def test_rows_of_ranks(kind: str, ranks: int) -> None:
         assert relative_error(a, b.detach()) < 1e-11
 
 
-@pytest.mark.parametrize("kind", ["none", "bool", "minimum", "alibi", "packed"])
+@pytest.mark.parametrize("kind", ["none", "bool", "minimum", "alibi", "packed", "prefixed", "capped, bool"])
 def test_as_pytorch_defines_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention's own operators, forward and backward, as PyTorch computes them without a GPU."""
 
@@ -248,7 +273,7 @@ def test_as_pytorch_defines_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(flex, "_compiled", lambda kind: flex.programs(kind.options))
     monkeypatch.setattr(flex, "flex_attention", dense)
     x, grad = drawn(kind, 150, 200, torch.float64)
-    assert max(errors(x, grad, Options(True, 0.3, 37))) < 1e-11
+    assert max(errors(x, grad, options_of(kind, True, 0.3, 37))) < 1e-11
 
 
 # ---- planted mistakes
@@ -275,8 +300,21 @@ def undocumented(
     return modifications(options, given._replace(documents=None))
 
 
-told_meet = flex_told._documents_meet
+def without_prefixes(
+    options: Options, given: flex_told.Given
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Prefixes are left to the block mask."""
+    return modifications(options, given._replace(prefixes=None))
+
+
+def uncapped(options: Options, given: flex_told.Given) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Scores go on as they are, and their gradients as if capped."""
+    return modifications(options._replace(soft_cap=None), given)
+
+
+told_meet, of_lse = flex_told._meet, flex._lse
 modifications, blocks = flex.modifications, flex.blocks_of
+flex_entry = flex_told._entry
 distances, band = flex_told._distances, flex_told._band
 MISTAKES: dict[str, tuple[str, str, Any]] = {
     "rank 0's rows": ("none", "_first", lambda x, options: torch.zeros((), dtype=torch.int32)),
@@ -292,13 +330,27 @@ MISTAKES: dict[str, tuple[str, str, Any]] = {
     "a bool mask by blocks alone": ("bool", "modifications", unmasked),
     "lse - top for every row": ("minimum", "_MODERATE", math.inf),
     "moderate entries are hidden": ("alibi", "_HIDDEN", -2.0),
-    "the first rows' documents": ("packed", "_own", lambda given, rows: given.documents[:, :rows]),
+    "the first rows' documents": ("packed", "_own", lambda ids, given, rows: ids[:, :rows]),
     "documents by blocks alone": ("packed", "modifications", undocumented),
     "every block of documents is whole": (
         "packed",
-        "_documents_meet",
-        lambda *given: (meet := told_meet(*given)[0], meet),
+        "_meet",
+        lambda *given, **least: (meet := told_meet(*given, **least)[0], meet),
     ),
+    "no soft cap": ("capped", "modifications", uncapped),
+    "a sink in the first forward alone": (
+        "sinks, far",
+        "_lse",
+        lambda call, q, k, v, lse, sinks, *more: of_lse(call, q, k, v, lse, None, *more),
+    ),
+    "the first rows' prefixes": ("prefixed late", "_own", lambda ids, given, rows: ids[:, :rows]),
+    "prefixes by blocks alone": ("prefixed", "modifications", without_prefixes),
+    "no block of prefixes is looked at": (
+        "prefixed late",
+        "_meet",
+        lambda *given, **least: (torch.zeros(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool)),
+    ),
+    "what is of no prefix is of one": ("prefixed", "_entry", lambda x, *at: flex_entry(x, *at).clamp(min=0)),
 }
 
 
@@ -306,10 +358,10 @@ MISTAKES: dict[str, tuple[str, str, Any]] = {
 @pytest.mark.usefixtures("on_cpu")
 def test_mistakes_are_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, name, wrong = MISTAKES[mistake]
-    x, grad = drawn(kind, 150, 300, torch.float64)
+    x, grad = drawn(kind, 150, 420 if kind == "prefixed late" else 300, torch.float64)
     monkeypatch.setattr(flex if hasattr(flex, name) else flex_told, name, wrong)
     with pytest.raises((AssertionError, IndexError, RuntimeError)):
-        assert max(errors(x, grad, Options(True, 0.3, 131))) < 1e-11
+        assert max(errors(x, grad, options_of(kind, True, 0.3, 131))) < 1e-11
 
 
 # ---- which calls, and how often they are compiled

@@ -14,7 +14,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
 
 # What one rounding of each operand leaves.
 TOLERANCE = {"fp32": 2e-6, "bf16": 6e-3}
-RELEASE = [pytest.param(case, marks=pytest.mark.sweep) for case in ("bf16, bool", "fp32", "bf16, alibi")]
+RELEASE = [
+    pytest.param(case, marks=pytest.mark.sweep)
+    for case in ("bf16, bool", "fp32", "bf16, alibi", "fp32, capped")
+]
 
 
 @pytest.mark.parametrize("case", ["fp32, minimum", *RELEASE])

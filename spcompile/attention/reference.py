@@ -73,6 +73,7 @@ def softmax_attention(
     sinks: Tensor | None = None,
     documents: Tensor | None = None,
     relative: Tensor | None = None,
+    prefixes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One query at a time: softmax of its scores over the keys it may see, times their values.
 
@@ -83,6 +84,7 @@ def softmax_attention(
         causal: query i sees key j only if ``j <= i``.
         window: and only if ``|i - j| < window``.
         soft_cap: scores become ``soft_cap * tanh(scores / soft_cap)``, before the mask.
+        prefixes: ``[B, S]`` or ``[1, S]``: it sees keys of its own number >= 0 whatever these two say.
         documents: ``[B, S]`` or ``[1, S]``: and only if ``documents_i == documents_j``.
         relative: ``[H or 1, 2 L - 1]``: entry ``L - 1 + i - j`` is added to s_ij, behind the soft cap.
         sinks: ``[H]``, one more logit in each row of a head, whose weight is dropped.
@@ -103,10 +105,14 @@ def softmax_attention(
         if mask is not None:
             row = mask.expand(b, h, t, s)[:, :, i]
             scores = scores.masked_fill(~row, -torch.inf) if row.dtype == torch.bool else scores + row
+        far = torch.zeros(1, s, dtype=torch.bool)
         if causal:
-            scores = scores.masked_fill(torch.arange(s) > i, -torch.inf)
+            far = far | (torch.arange(s) > i)
         if window is not None:
-            scores = scores.masked_fill((torch.arange(s) - i).abs() >= window, -torch.inf)
+            far = far | ((torch.arange(s) - i).abs() >= window)
+        if prefixes is not None:
+            far = far & ~((prefixes == prefixes[:, i, None]) & (prefixes >= 0))
+        scores = scores.masked_fill(far[:, None], -torch.inf)
         if documents is not None:
             scores = scores.masked_fill((documents != documents[:, i, None])[:, None], -torch.inf)
         if sinks is not None:

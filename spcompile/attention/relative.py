@@ -18,9 +18,9 @@ from spcompile.kernels.softmax.operands import Operands, Options
 __all__ = ["local_softmax_attention_relative_backward", "softmax_attention_relative_backward"]
 
 
-def _like_operands(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, ...]:
-    """Memory for the gradients; ``relative`` is the last argument of both operators."""
-    return empty_like(q, k, v, named["relative"] if "relative" in named else rest[-1])
+def _like_operands(at: int, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, ...]:
+    """Memory for the gradients; ``relative`` is argument ``at`` behind q, k and v."""
+    return empty_like(q, k, v, named["relative"] if "relative" in named else rest[at])
 
 
 @torch.library.custom_op("spcompile::softmax_attention_relative_backward", mutates_args=())
@@ -39,15 +39,18 @@ def softmax_attention_relative_backward(
     sinks: Tensor | None,
     documents: Tensor | None,
     relative: Tensor,
+    prefixes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv, drelative) of ``softmax_attention``."""
     options = Options(causal, scale, 0, window, soft_cap)
-    return rows.backward_relative(grad, Operands(q, k, v, mask, sinks, documents, relative), options)
+    return rows.backward_relative(
+        grad, Operands(q, k, v, mask, sinks, documents, relative, prefixes), options
+    )
 
 
 @softmax_attention_relative_backward.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, ...]:
-    return _like_operands(q, k, v, *rest, **named)
+    return _like_operands(9, q, k, v, *rest, **named)
 
 
 @torch.library.custom_op("spcompile::local_softmax_attention_relative_backward", mutates_args=())
@@ -70,10 +73,11 @@ def local_softmax_attention_relative_backward(
     reach: int | None = None,
     documents: Tensor | None = None,
     relative: Tensor | None = None,
+    prefixes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``local_softmax_attention``: of keys, values and ``relative`` from just these rows."""
     options = Options(causal, scale, 0, window, soft_cap)
-    x = Operands(q, k, v, mask, sinks, documents, relative)
+    x = Operands(q, k, v, mask, sinks, documents, relative, prefixes)
     here = local(x, options, group, block, length, reach)
     dq, dk, dv, drelative = rows.backward_relative(grad, here.x, here.options)
     return dq, *here.back(dk, dv, k.shape[2]), drelative
@@ -81,4 +85,4 @@ def local_softmax_attention_relative_backward(
 
 @local_softmax_attention_relative_backward.register_fake
 def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, ...]:
-    return _like_operands(q, k, v, *rest, **named)
+    return _like_operands(13, q, k, v, *rest, **named)

@@ -55,15 +55,17 @@ def _check_options(name: str, x: Operands, options: Options) -> None:
         raise ValueError(f"{name}: a window of {window}: a row sees at least itself, 1")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"{name}: a soft cap of {soft_cap}: expected a positive number")
-    if x.documents is not None:
-        ids, (b, _, s, _) = x.documents, x.k.shape
+    for role, ids in (("documents", x.documents), ("prefixes", x.prefixes)):
+        if ids is None:
+            continue
+        b, _, s, _ = x.k.shape
         if ids.dim() != 2 or ids.shape[0] not in (1, b) or ids.shape[1] != s or q.shape[2] != s:
             raise ValueError(
-                f"{name}: documents {list(ids.shape)}: expected {[b, s]} or {[1, s]}, one number per token, "
+                f"{name}: {role} {list(ids.shape)}: expected {[b, s]} or {[1, s]}, one number per token, "
                 f"and as many queries as keys, not {q.shape[2]} and {s}"
             )
         if ids.dtype.is_floating_point or ids.dtype.is_complex:
-            raise ValueError(f"{name}: documents of {ids.dtype}: expected integers")
+            raise ValueError(f"{name}: {role} of {ids.dtype}: expected integers")
     if x.relative is not None:
         _check_relative(name, x, x.relative)
 
@@ -96,6 +98,7 @@ def softmax_attention(
     sinks: Tensor | None = None,
     documents: Tensor | None = None,
     relative: Tensor | None = None,
+    prefixes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention, ``out_i = sum_j softmax_j(s_ij + mask_ij) v_j`` with ``s_ij = scale * q_i k_j``.
 
@@ -115,6 +118,8 @@ def softmax_attention(
             time.
         relative: ``[H, 2 L - 1]`` or ``[1, 2 L - 1]``, any float dtype, L at least T and S: entry
             ``L - 1 + i - j`` is added to s_ij (behind a soft cap).
+        prefixes: ``[B, S]`` or ``[1, S]``, integers, with T = S: tokens of one number >= 0 see each other
+            whatever ``causal`` and ``window`` say (the prefix of a prefix language model, an image's tokens).
     Returns:
         out ``[B, H, T, V]`` in q's dtype, and lse ``[B, H, T]``, natural log, float32 (float64 for
         float64), which is not differentiable. Both contiguous. A query that may see no key (False or -inf
@@ -125,7 +130,7 @@ def softmax_attention(
         SpcompileError: the mask requires a gradient.
     """
     x, options = (
-        Operands(q, k, v, mask, sinks, documents, relative),
+        Operands(q, k, v, mask, sinks, documents, relative, prefixes),
         Options(causal, scale, 0, window, soft_cap),
     )
     check_shapes("softmax_attention", q, k, v)
@@ -155,10 +160,11 @@ def _(
     sinks: Tensor | None = None,
     documents: Tensor | None = None,
     relative: Tensor | None = None,
+    prefixes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     check_shapes("softmax_attention", q, k, v)
     x, options = (
-        Operands(q, k, v, mask, sinks, documents, relative),
+        Operands(q, k, v, mask, sinks, documents, relative, prefixes),
         Options(causal, scale, 0, window, soft_cap),
     )
     _check_options("softmax_attention", x, options)
@@ -181,10 +187,13 @@ def softmax_attention_backward(
     sinks: Tensor | None = None,
     documents: Tensor | None = None,
     relative: Tensor | None = None,
+    prefixes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv) of ``softmax_attention`` from its inputs, its results and ``grad`` of out."""
     options = Options(causal, scale, 0, window, soft_cap)
-    return rows.backward(grad, Operands(q, k, v, mask, sinks, documents, relative), out, lse, options)
+    return rows.backward(
+        grad, Operands(q, k, v, mask, sinks, documents, relative, prefixes), out, lse, options
+    )
 
 
 @softmax_attention_backward.register_fake
@@ -193,7 +202,7 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tupl
 
 
 def _save_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, *ctx.options, sinks, documents, relative = inputs
+    q, k, v, mask, *ctx.options, sinks, documents, relative, prefixes = inputs
     out, lse = output
     if ctx.needs_input_grad[3]:
         raise SpcompileError(
@@ -201,23 +210,23 @@ def _save_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
             "Remedy: detach the mask, or write this attention with torch.softmax."
         )
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, mask, out, lse, sinks, documents, relative)
+    ctx.save_for_backward(q, k, v, mask, out, lse, sinks, documents, relative, prefixes)
 
 
 def _softmax_gradients(ctx: Any, grad: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *saved, sinks, documents, relative = ctx.saved_tensors
-    given = [*ctx.options, sinks, documents, relative]
+    *saved, sinks, documents, relative, prefixes = ctx.saved_tensors
+    given = [*ctx.options, sinks, documents, relative, prefixes]
+    while given[-1] is None and len(given) > len(ctx.options):
+        given.pop()  # what there is not is not in the graph
     drelative = None
     if relative is not None and ctx.needs_input_grad[10]:
         *grads, drelative = torch.ops.spcompile.softmax_attention_relative_backward(grad, *saved, *given)
     else:
-        while given[-1] is None and len(given) > len(ctx.options):
-            given.pop()  # what there is not is not in the graph
         grads = torch.ops.spcompile.softmax_attention_backward(grad, *saved, *given)
     dsinks = None
     if sinks is not None and ctx.needs_input_grad[8]:
         dsinks = _sink_gradient(grad, saved[4], saved[5], sinks)
-    return *grads, None, None, None, None, None, dsinks, None, drelative
+    return *grads, None, None, None, None, None, dsinks, None, drelative, None
 
 
 def _sink_gradient(grad: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
@@ -286,6 +295,7 @@ def local_softmax_attention(
     reach: int | None = None,
     documents: Tensor | None = None,
     relative: Tensor | None = None,
+    prefixes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of this rank's query rows where the position says what a row may see.
 
@@ -301,13 +311,15 @@ def local_softmax_attention(
         group: registered name of the process group along the sequence.
         block: tokens per rank.
         causal, scale, window, soft_cap, sinks: as in ``softmax_attention``.
-        documents: of the tokens of all ranks, ``[B, S]`` or ``[1, S]``.
+        documents, prefixes: of the tokens of all ranks, ``[B, S]`` or ``[1, S]``.
         relative: for all distances between tokens of all ranks.
     Returns:
         out and lse of these rows, as in ``softmax_attention``.
     """
     options = Options(causal, scale, 0, window, soft_cap)
-    here = local(Operands(q, k, v, mask, sinks, documents, relative), options, group, block, length, reach)
+    here = local(
+        Operands(q, k, v, mask, sinks, documents, relative, prefixes), options, group, block, length, reach
+    )
     return rows.forward(here.x, here.options)
 
 
@@ -336,11 +348,14 @@ def local_softmax_attention_backward(
     reach: int | None = None,
     documents: Tensor | None = None,
     relative: Tensor | None = None,
+    prefixes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``local_softmax_attention``: dq of these rows; dk, dv of the keys given from just these
     rows, 0 where a key is not there."""
     options = Options(causal, scale, 0, window, soft_cap)
-    here = local(Operands(q, k, v, mask, sinks, documents, relative), options, group, block, length, reach)
+    here = local(
+        Operands(q, k, v, mask, sinks, documents, relative, prefixes), options, group, block, length, reach
+    )
     dq, dk, dv = rows.backward(grad, here.x, out, lse, here.options)
     return dq, *here.back(dk, dv, k.shape[2])
 

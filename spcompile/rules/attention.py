@@ -222,12 +222,17 @@ def edges(node: fx.Node) -> int:
     if not backward and node.target is not ops.softmax_attention.default:
         return 0
     at = 7 if backward else 4
-    window = node.args[at + 2] if len(node.args) > at + 2 else node.kwargs.get("window")
+
+    def given(behind: int, name: str) -> Any:
+        return node.args[at + behind] if len(node.args) > at + behind else node.kwargs.get(name)
+
+    window = None if given(7, "prefixes") is not None else given(2, "window")
     return 0 if window is None else (int(window) - 1) * (1 if node.args[at] else 2)
 
 
-_MORE = ("sinks", "documents", "relative")
+_MORE = ("sinks", "documents", "relative", "prefixes")
 # Operands of a softmax attention behind its options, which have no queries' and no keys' shape.
+_IDS = ("documents", "prefixes")  # of them those that are a number per token
 
 
 @dataclass
@@ -235,8 +240,8 @@ class SoftmaxAttention:
     """softmax_attention and its backward: queries stay, keys and values are gathered by the strategy.
 
     Under a window that is shorter than a shard these are its neighbours'. Sinks are whole, and their gradient
-    is made of other operators. So are the documents: a number per token; and relative biases, whose gradient
-    is a term of the sum over ranks.
+    is made of other operators. So are documents and prefixes: a number per token; and relative biases, whose
+    gradient is a term of the sum over ranks.
 
     Keys of another length than the queries (cross attention) are asked for whole; their gradients are then
     partial.
@@ -268,8 +273,8 @@ class SoftmaxAttention:
             return None
         roles = self._roles()
         first = 1 if self.backward else 0
-        if side == "in" and roles[index] == "documents":
-            batch = shard.dim == 0 and self._lead(roles, "documents") > 1
+        if side == "in" and roles[index] in _IDS:
+            batch = shard.dim == 0 and self._lead(roles, roles[index]) > 1
             return self._by_batch(shard, roles) if batch else None
         alike = self.call.operands[first].shape[2] == self.call.operands[first + 1].shape[2]
         role = roles[index] if side == "in" else self._result(index)
@@ -318,8 +323,8 @@ class SoftmaxAttention:
         if shard.dim == 1:
             place["sinks"] = shard.at(0)
             place["relative"] = shard.at(0) if self._lead(roles, "relative") > 1 else Replicate()
-        elif self._lead(roles, "documents") > 1:
-            place["documents"] = shard
+        else:
+            place |= {role: shard for role in _IDS if self._lead(roles, role) > 1}
         if self._relative_gradient and not isinstance(place["relative"], Shard):
             return None  # it sums over what is cut, whose padding may hold anything
         inputs = tuple(place[r] for r in roles)

@@ -30,12 +30,14 @@ class _Reach(NamedTuple):
     right: int
 
 
-def _reach(options: Options, queries: Sequence | None, keys: Sequence | None) -> _Reach | None:
-    """That of a window; None where all keys are gathered, or are there already.
+def _reach(x: Operands, options: Options, queries: Sequence | None, keys: Sequence | None) -> _Reach | None:
+    """That of a window; None where all keys are gathered, or are there already: a prefix has any length.
 
     At P (left + right) tokens received the edges are the less as long as they are no whole block.
     """
-    if options.window is None or queries is None or keys is None or others(keys) is None:
+    if options.window is None or x.prefixes is not None:
+        return None
+    if queries is None or keys is None or others(keys) is None:
         return None
     if queries.block != keys.block or queries.length != keys.length:
         return None
@@ -59,7 +61,7 @@ class AllGather:
         group = others(keys)
         if group is None:
             return None
-        reach = _reach(options, queries, keys)
+        reach = _reach(x, options, queries, keys)
         if reach is not None and reach.left + reach.right == 0:
             return None
         packed = _packed(x.k, x.v)
@@ -113,7 +115,7 @@ class AllGather:
             whole = _BACKWARD[relative][1]
             dq, dk, dv, *more = whole(*saved, options.causal, options.scale, *options[3:], *x[4:])
         if kv is not None:
-            dk, dv = _given_back(dk, dv, options, queries, keys)
+            dk, dv = _given_back(dk, dv, x, options, queries, keys)
         return dq, dk, dv, *more
 
 
@@ -131,11 +133,11 @@ _BACKWARD = {
 
 
 def _given_back(
-    dk: Tensor, dv: Tensor, options: Options, queries: Sequence | None, keys: Sequence | None
+    dk: Tensor, dv: Tensor, x: Operands, options: Options, queries: Sequence | None, keys: Sequence | None
 ) -> tuple[Tensor, Tensor]:
     """Each rank's own part of the gradients of all keys that its rows saw."""
     assert keys is not None
-    reach = _reach(options, queries, keys)
+    reach = _reach(x, options, queries, keys)
     if reach is None:
         return _scatter_kv(dk, dv, keys, summed=others(queries) is not None)
     rank = collectives.rank(keys.group, dk.device)
@@ -148,11 +150,11 @@ def _where(
     """Where this rank's rows stand among the keys: the arguments of the operator that reads the rank; None
     where it is all the same."""
     group = others(queries)
-    placed = options.causal or any(y is not None for y in (options.window, x.documents, x.relative))
+    placed = options.causal or any(y is not None for y in (options.window, x.relative, *x.ids))
     if group is None or not placed:
         return None
     assert queries is not None
-    reach = _reach(options, queries, keys)
+    reach = _reach(x, options, queries, keys)
     halo = {} if reach is None else {"length": queries.length, "reach": reach.left}
     return group.name, queries.block, halo
 
@@ -160,7 +162,7 @@ def _where(
 def _named(x: Operands, options: Options) -> dict[str, object]:
     """The options that are not the plain causal attention's."""
     given = options._asdict() | x._asdict()
-    names = ("window", "soft_cap", "sinks", "documents", "relative")
+    names = ("window", "soft_cap", "sinks", "documents", "relative", "prefixes")
     named: dict[str, object] = {name: given[name] for name in names if given[name] is not None}
     return named if options.causal else {"causal": False, **named}
 
@@ -185,7 +187,7 @@ def _with_keys(
         return x
     assert keys is not None
     size, more = x.k.shape[3], kv.permute(1, 2, 0, 3)
-    reach = _reach(options, queries, keys)
+    reach = _reach(x, options, queries, keys)
     if reach is None:
         more = more[:, :, : keys.length]
         return x._replace(k=more[..., :size], v=more[..., size:])

@@ -25,7 +25,7 @@ __all__ = ["backward", "backward_relative", "forward"]
 # Scores held at a time, in elements (64 MiB in float32).
 _BUDGET = 1 << 24
 
-# Rows taken together where keys of other documents are passed over.
+# Rows taken together where keys are passed over by their documents or prefixes.
 _ROWS_OF_DOCUMENTS = 256
 
 
@@ -50,12 +50,12 @@ def _blocks(x: Operands, options: Options) -> Iterator[_Block]:
     """Blocks of rows that see some key, as many rows as the budget has room for."""
     (b, h, t, _), keys = x.q.shape, x.k.shape[2]
     row = max(1, b * h * keys)
-    if options.window is not None:
+    if options.window is not None and x.prefixes is None:
         # What a row sees, and once more: a block's rows see that of its neighbours.
         row = min(row, max(1, b * h * 4 * options.window))
     step = max(1, _BUDGET // row)
     step = step if options.window is None else min(step, max(64, options.window))
-    step = step if x.documents is None else min(step, _ROWS_OF_DOCUMENTS)
+    step = min(step, _ROWS_OF_DOCUMENTS) if x.ids else step
     for start in range(0, t if keys else 0, step):
         stop = min(t, start + step)
         first, end = x.seen(options, start, stop)

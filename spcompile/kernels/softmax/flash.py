@@ -66,6 +66,8 @@ def refuses(x: Operands, options: Options = PLAIN) -> str:
         return "a sliding window"
     if x.documents is not None:
         return "documents"
+    if x.prefixes is not None:
+        return "prefixes"
     if x.relative is not None:
         return "a relative bias"
     return f"heads of more than {_LARGEST} numbers" if _size(x) > _LARGEST else ""
@@ -160,7 +162,7 @@ def _calls(x: Operands, options: Options) -> list[_Call]:
 
 
 def _in_blocks(x: Operands, options: Options) -> bool:
-    return options.window is not None or x.documents is not None or x.relative is not None
+    return options.window is not None or bool(x.ids) or x.relative is not None
 
 
 def _blocks(x: Operands, options: Options) -> list[_Call]:

@@ -1,9 +1,11 @@
 """Softmax attention by PyTorch's FlexAttention, on NVIDIA GPUs: what flash attention refuses there.
 
-That is float32, and a mask that is data. FlexAttention is told of a call by three things:
+That is float32, a mask that is data, windows, documents, prefixes, biases, soft caps. FlexAttention is told
+of a call by three things:
 
-- ``mask_mod``, whether row i may see key j: the band of the options, documents, and a bool mask's entry;
-- ``score_mod``, what becomes of a score: an additive mask's entry is added, and a relative bias's;
+- ``mask_mod``, whether row i may see key j: the band of the options, prefixes, documents, and a bool mask's
+  entry;
+- ``score_mod``, what becomes of a score: a soft cap; a mask's entry and a relative bias's are added;
 - a block mask: which blocks of 128 rows by 128 keys are looked at, and in which ``mask_mod`` is asked.
 
 They are built inside the compiled function from tensors, this rank's first row among them, so that one piece
@@ -19,7 +21,8 @@ the first by the number of keys. So with top_i the largest entry that row i sees
     x_ij = (scale * q_i k_j + mask_ij) - top_i          lse_i = top_i + log sum_j exp(x_ij)
 
 which rounds as the sum alone does. The backward needs the log-sum-exp of x itself: lse - top where top is
-moderate, and for the blocks that hold other rows a second forward. Nothing is asked of the host.
+moderate, and for the blocks that hold other rows a second forward. Nothing is asked of the host. A sink is
+one more exponential in both: exp(sink - top_i).
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ from spcompile import _torch
 from spcompile.kernels.choice import without_triton
 from spcompile.kernels.scan import own_dtypes
 from spcompile.kernels.softmax.flex_told import BLOCK, Given, blocks_of, given_of, modifications
-from spcompile.kernels.softmax.operands import Operands, Options
+from spcompile.kernels.softmax.operands import Operands, Options, with_sinks
 
 __all__ = ["backward", "forward", "or_blocks", "programs", "refuses"]
 
@@ -54,7 +57,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST = 2**31 - 1
 
 # Options and operands that may be left out and that this file has a line for.
-_KNOWN = frozenset({"first_row", "mask", "window", "documents", "relative"})
+_KNOWN = frozenset({"first_row", "window", "soft_cap", "mask", "sinks", "documents", "relative", "prefixes"})
 
 # Of the choices of PyTorch's kernels the plain one. The backward is given what a forward would write down.
 _FORWARD = {"BACKEND": "TRITON"}
@@ -121,7 +124,14 @@ def _attend(
 
 
 def _lse(
-    call: _Call, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, given: Given, blocks: tuple[Tensor, ...]
+    call: _Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    given: Given,
+    blocks: tuple[Tensor, ...],
 ) -> Tensor:
     """The log-sum-exp of what ``score_mod`` returns, from that of the scores (NOTE above)."""
     if given.top is None:
@@ -131,7 +141,10 @@ def _lse(
     part, part_at, whole, whole_at = blocks
     few = torch.where(in_block, part, 0), part_at, torch.where(in_block, whole, 0), whole_at
     _, found = _attend(call, q, k, v, given, few)
-    return torch.where(again, found, lse - given.top.squeeze(-1))
+    top = given.top.squeeze(-1)
+    if sinks is not None:
+        found = torch.logaddexp(found, sinks.to(found.dtype)[:, None] - top)
+    return torch.where(again, found, lse - top)
 
 
 def _gradients(call: _Call) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -152,9 +165,10 @@ def _gradients(call: _Call) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         top: Tensor | None,
         documents: Tensor | None,
         relative: Tensor | None,
+        prefixes: Tensor | None,
         *blocks: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        given = first, mask, top, documents, relative
+        given = first, mask, top, documents, relative, prefixes
         there = [x is not None for x in given]
         tensors = tuple(x for x in given if x is not None)
 
@@ -172,6 +186,8 @@ def _gradients(call: _Call) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
             score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor, grad: Tensor, *tensors: Tensor
         ) -> list[Tensor | None]:
             """Gradients of score_mod's arguments: masks and biases get none."""
+            cap = call.options.soft_cap
+            grad = grad if cap is None else grad * (1 - torch.tanh(score / cap).square())
             return [grad, *[None] * (4 + len(tensors))]
 
         lengths = q.shape[2], k.shape[2]
@@ -200,13 +216,17 @@ def programs(options: Options, precise: bool = False) -> tuple[Callable[..., Any
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
+        sinks: Tensor | None,
         documents: Tensor | None,
         relative: Tensor | None,
+        prefixes: Tensor | None,
         first: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        given = given_of(options, q, k, mask, documents, relative, first)
+        given = given_of(options, q, k, mask, Given(first, None, None, documents, relative, prefixes))
         out, lse = _attend(call, q, k, v, given, blocks_of(options, q, k, given))
         lse = lse if given.top is None else lse + given.top.squeeze(-1)
+        if sinks is not None:
+            out, lse = with_sinks(out, lse, sinks)
         return out.contiguous(), lse.contiguous()
 
     def backward(
@@ -215,15 +235,17 @@ def programs(options: Options, precise: bool = False) -> tuple[Callable[..., Any
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
+        sinks: Tensor | None,
         documents: Tensor | None,
         relative: Tensor | None,
+        prefixes: Tensor | None,
         first: Tensor,
         out: Tensor,
         lse: Tensor,
     ) -> tuple[Tensor, ...]:
-        given = given_of(options, q, k, mask, documents, relative, first)
+        given = given_of(options, q, k, mask, Given(first, None, None, documents, relative, prefixes))
         blocks = blocks_of(options, q, k, given)
-        lse = _lse(call, q, k, v, lse, given, blocks) * math.log2(math.e)  # as the kernel has it
+        lse = _lse(call, q, k, v, lse, sinks, given, blocks) * math.log2(math.e)  # as the kernel has it
         return tuple(x.contiguous() for x in gradients(grad, q, k, v, out, lse, *given, *blocks))
 
     return forward, backward
@@ -238,16 +260,18 @@ class _Kind(NamedTuple):
     sizes: tuple[int, ...]  # query heads, key heads, sizes of keys and of values
     mask: tuple[Any, ...]  # dtype, and which dims are broadcast
     precise: bool  # float32, and TF32 is not allowed
-    documents: tuple[Any, ...] = ()  # as the mask
+    sinks: tuple[Any, ...] = ()  # as the mask
+    documents: tuple[Any, ...] = ()
     relative: tuple[Any, ...] = ()
+    prefixes: tuple[Any, ...] = ()
 
 
 def _kind(x: Operands, options: Options) -> _Kind:
     sizes = x.q.shape[1], x.k.shape[1], x.k.shape[3], x.v.shape[3]
     mask = () if x.mask is None else (x.mask.dtype, *(size == 1 for size in x.mask.shape))
     precise = x.q.dtype == torch.float32 and not _tf32() and max(sizes[2:]) <= 128 and _holds(x.q.device)
-    ids, bias = (() if y is None else (y.dtype, y.shape[0] == 1) for y in (x.documents, x.relative))
-    return _Kind(options._replace(first_row=0), x.q.device, x.q.dtype, sizes, mask, precise, ids, bias)
+    more = (() if y is None else (y.dtype, y.shape[0] == 1) for y in x[4:])
+    return _Kind(options._replace(first_row=0), x.q.device, x.q.dtype, sizes, mask, precise, *more)
 
 
 def _holds(device: torch.device) -> bool:
@@ -293,14 +317,14 @@ def _first(x: Operands, options: Options) -> Tensor:
 
 def forward(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
     """As :func:`.blockwise.forward`."""
-    return _run(0, x, options, (*x[:4], x.documents, x.relative, _first(x, options)))
+    return _run(0, x, options, (*x, _first(x, options)))
 
 
 def backward(
     grad: Tensor, x: Operands, out: Tensor, lse: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients from the saved ``out`` and ``lse``: dq, dk, dv contiguous, each in its input's dtype."""
-    return _run(1, x, options, (grad, *x[:4], x.documents, x.relative, _first(x, options), out, lse))
+    return _run(1, x, options, (grad, *x, _first(x, options), out, lse))
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ class Given(NamedTuple):
     top: Tensor | None = None  # [., ., R or 1, 1]: the largest additive entry that each row sees, finite
     documents: Tensor | None = None  # [B or 1, S]: of each key
     relative: Tensor | None = None  # [H or 1, 2 L - 1]: added to a score by distance
+    prefixes: Tensor | None = None  # [B or 1, S]: of each key
 
 
 def _band(options: Options) -> tuple[int | None, int | None]:
@@ -53,12 +54,15 @@ def _entry(x: Tensor, *at: Tensor) -> Tensor:
 def modifications(options: Options, given: Given) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """(mask_mod, score_mod) of a call: the only place that says what a mask or an option means.
 
-    d score_mod / d score is 1; an option that changes it needs a line in ``flex._gradients`` too.
+    d score_mod / d score is 1, but for a soft cap: what changes it needs a line in ``flex._gradients`` too.
     """
-    band, (first, mask, top, documents, relative) = _band(options), given
+    band, (first, mask, top, documents, relative, prefixes) = _band(options), given
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         seen = _within(first + i - j, band)
+        if prefixes is not None:
+            own = _entry(prefixes, b, (first + i).clamp(max=prefixes.shape[1] - 1))
+            seen = seen | ((own == _entry(prefixes, b, j)) & (own >= 0))
         if documents is not None:
             own = (first + i).clamp(max=documents.shape[1] - 1)
             seen = seen & (_entry(documents, b, own) == _entry(documents, b, j))
@@ -67,6 +71,8 @@ def modifications(options: Options, given: Given) -> tuple[Callable[..., Tensor]
         return seen
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if options.soft_cap is not None:
+            score = options.soft_cap * torch.tanh(score / options.soft_cap)
         if relative is not None:
             at = (relative.shape[1] // 2 + first + i - j).clamp(0, relative.shape[1] - 1)
             score = score + _entry(relative, h, at).to(score.dtype)
@@ -84,32 +90,25 @@ def _distances(first: Tensor, rows: int, keys: int, step: int = 1) -> Tensor:
     return first + p[:, None] - j
 
 
-def _own(given: Given, rows: int) -> Tensor:
-    """The document of each row, [B or 1, rows]; behind the keys that of the last."""
-    ids = given.documents
-    assert ids is not None
+def _own(ids: Tensor, given: Given, rows: int) -> Tensor:
+    """The number of each row, [B or 1, rows]; behind the keys that of the last."""
     return ids[:, (given.first + torch.arange(rows, device=ids.device)).clamp(max=ids.shape[1] - 1)]
 
 
 def _structure(options: Options, given: Given, rows: int, keys: int) -> Tensor:
-    """Which keys each row may see by its place and its document, [rows, keys] or [B or 1, 1, rows, keys]."""
+    """Which keys each row may see by its place and numbers, [rows, keys] or [B or 1, 1, rows, keys]."""
     seen = _within(_distances(given.first, rows, keys), _band(options))
+    if given.prefixes is not None:
+        own = _own(given.prefixes, given, rows).unsqueeze(2)
+        seen = seen | ((own == given.prefixes.unsqueeze(1)) & (own >= 0)).unsqueeze(1)
     if given.documents is None:
         return seen
-    return seen & (_own(given, rows).unsqueeze(2) == given.documents.unsqueeze(1)).unsqueeze(1)
+    own = _own(given.documents, given, rows).unsqueeze(2)
+    return seen & (own == given.documents.unsqueeze(1)).unsqueeze(1)
 
 
-def given_of(
-    options: Options,
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    documents: Tensor | None,
-    relative: Tensor | None,
-    first: Tensor,
-) -> Given:
-    """What the modifications of a call read."""
-    given = Given(first, documents=documents, relative=relative)
+def given_of(options: Options, q: Tensor, k: Tensor, mask: Tensor | None, given: Given) -> Given:
+    """What the modifications of a call read: what is given, and the mask."""
     if mask is None:
         return given
     given = given._replace(mask=mask[(None,) * (4 - mask.dim())])
@@ -134,8 +133,11 @@ def blocks_of(options: Options, q: Tensor, k: Tensor, given: Given) -> tuple[Ten
         whole = _within(nearest, (low, None)) & _within(farthest, (None, high))
         whole = whole & inside[0][:, None] & inside[1]
         some, whole = some[None, None], whole[None, None]
+        if given.prefixes is not None:
+            meet, alike = _meet(given.prefixes, given, rows, least=0)
+            some, whole = some | meet, whole | (alike & inside[0][:, None] & inside[1])
         if given.documents is not None:
-            meet, alike = _documents_meet(given, rows)
+            meet, alike = _meet(given.documents, given, rows)
             some, whole = some & meet, whole & alike
     else:
         seen = _structure(options, given, rows, keys) & _allowed(given)
@@ -146,10 +148,13 @@ def blocks_of(options: Options, q: Tensor, k: Tensor, given: Given) -> tuple[Ten
     return *_listed(some & ~whole), *_listed(whole)
 
 
-def _documents_meet(given: Given, rows: int) -> tuple[Tensor, Tensor]:
-    """Of each block of rows and of keys, whether the least and largest of their documents leave room for a
-    common one, and whether all are one; [B or 1, 1, blocks of rows, blocks of keys]."""
-    assert given.documents is not None
+def _meet(ids: Tensor, given: Given, rows: int, least: int | None = None) -> tuple[Tensor, Tensor]:
+    """Of each block of rows and of keys, whether the least and largest of their numbers leave room for a
+    common one, and whether all are one; [B or 1, 1, blocks of rows, blocks of keys].
+
+    Args:
+        least: numbers below it are none.
+    """
 
     def ends(ids: Tensor) -> tuple[Tensor, Tensor]:
         length = ids.shape[1]  # the last block is filled up with the last token's
@@ -157,9 +162,12 @@ def _documents_meet(given: Given, rows: int) -> tuple[Tensor, Tensor]:
         blocks = ids[:, None, filled].unflatten(2, (-1, BLOCK))
         return blocks.amin(3), blocks.amax(3)
 
-    low, high = (x.unsqueeze(3) for x in ends(_own(given, rows)))
-    first, last = (x.unsqueeze(2) for x in ends(given.documents))
-    return (low <= last) & (first <= high), (low == high) & (first == last) & (low == first)
+    low, high = (x.unsqueeze(3) for x in ends(_own(ids, given, rows)))
+    first, last = (x.unsqueeze(2) for x in ends(ids))
+    meet, alike = (low <= last) & (first <= high), (low == high) & (first == last) & (low == first)
+    return (
+        (meet, alike) if least is None else (meet & (high >= least) & (last >= least), alike & (low >= least))
+    )
 
 
 def _allowed(given: Given) -> Tensor:

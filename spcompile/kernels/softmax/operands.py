@@ -1,5 +1,6 @@
 """What a call of softmax attention is made of, and the one rule of which key a row may see: by its place
-(:class:`Options`) and by its document (:class:`Operands`); and of what their distance adds to a score."""
+(:class:`Options`), by its prefix and by its document (:class:`Operands`); and of what their distance adds to
+a score."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["PLAIN", "Operands", "Options"]
+__all__ = ["PLAIN", "Operands", "Options", "with_sinks"]
 
 
 class Operands(NamedTuple):
@@ -21,11 +22,15 @@ class Operands(NamedTuple):
     sinks: Tensor | None = None  # [H]: a logit beside those of the keys, whose weight is dropped
     documents: Tensor | None = None  # [B or 1, S], integers: a row sees the keys of its own document
     relative: Tensor | None = None  # [H or 1, 2 L - 1]: entry L - 1 + p - j is added to a score, L >= T, S
+    prefixes: Tensor | None = None  # [B or 1, S], integers: tokens of one number >= 0 see each other
 
-    def own_documents(self, options: Options, start: int, stop: int) -> Tensor:
-        """The documents of the rows [start, stop), [B or 1, rows]; behind the keys that of the last."""
-        ids = self.documents
-        assert ids is not None
+    @property
+    def ids(self) -> list[Tensor]:
+        """The operands that are a number of each token, by which a row sees keys or does not."""
+        return [x for x in (self.documents, self.prefixes) if x is not None]
+
+    def own(self, ids: Tensor, options: Options, start: int, stop: int) -> Tensor:
+        """Those of the rows [start, stop), [B or 1, rows]; behind the keys that of the last."""
         first, last = options.first_row + start, options.first_row + stop
         if last <= ids.shape[1]:
             return ids[:, first:last]
@@ -51,29 +56,47 @@ class Operands(NamedTuple):
         return entries.unfold(1, end - first, 1).flip(2).unsqueeze(0)
 
     def visible(self, options: Options, start: int, stop: int, first: int, end: int) -> Tensor | None:
-        """Which keys of [first, end) each row of [start, stop) may see, by their places and documents.
+        """Which keys of [first, end) each row of [start, stop) may see, by their places and numbers.
 
         Bool ``[rows, keys]`` or ``[B or 1, 1, rows, keys]``; None: all.
         """
-        band = options.visible(start, stop, first, end, self.q.device)
+        seen = options.visible(start, stop, first, end, self.q.device)
+        if seen is not None and self.prefixes is not None:
+            own = self.own(self.prefixes, options, start, stop).unsqueeze(2)
+            seen = seen | ((own == self.prefixes[:, None, first:end]) & (own >= 0)).unsqueeze(1)
         if self.documents is None:
-            return band
-        own = self.own_documents(options, start, stop)
-        same = (own.unsqueeze(2) == self.documents[:, None, first:end]).unsqueeze(1)
-        return same if band is None else same & band
+            return seen
+        own = self.own(self.documents, options, start, stop).unsqueeze(2)
+        same = (own == self.documents[:, None, first:end]).unsqueeze(1)
+        return same if seen is None else same & seen
 
     def seen(self, options: Options, start: int, stop: int) -> tuple[int, int]:
         """Keys [first, end) outside of which no row of [start, stop) sees any.
 
-        On a CPU by the documents as well: those between the least and the largest of the rows'. Elsewhere
-        the numbers would have to be read back.
+        On a CPU by the tokens' numbers as well: those between the least and the largest of the rows'.
+        Elsewhere the numbers would have to be read back.
         """
-        first, end = options.seen(start, stop, self.k.shape[2])
-        if self.documents is None or self.documents.device.type != "cpu" or first >= end:
+        keys = self.k.shape[2]
+        first, end = options.seen(start, stop, keys)
+        on_cpu = self.q.device.type == "cpu"
+        if self.prefixes is not None and keys:
+            own = self.own(self.prefixes, options, start, stop)
+            low, high = _between(self.prefixes, own[own >= 0]) if on_cpu else (0, keys)
+            if low < high:
+                first, end = (min(first, low), max(end, high)) if first < end else (low, high)
+        if self.documents is None or not on_cpu or first >= end:
             return first, end
-        own, ids = self.own_documents(options, start, stop), self.documents[:, first:end]
-        found = ((ids >= own.amin()) & (ids <= own.amax())).any(0).nonzero()
-        return (first + int(found[0]), first + int(found[-1]) + 1) if len(found) else (first, first)
+        own = self.own(self.documents, options, start, stop)
+        low, high = _between(self.documents[:, first:end], own)
+        return first + low, first + high
+
+
+def _between(ids: Tensor, own: Tensor) -> tuple[int, int]:
+    """Tokens [first, end) outside of which no number is between the least and the largest of ``own``."""
+    if own.numel() == 0:
+        return 0, 0
+    found = ((ids >= own.amin()) & (ids <= own.amax())).any(0).nonzero()
+    return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0)
 
 
 class Options(NamedTuple):
@@ -115,6 +138,16 @@ class Options(NamedTuple):
         if self.window is None:
             return distance >= 0
         return (distance >= (0 if self.causal else 1 - self.window)) & (distance < self.window)
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """One more logit in each row's softmax, with a value of 0.
+
+    lse' = log(exp(lse) + exp(sink))      out' = exp(lse - lse') out
+    """
+    both = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    kept = torch.where(lse == -torch.inf, 0.0, torch.exp(lse - both))
+    return (out * kept.unsqueeze(-1)).to(out.dtype), both
 
 
 PLAIN = Options(True, 1.0)

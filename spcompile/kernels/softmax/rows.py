@@ -5,11 +5,10 @@ PyTorch's flash attention comes first, then FlexAttention, which takes what flas
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from spcompile.kernels.softmax import blockwise, flash, flex
-from spcompile.kernels.softmax.operands import PLAIN, Operands, Options
+from spcompile.kernels.softmax.operands import PLAIN, Operands, Options, with_sinks
 
 __all__ = ["backward", "backward_relative", "forward", "name", "refuses"]
 
@@ -35,21 +34,11 @@ def forward(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
     if not flash.refuses(x, options):
         out, lse = flash.forward(x, options)
         if not flash.imprecise(x, lse):
-            return (out, lse) if x.sinks is None else _with_sinks(out, lse, x.sinks)
+            return (out, lse) if x.sinks is None else with_sinks(out, lse, x.sinks)
     elif not flex.refuses(x, options):
         with flex.or_blocks(x, options):
             return flex.forward(x, options)
     return blockwise.forward(x, options)
-
-
-def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """One more logit in each row's softmax, with a value of 0.
-
-    lse' = log(exp(lse) + exp(sink))      out' = exp(lse - lse') out
-    """
-    both = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-    kept = torch.where(lse == -torch.inf, 0.0, torch.exp(lse - both))
-    return (out * kept.unsqueeze(-1)).to(out.dtype), both
 
 
 def backward(

@@ -2,7 +2,8 @@
 
 A mask is a conjunction. What of it is a function of i - j alone becomes the operator's options. What has no
 row in it (padding) stays data, one value per key and not one per pair; and so do the two sides of an equation
-between a number of the row's token and the same of the key's (documents, chunks). Neither needs a name: it is
+between a number of the row's token and the same of the key's (documents, chunks), and such an equation beside
+the function of i - j ("or": prefixes). None of them needs a name: it is
 whatever Value of the shadow was evaluated, on the way to the mask, to just that part of the conjunction, or
 to just that side of the equation.
 """
@@ -23,6 +24,7 @@ from spcompile.passes.recognize.proof.masks import Pieces
 from spcompile.passes.recognize.proof.prover import Prover, indices, settle
 from spcompile.passes.recognize.proof.values import Index, evaluate, leaves
 from spcompile.passes.recognize.softmax.documents import Documents, conjuncts, documents_of, named_dims
+from spcompile.passes.recognize.softmax.prefixes import Prefixes, prefixes_of
 from spcompile.passes.shadow import Value
 
 __all__ = ["Band", "OfKeys", "Split", "band_of", "split"]
@@ -72,11 +74,15 @@ class OfKeys:
 
 @dataclass
 class Split:
-    """A mask as (a function of i - j) and (of keys) and (alike of row and key): where a row sees a key."""
+    """A mask as (a function of i - j) and (of keys) and (alike of row and key): where a row sees a key.
+
+    With prefixes the first is (the function of i - j, or of one prefix), and the function is no factor alone.
+    """
 
     pieces: Pieces
     keys: list[OfKeys]
     documents: Documents | None = None
+    prefixes: Prefixes | None = None
 
 
 Keeps = Callable[[Any], bool | None]
@@ -109,20 +115,26 @@ def split(
         return None
     whole: Pieces = [masks.Piece(1 - cols.size, rows.size - 1, True)]
     atoms, parts, documents = {s: a for a, s in named.items()}, conjuncts(expr), None
+    prefixes: Prefixes | None = None
     if rows.size == cols.size:
         documents, parts = documents_of(ctx, prover, parts, atoms, held)
         positions = None if documents is None else documents.positions
         if positions is not None and positions not in counts:
             return split(prover, value, dims, rows, cols, keeps, held, counts | {positions})
+        beside = prefixes_of(ctx, prover, parts, atoms, held)
+        if beside is not None:
+            prefixes, whole, parts = beside
     rest: set[Boolean] = set()
     for part in parts:
         pieces = settle(ctx, part, rows.size, cols.size)
         if pieces is None:
             rest.add(part)
+        elif prefixes is not None:
+            return None  # a band that holds for prefixes too
         else:
             whole = masks.combine(lambda a, b: bool(a and b), whole, pieces)
     found = _of_keys(ctx, rest, atoms, held) if rest else []
-    return None if found is None else Split(whole, found, documents)
+    return None if found is None else Split(whole, found, documents, prefixes)
 
 
 def _kept(expr: Any, keeps: Keeps) -> Boolean | None:

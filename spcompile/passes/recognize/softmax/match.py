@@ -24,11 +24,12 @@ from spcompile.passes.recognize.algebra.products import Factor, peel, product_of
 from spcompile.passes.recognize.common import check_one_place, check_private
 from spcompile.passes.recognize.edit import Editor, Operand, Refused, Writer
 from spcompile.passes.recognize.proof.prover import Prover
+from spcompile.passes.recognize.softmax.documents import Documents
+from spcompile.passes.recognize.softmax.prefixes import Prefixes
 from spcompile.passes.recognize.softmax.relative import emit_relative
 from spcompile.passes.recognize.softmax.sinks import read_sink
 from spcompile.passes.recognize.softmax.steps import (
     Found,
-    Masking,
     Step,
     decide,
     emit_mask,
@@ -246,8 +247,9 @@ def rewrite(found: Found, editor: Editor, prover: Prover) -> tuple[fx.Node, str]
     rows, keys = (roles.t,), (roles.s,)
     mask = emit_mask(w, editor, masking.general, (roles.b, heads, rows, keys), dtype)
     more = [masking.band.window, masking.soft_cap, _sinks(found, heads, editor, w)]
-    more.append(_documents(masking, roles, editor, w))
+    more.append(_of_tokens(masking.documents, roles, editor, w))
     more.append(emit_relative(masking.relative, heads, roles.t, roles.s, editor, w))
+    more.append(_of_tokens(masking.prefixes, roles, editor, w))
     while more and more[-1] is None:
         more.pop()
     q4 = w.to(w.arrange(q, (roles.b, heads, rows, roles.k)), dtype)
@@ -265,14 +267,18 @@ def rewrite(found: Found, editor: Editor, prover: Prover) -> tuple[fx.Node, str]
     return call, masking.name
 
 
-def _documents(masking: Masking, roles: Roles, editor: Editor, w: Writer) -> fx.Node | None:
-    """The tokens' documents, [B or 1, S]."""
-    if masking.documents is None:
+def _of_tokens(found: Documents | Prefixes | None, roles: Roles, editor: Editor, w: Writer) -> fx.Node | None:
+    """The tokens' documents or prefixes, [B or 1, S]."""
+    if found is None:
         return None
-    operand = editor.operand(Factor(masking.documents.value, masking.documents.dims), w.before)
+    operand = editor.operand(Factor(found.value, found.dims), w.before)
     if not set(atoms_of(operand.dims)) <= set(resolve((*roles.b, roles.s))):
-        raise Refused("its documents differ from head to head")
-    return w.arrange(operand, (roles.b, (roles.s,)), expand=False)
+        raise Refused("its documents or prefixes differ from head to head")
+    ids = w.arrange(operand, (roles.b, (roles.s,)), expand=False)
+    if isinstance(found, Prefixes) and found.value.dtype == torch.bool:  # 0 for one prefix, -1 for none
+        flags = w.to(ids, torch.int64)
+        return w.call(torch.sub, flags, 1) if found.keep else w.call(torch.neg, flags)
+    return ids
 
 
 def _sinks(found: Found, heads: tuple[Atom, ...], editor: Editor, w: Writer) -> fx.Node | None:

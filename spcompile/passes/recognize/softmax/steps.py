@@ -18,6 +18,7 @@ from spcompile.passes.recognize.proof.constants import bounded
 from spcompile.passes.recognize.proof.prover import Prover
 from spcompile.passes.recognize.softmax.bands import Band, Split, band_of, split
 from spcompile.passes.recognize.softmax.documents import Documents
+from spcompile.passes.recognize.softmax.prefixes import Prefixes
 from spcompile.passes.recognize.softmax.relative import Relative, read_relative
 from spcompile.passes.shadow import Value
 
@@ -91,13 +92,15 @@ class Masking:
     documents: Documents | None = None
     relative: list[Relative] = field(default_factory=list)
     """Biases by head and distance."""
+    prefixes: Prefixes | None = None
 
     @property
     def name(self) -> str:
         """For reports."""
         per_key = {"fill": "padding", "bias": "bias per key"}
         data = {per_key[s.kind] if s.of_keys else "general": None for s in self.general}
-        structure = [self.band.name, "documents" if self.documents else ""]
+        band = f"{self.band.name} with prefixes" if self.prefixes else self.band.name
+        structure = [band, "documents" if self.documents else ""]
         mask = " and ".join([*(name for name in structure if name), *data]) or "all"
         others = {
             "soft cap": self.soft_cap is not None,
@@ -119,6 +122,7 @@ def decide(found: Found, rows: Atom, prover: Prover, held: Callable[[Value], boo
     proved, data, numbers, documents = whole, list[Step](), list[float](), dict[Documents, None]()
     relative: list[Relative] = []
     hiding: list[Step] = []
+    prefixes, narrower = list[Prefixes](), found.causal  # whether another band hides what they show
     for step, after, part in _masks(found, rows, prover, held):
         if isinstance(part, Relative):
             relative.append(part)
@@ -132,6 +136,8 @@ def decide(found: Found, rows: Atom, prover: Prover, held: Callable[[Value], boo
             data += [Step("fill", part.hides, k.value, k.dims, k.keep, True) for k in part.keys]
             numbers.append(part.hides)
             documents |= {} if part.documents is None else {part.documents: None}
+            prefixes += [] if part.prefixes is None else [part.prefixes]
+            narrower |= part.prefixes is None and not all(p.value for p in part.pieces)
         hiding += [] if step.bounded else [step]
     if documents:  # a row of which no more is known than that it may see itself
         sure = masks.combine(lambda a, b: a and b, proved, _itself(rows.size, found.keys.size))
@@ -142,16 +148,19 @@ def decide(found: Found, rows: Atom, prover: Prover, held: Callable[[Value], boo
     band = band_of(proved)
     structure = bool(documents) or (band is not None and bool(band.name))
     told = not structure or _told_apart(hiding, numbers, data)
-    if band is None or len(documents) > 1 or not (told if _hides(data) else keeps):
+    apart = len(documents) <= 1 and not (prefixes and (len(prefixes) > 1 or narrower))
+    if band is None or not apart or not (told if _hides(data) else keeps):
         data, band = _undo(found), Band()
         documents.clear()
         relative.clear()
+        prefixes.clear()
     band = Band(band.causal or found.causal, band.window)
     keeps = keeps and (not _hides(data) or found.sinks is not None)
     uniform = _uniform(data) and not keeps
     undefined = _hides(data) and found.by_hand and not uniform and not keeps
-    ids = next(iter(documents), None)
-    return Masking(scale, soft_cap, band, data, found.sinks is not None, uniform, undefined, ids, relative)
+    ids, own = next(iter(documents), None), next(iter(prefixes), None)
+    told_of = data, found.sinks is not None, uniform, undefined, ids, relative, own
+    return Masking(scale, soft_cap, band, *told_of)
 
 
 def _hides(data: Sequence[Step]) -> bool:
@@ -339,7 +348,8 @@ def _proved_part(
     if parts.keys and step.kind == "bias" and found.sinks is None:
         # A row that keeps no key weighs all alike, but unlike after a fill its scores have a gradient.
         return None
-    return _Part(parts.pieces, parts.keys, parts.documents, max(hidden, default=-math.inf))
+    hides = max(hidden, default=-math.inf)
+    return _Part(parts.pieces, parts.keys, parts.documents, parts.prefixes, hides)
 
 
 def emit_mask(
