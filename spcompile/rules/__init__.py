@@ -15,6 +15,7 @@ from spcompile.rules import (
     attention,
     contractions,
     creation,
+    filling,
     indexing,
     kernels,
     pointwise,
@@ -81,6 +82,8 @@ RULES: dict[Any, str | Callable[[Call], Rule | None]] = {
     # A row of the table for each index: any row may be asked for.
     aten.embedding.default: "v d, ... -> ... d; whole v; linear 0",
     aten.gather.default: routing.gather,
+    aten.masked_scatter.default: filling.MaskedScatter,
+    aten.masked_scatter_backward.default: filling.MaskedScatterBackward,
     aten.scatter.value: indexing.scatter,
     aten.scatter.src: routing.scatter,
     aten.scatter.reduce: indexing.scatter,

@@ -31,7 +31,7 @@ _MOST_SYMBOLS = 12  # of a condition that is compared with another one
 
 @dataclass(frozen=True)
 class Prefixes:
-    """A Value, one for each token: those of one number >= 0 see each other, or all for which it is ``keep``."""
+    """A Value, one for each token: those of one number >= 0 see each other, or all that are ``keep``."""
 
     value: Value
     dims: Dims
