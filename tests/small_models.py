@@ -110,7 +110,7 @@ def of_file(path: Path) -> dict[str, Callable[..., Any]]:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    tables = [x for x in vars(module).values() if isinstance(x, dict)]
+    tables = [x for n, x in vars(module).items() if isinstance(x, dict) and not n.startswith("_")]
     return {name: make for table in tables for name, make in table.items() if callable(make)}
 
 
