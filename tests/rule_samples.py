@@ -256,7 +256,7 @@ def _convolution(name: str, bias: bool = False, kernel: int = 3, groups: int = 6
     gradient = x(*forward.call().outputs[0].shape, seed=4)
     args = (gradient, signal, weight, [6] if bias else None, *rest, [True, True, bias])
     backward = S(aten.convolution_backward.default, args, name=name, tolerance=1e-10)
-    forward.exchanges = backward.exchanges = stride == 1
+    forward.exchanges = backward.exchanges = True
     return [forward, backward]
 
 
@@ -270,6 +270,8 @@ _CONVOLUTIONS = [
     *_convolution("of one token", kernel=1),
     *_convolution("mixing channels", True, groups=1, padding=2),
     *_convolution("in steps", True, groups=1, stride=2, padding=1),
+    *_convolution("in steps, without padding", kernel=2, stride=2),
+    *_convolution("in steps, dilated", kernel=2, stride=2, padding=1, dilation=2),
     S(
         aten.convolution.default,
         (x(4, 6, 3, 9), x(6, 1, 2, 3), None, [1, 1], [0, 2], [1, 1], False, [0, 0], 6),

@@ -189,6 +189,35 @@ def test_neighbours(name: str, length: int) -> None:
         assert halos(joint, 2) == tokens
 
 
+class Speech(nn.Module):
+    """As Whisper's encoder begins: a convolution, one of stride two, attention of all to all."""
+
+    def __init__(self, kernel: int, padding: int):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv1d(CHANNELS, CHANNELS, 3, padding=1)
+        self.second = nn.Conv1d(CHANNELS, CHANNELS, kernel, stride=2, padding=padding)
+        self.qkv = nn.Linear(CHANNELS, 3 * CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.second(F.gelu(self.first(x.transpose(1, 2))))).transpose(1, 2)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).square().mean()
+
+
+@pytest.mark.parametrize(("kernel", "padding"), [(3, 1), (2, 0), (4, 1)])
+@pytest.mark.parametrize("length", [12, 13, 23])
+def test_strides(length: int, kernel: int, padding: int) -> None:
+    """Nothing is gathered where the stride divides the blocks, and all is right where it does not."""
+    model = Speech(kernel, padding).double()
+    inputs = {"x": torch.randn(2, length, CHANNELS, dtype=torch.float64)}
+    expected, joint = eager(model, inputs), capture(model, inputs)
+    for ranks in RANKS:
+        _, sharded = joint.shard(ranks)
+        assert not sharded.gathers or -(-length // ranks) % 2
+        assert expected.error(*joint.run(ranks, nan_padding=True)) <= 1e-9
+
+
 def test_through_inductor() -> None:
     torch.manual_seed(0)
     model = Model(nn.Sequential(Sliced(4), Padded(3), Summed(2))).double()

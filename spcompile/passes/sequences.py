@@ -15,6 +15,7 @@ from spcompile.passes.ports import arrivals
 from spcompile.passes.propagate import Plan, Value, propagate
 from spcompile.placement import Shard, reshape_shard
 from spcompile.rules import attention
+from spcompile.rules.convolutions import Convolution
 from spcompile.rules.views import Reshape
 from spcompile.sizes import ceil_div, hint
 
@@ -79,7 +80,7 @@ def _find_sequences(graph: fx.Graph, ranks: int, hints: Mapping[str, int]) -> di
 
 
 def _in_whole_chunks(plan: Plan, seeds: Mapping[Value, Shard]) -> dict[Value, Shard]:
-    """The seeds with blocks of whole chunks, where the graph views the sequence as chunks.
+    """The seeds with blocks of whole chunks, where the graph views the sequence as chunks, or strides.
 
     A view of T tokens as [T / c, c] moves nothing if every rank has whole chunks; with blocks of ceil(T / P)
     the sequence would be gathered for it. A rank never gets more than twice the tokens that it would have:
@@ -100,8 +101,13 @@ def _rounded(block: int, chunk: int) -> int:
 
 
 def _chunks(plan: Plan, tokens: Shard) -> Iterator[int]:
-    """The lengths in tokens of the chunks as which the sequence is viewed."""
+    """The lengths in tokens of the chunks as which the sequence is viewed, and of a convolution's steps."""
     for step in plan.steps.values():
+        if isinstance(step.rule, Convolution) and step.call is not None:
+            for mark in plan.marks.get(step.operands[0], ()):
+                if mark.dim == 2:
+                    sizes = step.rule.stride * tokens.block, mark.block
+                    yield Fraction(*map(hint, sizes)).numerator
         if not isinstance(step.rule, Reshape) or step.call is None:
             continue
         (value,), shapes = step.operands, (step.call.operands[0].shape, step.call.outputs[0].shape)

@@ -1,4 +1,7 @@
-"""Convolutions: along the sequence, an entry needs its neighbours, a halo of kernel - 1 tokens."""
+"""Convolutions: along the sequence, an entry needs its neighbours, a halo of kernel - 1 tokens.
+
+With a stride s the output's blocks are the operand's divided by s, if they can be: else it is computed whole.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from spcompile.neighbours import give_back
 from spcompile.placement import Partial, Replicate, Shard
 from spcompile.rules.base import Call, Context, Emit, Factors, Side, Split
 from spcompile.rules.halo import halo
@@ -16,39 +20,54 @@ __all__ = ["Convolution", "ConvolutionBackward", "Window"]
 
 @dataclass(frozen=True)
 class Window:
-    """y[t] = sum_j w_j x[t + j d - p]: what an entry of a one-dimensional convolution of stride one sees.
+    """y[t] = sum_j w_j x[s t + j d - p]: what an entry of a one-dimensional convolution sees.
 
-    ``span`` is (k - 1) d, ``padding`` is p. If x starts at position a and y at b, then y at a position needs
-    x at the b - a + p positions before it, and up to ``span`` minus that behind it.
+    ``span`` is (k - 1) d, ``padding`` is p, ``stride`` s. If x starts at position a and y at b, then y at a
+    position needs x at the s b - a + p positions before s times it, and up to ``span`` minus that behind it.
     """
 
     padding: int
     span: int
     x: int
     y: int
+    stride: int = 1
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor, weight: Tensor, options: tuple[Any, ...]) -> Window | None:
-        """The window of a call; None if it strides, is transposed or has more dims than one."""
+        """The window of a call; None if it is transposed or has more dims than one."""
         stride, padding, dilation, transposed = options[:4]
-        if x.dim() != 3 or transposed or stride[0] != 1:
+        if x.dim() != 3 or transposed:
             return None
-        return cls(padding[0], (weight.shape[2] - 1) * dilation[0], x.shape[2], y.shape[2])
+        return cls(padding[0], (weight.shape[2] - 1) * dilation[0], x.shape[2], y.shape[2], stride[0])
 
-    def output(self, x: Shard) -> Shard:
+    def output(self, x: Shard) -> Shard | None:
         """Where the output lies: at position 0, as what is computed does, if the halo's sides allow it."""
+        if self.stride > 1:
+            if not isinstance(x.block, int) or x.block % self.stride:
+                return None
+            start = max(0, -((self.padding - x.start) // self.stride))
+            return replace(x, start=start, length=self.y, block=x.block // self.stride)
         start = min(max(0, x.start - self.padding), x.start - self.padding + self.span)
         return x.window(start, self.y)
 
     def input(self, y: Shard) -> Shard:
         """Where the operand lies: its last token beside the output's, or the first if it is the shorter."""
+        if self.stride > 1:
+            first = self.stride * y.start + self.padding
+            start = min(max(0, first - self.span), first)
+            return replace(y, start=start, length=self.x, block=y.block * self.stride)
         start = y.start + min(0, self.y - self.x)
         start = min(max(start, y.start + self.padding - self.span), y.start + self.padding)
         return y.window(start, self.x)
 
-    def left(self, x: Shard, y: Shard) -> int:
-        """How many positions of x before its own an output needs; behind it, ``span`` minus that."""
-        return y.start - x.start + self.padding
+    def sides(self, x: Shard, y: Shard | None) -> tuple[int, int] | None:
+        """How many positions of x before and behind its own block an output needs; None: farther apart."""
+        if y is None:
+            return None
+        left = self.stride * y.start - x.start + self.padding
+        if not 0 <= left <= self.span:
+            return None
+        return left, max(0, self.span - left - self.stride + 1)
 
 
 def _asked_for(call: Call, split: Split | None) -> Split | None:
@@ -69,6 +88,11 @@ class Convolution:
     call: Call
 
     @property
+    def stride(self) -> int:
+        """That along the sequence."""
+        return int(self.call.args[3][-1])
+
+    @property
     def linear(self) -> tuple[frozenset[int], ...]:
         """In the operand and in the weight, but for a bias."""
         return (frozenset({0}), frozenset({1})) if len(self.call.operands) == 2 else ()
@@ -84,11 +108,11 @@ class Convolution:
             return None
         before = shard if side == "in" else window.input(shard)
         after = window.output(shard) if side == "in" else shard
-        left = window.left(before, after)
-        if not 0 <= left <= window.span:
+        sides = window.sides(before, after)
+        if after is None or sides is None:
             return None
         whole = [Replicate() for _ in (weight, *bias)]
-        emit = self._emit(left, window.span - left)
+        emit = self._emit(*sides)
         return Split((before, *whole), (after,), (0.0, *(None for _ in whole)), emit)
 
     def _emit(self, left: int, right: int) -> Emit:
@@ -128,13 +152,31 @@ class ConvolutionBackward:
             return None
         before = shard if given == 1 else window.input(shard)
         after = window.output(shard) if given == 1 else shard
-        left = window.left(before, after)
-        if not 0 <= left <= window.span:
+        sides = window.sides(before, after)
+        if after is None or sides is None:
             return None
-        emit = self._emit(left, window.span - left)
+        if window.stride > 1 and max(sides) > before.block:
+            return None
+        emit = self._emit(*sides) if window.stride == 1 else self._emit_in_steps(*sides)
         gradients = (before, Partial("sum"), Partial("sum"))
         split = Split((after, before, Replicate()), gradients, (0.0, 0.0, None), emit)
         return _asked_for(self.call, split)
+
+    def _emit_in_steps(self, left: int, right: int) -> Emit:
+        """Of this rank's own entries of dy, with the halo of x, whose gradient the neighbours get."""
+
+        def emit(context: Context, operands: list[Tensor]) -> tuple[Tensor | None, ...]:
+            dy, x, weight = operands
+            around = halo(context, x, 2, left, right, 0.0)
+            args, _ = self.call.replaced([dy, around, weight])
+            dx, dw, db = self.call.op(*args[:5], [0], *args[6:])
+            if dx is not None and left + right:
+                tokens_first = dx.permute(2, 0, 1)
+                rank = context.rank(x.device)
+                dx = give_back(tokens_first, left, right, context.group, rank).permute(1, 2, 0)
+            return dx, dw, db
+
+        return emit
 
     def _emit(self, left: int, right: int) -> Emit:
         def emit(context: Context, operands: list[Tensor]) -> tuple[Tensor | None, ...]:

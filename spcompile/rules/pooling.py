@@ -86,10 +86,10 @@ class AveragePool:
             return None
         before = shard if side == "in" else window.input(shard)
         after = window.output(shard) if side == "in" else shard
-        left = window.left(before, after)
-        if not 0 <= left <= window.span:
+        sides = window.sides(before, after)
+        if after is None or sides is None:
             return None
-        emit = _mean(shard.dim, left, window.span - left, _divisor(options))
+        emit = _mean(shard.dim, *sides, _divisor(options))
         return Split((before,), (after,), (0.0,), emit)
 
 
@@ -112,8 +112,8 @@ class AveragePoolBackward:
         given_output = side == "in" and index == 0
         before = window.input(shard) if given_output else shard
         after = shard if given_output else window.output(shard)
-        left = window.left(before, after)
-        if not 0 <= left <= window.span:
+        sides = window.sides(before, after)
+        if after is None or sides is None:
             return None
-        emit = _mean(shard.dim, window.span - left, left, _divisor(options))
+        emit = _mean(shard.dim, *sides[::-1], _divisor(options))
         return Split((after, before), (before,), (0.0, None), emit)
