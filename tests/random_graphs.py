@@ -80,8 +80,18 @@ def error_of(case: Case) -> float:
     left = (expected.loss, *expected.gradients.values())
     if not all(x.isfinite().all() for x in left):
         return 0.0  # of what is not a number in eager nothing can be told
-    joint = capture(model, inputs)
-    return expected.error(*joint.run(case.ranks, nan_padding=True))
+    error = expected.error(*capture(model, inputs).run(case.ranks, nan_padding=True))
+    return 0.0 if error > EXACT and error <= 16 * _of_rounding(model, inputs) else error
+
+
+def _of_rounding(model: nn.Module, inputs: dict[str, Any]) -> float:
+    """What the last digits of the parameters do to eager's own results: a norm of nothing but rounding, say."""
+    expected, generator = eager(model, inputs), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1 + 1e-15 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    other = eager(model, inputs)
+    return expected.error(other.loss, other.gradients | other.written)
 
 
 def verdict(case: Case) -> str:
