@@ -85,7 +85,7 @@ def error_of(case: Case) -> float:
 
 
 def _of_rounding(model: nn.Module, inputs: dict[str, Any]) -> float:
-    """What the last digits of the parameters do to eager's own results: a norm of nothing but rounding, say."""
+    """What the last digits of the parameters do to eager's results: a norm of nothing but rounding, say."""
     expected, generator = eager(model, inputs), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
