@@ -158,10 +158,10 @@ def test_the_interpreter_rounds_as_hardware_does(found: Callable[[str], Found]) 
 
 
 @pytest.mark.sweep
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_every_planted_fault_is_caught() -> None:
-    """Six and more for each kernel, in a minute or three."""
-    for fault, error in workers.found("planted_faults", TRITON_INTERPRET="1").items():
+    """Six and more for each kernel: five to twenty minutes, as the machine is busy."""
+    for fault, error in workers.found("planted_faults", timeout=3550, TRITON_INTERPRET="1").items():
         assert error > 10 * TOLERANCE["fp32"], fault
 
 
