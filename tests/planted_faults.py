@@ -368,9 +368,10 @@ CASES = {
     "columns": PER_KEY,
     "within": PER_KEY,
     "kda, exclusive": (f"{KDA[0]}both",),
-    **dict.fromkeys(("kda, prepared", "kda, written", "kda, readings", "kda, pairs"), (f"{KDA[0]}reverse",)),
+    **dict.fromkeys(("kda, written", "kda, readings", "kda, pairs"), (f"{KDA[0]}reverse",)),
     **dict.fromkeys(
-        ("kda, summaries", "kda, summaries back", "kda, corrected"), (f"{KDA[0]}reverse", *KDA_SEGMENTS)
+        ("kda, prepared", "kda, summaries", "kda, summaries back", "kda, corrected"),
+        (f"{KDA[0]}reverse", *KDA_SEGMENTS),
     ),
 }
 
