@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -16,7 +16,7 @@ from spcompile.passes.recognize.proof.prover import Prover
 from spcompile.passes.recognize.proof.values import Index, evaluate
 from spcompile.passes.shadow import Value
 
-__all__ = ["Documents", "conjuncts", "documents_of", "named_dims"]
+__all__ = ["Documents", "conjuncts", "documents_of", "for_row", "named_dims", "of_tokens"]
 
 
 @dataclass(frozen=True)
@@ -76,17 +76,29 @@ def _same_of_both(
     held: Callable[[Value], bool],
 ) -> Documents | None:
     """A Value that is ``key`` where it is read for a key, and ``row`` where it is read for the row."""
-    for known, expr in list(ctx.known.items()):
-        v, index = cast("tuple[Value, Index]", known)
-        if expr != key or ctx.j not in index or any(ctx.i in e.free_symbols for e in index):
-            continue
-        dims = named_dims(v, index, atoms)
-        if dims is None or v.dtype is None or v.dtype.is_floating_point or not held(v):
-            continue
-        of_row = tuple(ctx.i if e == ctx.j else e for e in index)
-        if evaluate(v, prover.functions)(ctx, of_row) == row:
+    for v, index, dims, expr in of_tokens(ctx, atoms, held):
+        if expr == key and for_row(ctx, prover, v, index) == row:
             return Documents(v, dims, index, _positions(v))
     return None
+
+
+def of_tokens(
+    ctx: Context, atoms: dict[sympy.Symbol, Atom], held: Callable[[Value], bool]
+) -> Iterator[tuple[Value, Index, Dims, object]]:
+    """Values of integers or conditions, one for each token, where a mask has read them for a key: and
+    what they are there."""
+    for known, expr in list(ctx.known.items()):
+        v, index = cast("tuple[Value, Index]", known)
+        if ctx.j not in index or any(ctx.i in e.free_symbols for e in index):
+            continue
+        dims = named_dims(v, index, atoms)
+        if dims is not None and v.dtype is not None and not v.dtype.is_floating_point and held(v):
+            yield v, index, dims, expr
+
+
+def for_row(ctx: Context, prover: Prover, v: Value, index: Index) -> object:
+    """What a Value that is read at ``index`` for a key is for the row."""
+    return evaluate(v, prover.functions)(ctx, tuple(ctx.i if e == ctx.j else e for e in index))
 
 
 def _within(ctx: Context, prover: Prover, documents: Documents, part: Boolean) -> Boolean:

@@ -20,8 +20,8 @@ from spcompile.passes.recognize.algebra.dims import Atom, Dims
 from spcompile.passes.recognize.proof.context import Context, both, either, is_bool, lift
 from spcompile.passes.recognize.proof.masks import Pieces
 from spcompile.passes.recognize.proof.prover import Prover, settle
-from spcompile.passes.recognize.proof.values import Index, at_least, equal, evaluate
-from spcompile.passes.recognize.softmax.documents import named_dims
+from spcompile.passes.recognize.proof.values import at_least, equal
+from spcompile.passes.recognize.softmax.documents import for_row, of_tokens
 from spcompile.passes.shadow import Value
 
 __all__ = ["Prefixes", "prefixes_of"]
@@ -80,15 +80,8 @@ def _readings(
     ctx: Context, prover: Prover, atoms: dict[sympy.Symbol, Atom], held: Callable[[Value], bool]
 ) -> Iterator[_Reading]:
     """Values of which there is one for each token, as the mask has read them for keys."""
-    for known, key in list(ctx.known.items()):
-        v, index = cast("tuple[Value, Index]", known)
-        if ctx.j not in index or any(ctx.i in e.free_symbols for e in index):
-            continue
-        dims = named_dims(v, index, atoms)
-        if dims is None or v.dtype is None or v.dtype.is_floating_point or not held(v):
-            continue
-        of_row = tuple(ctx.i if e == ctx.j else e for e in index)
-        row = evaluate(v, prover.functions)(ctx, of_row)
+    for v, index, dims, key in of_tokens(ctx, atoms, held):
+        row = for_row(ctx, prover, v, index)
         yield _Reading(Prefixes(v, dims), key, row)
         if v.dtype == torch.bool:
             opposite = sympy.Not(cast(Boolean, key)), sympy.Not(cast(Boolean, row))
