@@ -1,8 +1,14 @@
-"""What all tests share: which of them start first."""
+"""What all tests share: which of them start first, and what their processes do without."""
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+# Where Triton is installed, each process that compiles starts others, which import torch and wait for kernels
+# of a GPU: ten seconds of a core in vain. Nothing else depends on it (torch/_inductor/async_compile.py).
+os.environ.setdefault("TORCH_WARM_POOL", "0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from spcompile.digest import digest, sketch
 from tests.agreement_cases import FAIL, PASS
-from tests.test_ranks import run_ranks
+from tests.real_ranks import run_ranks
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from spcompile import traffic
 from spcompile.simulate import simulated
 from tests.huggingface import BANDED, build
 from tests.proof import capture, eager, relative_error
+from tests.releases import each_change
 
 # As in test_huggingface: their norms, rotary embeddings, softmax or losses compute in float32.
 TOLERANCE = 2e-5
@@ -36,8 +37,8 @@ def square(graph: fx.Graph, block: int, length: int, ranks: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [3, pytest.param(2, marks=pytest.mark.sweep)])
-@pytest.mark.parametrize("name", BANDED)
+@pytest.mark.parametrize("ranks", each_change([3, 2], [3]))
+@pytest.mark.parametrize("name", each_change(BANDED, ["gemma3", "gpt_oss"]))
 def test_loss_gradients_and_masks(name: str, ranks: int) -> None:
     """At 53 tokens: a window of 7 is shorter than a shard, of 18 or more, and its edges alone are sent."""
     model, arguments = build(name, 53, use_cache=False)
@@ -79,7 +80,7 @@ def test_sinks_of_a_batch_of_one() -> None:
     assert eager(model, one).error(*joint.run(2, nan_padding=True)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", each_change(PACKED, ["mistral"]))
 def test_packed_documents(name: str) -> None:
     """Five documents in one sequence, told apart by their positions, are the five by themselves."""
     lengths = [10, 14, 5, 1, 23]

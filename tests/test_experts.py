@@ -17,6 +17,7 @@ from torch import fx
 from tests import zoo
 from tests.experts import APART, COUNTS, HIDDEN, LOCAL, Experts, grouped, inputs_of
 from tests.proof import capture, eager
+from tests.releases import each_change
 
 EXACT = 1e-12
 
@@ -60,7 +61,7 @@ INSIDE = 2e-5  # they compute norms, routers and the loss in float32
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", [*MODELS, *(pytest.param(x, marks=pytest.mark.sweep) for x in MORE)])
+@pytest.mark.parametrize("name", each_change([*MODELS, *MORE], MODELS))
 def test_models(name):
     model, inputs = zoo.MODELS[name](33)
     model, default = model.double(), model.config._experts_implementation

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import models
 from demo import compare, text
 from spcompile.simulate import simulated
+from tests.releases import each_change
 
 WINDOWS, ROUNDS, LENGTH, RANKS = 2, 3, 24, 2
 NAMES = [n for n in models.names() if n.endswith(":tiny")]
@@ -33,9 +34,7 @@ def losses(model: nn.Module, batches: list[Tensor], backend: object = None) -> l
     return found
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in KINDS else pytest.mark.sweep) for n in NAMES]
-)
+@pytest.mark.parametrize("name", each_change(NAMES, KINDS))
 def test_curves_are_equal(name: str) -> None:
     batches = text.batches(text.read(None), LENGTH, WINDOWS, 0) * ROUNDS
     curves = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from tests.hash_seeds import SEEDS, graphs
-from tests.test_ranks import run_ranks
+from tests.real_ranks import run_ranks
 
 # What is known to follow the process's hashes (Gemma 4 from seed 0 to 1), and one of each kind of the rest.
 SOME = ["gemma4", "fla_gdn2_chunk", "linear_llama3:tiny"]

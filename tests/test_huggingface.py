@@ -10,6 +10,7 @@ import torch
 from spcompile.simulate import simulated
 from tests.huggingface import MODELS, build
 from tests.proof import capture, eager, left_behind
+from tests.releases import each_change
 
 # The models are built in float64, but their norms, rotary embeddings or losses compute in float32.
 TOLERANCE = 2e-5
@@ -17,7 +18,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in MODELS if name
 CASES += [("llama", {"use_cache": False}), ("llama", {"use_cache": True})]
 
 
-@pytest.mark.parametrize("ranks", [3, pytest.param(2, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("ranks", each_change([3, 2], [3]))
 @pytest.mark.parametrize(
     "recognize",
     [

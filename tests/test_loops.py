@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.proof import Eager, Joint, capture, eager
+from tests.releases import each_change
 
 B, T = SIZES["B"], SIZES["T"]
 RANKS = (1, 2, 3)  # 13 tokens: no number of ranks but one divides them
@@ -77,7 +78,7 @@ def case(name: str) -> tuple[Eager, Joint]:
     return eager(model, inputs), capture(model, inputs)
 
 
-@pytest.mark.parametrize("ranks", [1, 3, pytest.param(2, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("ranks", each_change([1, 3, 2], [3]))
 @pytest.mark.parametrize("name", [n for n in SAMPLES if n != "state_in_place"])
 def test_ranks_exchange_summaries_once_each_way(name: str, ranks: int) -> None:
     expected, joint = case(name)

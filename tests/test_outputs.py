@@ -21,7 +21,7 @@ from spcompile.sharded import Part, ShardedTensor, own_strides
 from spcompile.simulate import simulated
 from tests.outputs_worker import LM, LOSSES, gradients, seeded, tokens, worst
 from tests.proof import relative_error
-from tests.test_ranks import run_ranks
+from tests.real_ranks import run_ranks
 
 WORKER = "tests.outputs_worker"
 

@@ -16,8 +16,9 @@ from spcompile.library.table import TABLE
 from tests.library_samples import SAMPLES, B, K, Sample, T, V
 from tests.packed_models import LAYERS, Model
 from tests.proof import capture, eager, relative_error
+from tests.real_ranks import run_ranks
+from tests.releases import each_change
 from tests.test_library import TOLERANCE, refuses, run
-from tests.test_ranks import run_ranks
 
 # One of a single token, and one of two.
 LENGTHS = [10, 1, 29, 2, 22]
@@ -113,11 +114,15 @@ def test_states_are_the_librarys_own() -> None:
 # ---- sharded
 
 
-@pytest.mark.parametrize("lengths", [[5, 1, 7, 3, 8], [6, 6, 6, 3, 3]], ids=["inside", "on"])
-@pytest.mark.parametrize("name", LAYERS)
-def test_five_documents(name: str, lengths: list[int]) -> None:
+BORDERS = {"inside": [5, 1, 7, 3, 8], "on": [6, 6, 6, 3, 3]}
+BOTH = [*itertools.product(LAYERS, BORDERS)]
+
+
+# For each change every layer once, and half of them with borders on the shards' own.
+@pytest.mark.parametrize(("name", "where"), each_change(BOTH, [*BOTH[::4], *BOTH[3::4]]))
+def test_five_documents(name: str, where: str) -> None:
     """Borders inside, on and across the shards of 24 tokens, of 1 to 4 ranks; loss and every gradient."""
-    model = Model(LAYERS[name])
+    model, lengths = Model(LAYERS[name]), BORDERS[where]
     generator = torch.Generator().manual_seed(0)
     ids, labels = (torch.randint(11, (1, 24), generator=generator) for _ in range(2))
     ends = torch.tensor([0, *lengths]).cumsum(0)

@@ -2,48 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Sequence
-from typing import Any
-
 import pytest
 
-
-def run_ranks(
-    case: str,
-    ranks: int,
-    timeout: float = 280,
-    worker: str = "tests.rank_worker",
-    each: Sequence[dict[str, str]] | None = None,
-) -> list[dict[str, Any]]:
-    """Every rank's result of a case of a worker module; ``each``: environment of each rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", worker, case],
-            env=os.environ | common | {"RANK": str(r), "LOCAL_RANK": str(r)} | (each[r] if each else {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for r in range(ranks)
-    ]
-    try:
-        outputs = [w.communicate(timeout=timeout)[0] for w in workers]
-    finally:
-        for w in workers:
-            w.kill()
-    results = [[line for line in out.splitlines() if line.startswith("RESULT ")] for out in outputs]
-    assert all(results), "\n".join(outputs)
-    return [json.loads(r[0].removeprefix("RESULT ")) for r in results]
+from tests.real_ranks import run_ranks
 
 
 @pytest.mark.slow

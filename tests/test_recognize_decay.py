@@ -13,6 +13,7 @@ from recognition import INF, B, D, H, T, future, see, spelling
 from torch import Tensor
 
 from spcompile.simulate import simulated
+from tests.releases import each_change
 
 CONSTANT, DATA, LEFT = {}, {}, {}
 
@@ -315,7 +316,7 @@ def _step(fn, xs: list[Tensor]) -> list[Tensor]:
     return [out.detach(), *(torch.zeros_like(x) if d is None else d for d, x in zip(grads, xs, strict=True))]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", each_change([1, 2, 3], [3]))
 @pytest.mark.parametrize("name", ["its_own_normaliser", "both_directions", "ssd_tokens_first", "two_masks",
                                   "normalised_by_a_sum", "gate_own_token_left_out", "no_running_sum",
                                   "gate_reversed"])  # fmt: skip

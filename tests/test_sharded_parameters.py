@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.real_ranks import run_ranks
 from tests.sharded_worker import SIZE, VOCAB
-from tests.test_ranks import run_ranks
 
 BLOCK = (3 * SIZE + SIZE) * (SIZE + 1)
 PARAMETERS = VOCAB * SIZE + VOCAB * (SIZE + 1) + 2 * BLOCK

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ import models
 from spcompile.attention.variants import VARIANTS as TABLE
 from spcompile.traffic import rows, transfers
 from tests.proof import Eager, Joint, capture, eager
+from tests.releases import each_change
 
 SHAPE = {"vocab": 20, "hidden": 8, "heads": 2, "kv_heads": 1, "mlp": 12}
 VARIANTS = [
@@ -24,11 +23,8 @@ VARIANTS = [
 LENGTH = 7  # no multiple of the ranks
 # Of each kind of memory state one is looked at for each change, the others for a release.
 KINDS = ("linear_llama3", "gla", "gated_deltanet", "kda")
-
-
-def some(names: Iterable[str]) -> list[Any]:
-    """The names, others than ``KINDS`` for a release alone."""
-    return [pytest.param(n, marks=() if n in KINDS else pytest.mark.sweep) for n in names]
+TWO = KINDS[::2]
+DELTA_OR_DIAGONAL = [n for n, row in TABLE.items() if row.delta or row.decay == "diagonal"]
 
 
 @functools.lru_cache(maxsize=1)
@@ -47,7 +43,7 @@ def case(name: str, pattern: str) -> tuple[Eager, Joint]:
     ("pattern", "ranks"),
     [("LN", 3), *(pytest.param(*how, marks=pytest.mark.sweep) for how in (("LN", 2), ("L", 2), ("L", 3)))],
 )
-@pytest.mark.parametrize("name", some(VARIANTS))
+@pytest.mark.parametrize("name", each_change(VARIANTS, KINDS[1:]))
 def test_a_variant_is_eager(name: str, pattern: str, ranks: int) -> None:
     expected, joint = case(name, pattern)
     kinds = {"L": "linear", "N": "softmax"}
@@ -56,7 +52,7 @@ def test_a_variant_is_eager(name: str, pattern: str, ranks: int) -> None:
     assert expected.error(*joint.run(ranks, nan_padding=True)) <= 1e-9
 
 
-@pytest.mark.parametrize("name", some(VARIANTS))
+@pytest.mark.parametrize("name", each_change(VARIANTS, ["gated_deltanet"]))
 def test_what_crosses_ranks(name: str) -> None:
     """One all-gather of summaries each way per layer, by the formula; besides it halos, losses, gradients.
 
@@ -96,7 +92,7 @@ def zeros(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-@pytest.mark.parametrize("name", some(["linear_llama3", *VARIANTS]))
+@pytest.mark.parametrize("name", each_change(["linear_llama3", *VARIANTS], TWO))
 def test_no_product_is_one_with_zeros(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What several ranks compute is what one does, and for the delta rules the matrix that they send.
 
@@ -115,7 +111,7 @@ def test_no_product_is_one_with_zeros(name: str, monkeypatch: pytest.MonkeyPatch
     assert one_of_four <= alone + (12 if TABLE[name].delta else 0)
 
 
-@pytest.mark.parametrize("name", some(n for n, row in TABLE.items() if row.delta or row.decay == "diagonal"))
+@pytest.mark.parametrize("name", each_change(DELTA_OR_DIAGONAL, KINDS[1:3]))
 def test_a_layer_is_the_same_few_operators(name: str) -> None:
     """On CPUs, of a delta rule or decays per key: no product of a chunk is Inductor's to compile.
 
