@@ -82,6 +82,10 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 # Which operators Inductor takes apart: a pass that runs after AOTAutograd must not emit one of them.
 from torch._inductor.decomposition import select_decomp_table
 
+# Orders between operators that are not of data, and Inductor's scheduler, which forgets some (see below).
+from torch._inductor.dependencies import StarDep as _StarDep
+from torch._inductor.dependencies import WeakDep as _WeakDep
+
 # Inductor's counter-based random numbers: what was drawn from a seed tensor can be drawn again under
 # checkpointing.
 from torch._inductor.inductor_prims import random as inductor_random
@@ -89,6 +93,7 @@ from torch._inductor.inductor_prims import seed as inductor_seed
 
 # Where Inductor keeps its caches: what a compilation told is kept beside them.
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._inductor.scheduler import SchedulerNode as _SchedulerNode
 
 # Artifacts of TORCH_TRACE: the reports and graphs that tlparse shows.
 from torch._logging import trace_structured
@@ -259,6 +264,27 @@ def source_name(node: torch.fx.Node) -> str:
 def hint(x: Any) -> Any:
     """The number that a symbolic one was traced with, without a guard on it; others as they are."""
     return x.node.hint if isinstance(x, torch.SymInt | torch.SymFloat) else x
+
+
+_recompute = _SchedulerNode.recompute_size_and_body
+
+
+def _recompute_in_order(node: Any, *args: Any, **kwargs: Any) -> None:
+    """Loops are computed again before two kernels are fused on a CPU; what must come before stays so.
+
+    Without this a kernel may read what a collective brings before the wait for it, silently: up to torch 2.13
+    the wait, a write in place, is forgotten (pytorch/pytorch#185873 mended it), in 2.11 other orders are too
+    (#177816). On a version that keeps them it changes nothing.
+    """
+    orders = [dep for dep in node.read_writes.reads if isinstance(dep, (_WeakDep, _StarDep))]
+    _recompute(node, *args, **kwargs)
+    found = node.read_writes
+    for dep in orders:
+        found = found.with_read(dep)
+    node.set_read_writes(found.rename(node.mutation_renames))
+
+
+_SchedulerNode.recompute_size_and_body = _recompute_in_order
 
 
 def not_traced(reason: str) -> Exception:

@@ -28,6 +28,7 @@ __all__ = [
     "rank",
     "reduce_scatter",
     "start_all_gather",
+    "start_shift",
 ]
 
 _c10d = torch.ops._c10d_functional
@@ -103,6 +104,29 @@ def start_all_gather(x: Tensor, group: Group) -> Tensor:
     """
     flat = x.contiguous().reshape(-1)
     return _c10d.all_gather_into_tensor(flat, group.size, group.name)
+
+
+@torch.library.custom_op("spcompile::start_shift", mutates_args=())
+def _start_shift(x: Tensor, by: int, size: int, group: str) -> Tensor:
+    rank, n = current_rank(group), x.numel()
+    to, source = (rank + by) % size, (rank - by) % size
+    # Of its own: a compiler that does not know this for a collective may write over x before the wait.
+    sent = x.clone(memory_format=torch.contiguous_format)
+    splits = ([n if r == other else 0 for r in range(size)] for other in (source, to))
+    return _c10d.all_to_all_single(sent, *splits, group)
+
+
+@_start_shift.register_fake
+def _(x: Tensor, by: int, size: int, group: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def start_shift(x: Tensor, by: int, group: Group) -> Tensor:
+    """Start sending ``x`` to the rank ``by`` further on, around the ring; :func:`finish` gives what came.
+
+    Which ranks these are is read when the graph runs (PyTorch's ``permute_tensor`` has them as numbers).
+    """
+    return torch.ops.spcompile.start_shift(x.contiguous().reshape(-1), by, group.size, group.name)
 
 
 def finish(started: Tensor, shape: tuple[int, ...]) -> Tensor:

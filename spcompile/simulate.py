@@ -136,10 +136,15 @@ def _reduce_scatter(x: _PerRank, op: str, size: int, name: str) -> _PerRank:
     return _PerRank(reduce(_REDUCE[op], x).chunk(size))
 
 
+def _shift(x: _PerRank, by: int, size: int, name: str) -> _PerRank:
+    return _PerRank(x[(r - by) % size] for r in range(size))
+
+
 _EXCHANGES: dict[Any, Callable[..., _PerRank]] = {
     _c10d.all_gather_into_tensor.default: _all_gather,
     _c10d.all_reduce.default: _all_reduce,
     _c10d.reduce_scatter_tensor.default: _reduce_scatter,
+    torch.ops.spcompile.start_shift.default: _shift,
     _c10d.wait_tensor.default: lambda x: x,
 }
 

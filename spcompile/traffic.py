@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from spcompile import collectives  # noqa: F401  (registers start_shift)
 from spcompile.phases import backward_of
 from spcompile.placement import Partial, Placement, Shard
 from spcompile.sizes import hint
@@ -28,6 +29,7 @@ _NAMES = {
     _c10d.all_gather_into_tensor.default: "all_gather",
     _c10d.all_reduce.default: "all_reduce",
     _c10d.reduce_scatter_tensor.default: "reduce_scatter",
+    torch.ops.spcompile.start_shift.default: "shift",
 }
 
 
@@ -69,6 +71,8 @@ class Transfer(NamedTuple):
     def bytes(self) -> int:
         """Received by one rank."""
         size, P = self.elements * self.itemsize, self.ranks
+        if self.op == "shift":
+            return size
         if self.op == "all_reduce":
             return round(2 * (P - 1) * size / P)
         return (P - 1) * size // P if self.op == "reduce_scatter" else (P - 1) * size
@@ -165,14 +169,16 @@ def _row(t: Transfer) -> Collective:
 
 # --------------------------------------------------------------------------------------------------- formulas
 
-# (attention operator, collective, and "edges" if they are sent) -> (what is sent, its formula): those of
-# strategies, and of no strategy.
-_ATTENTION: dict[tuple[str, ...], tuple[str, str]] = {
-    ("linear_attention", "all_reduce"): ("memory state", "2 (P-1)/P B H K V w"),
-    ("linear_attention_backward", "all_reduce"): ("gradient of memory state", "2 (P-1)/P B H K V w"),
+# (attention operator, collective, and "edges" if they are sent) -> (what is sent, its formulas): those of
+# no strategy, and of each, of which several may send by the same collective.
+_ATTENTION: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
+    ("linear_attention", "all_reduce"): ("memory state", ("2 (P-1)/P B H K V w",)),
+    ("linear_attention_backward", "all_reduce"): ("gradient of memory state", ("2 (P-1)/P B H K V w",)),
 }
 for _strategy in (*LINEAR.values(), *SOFTMAX.values()):
-    _ATTENTION |= _strategy.sends
+    for _sent, (_said, _text) in _strategy.sends.items():
+        _, _known = _ATTENTION.get(_sent, (_said, ()))
+        _ATTENTION[_sent] = _said, tuple(dict.fromkeys((*_known, _text)))
 
 # What rules send themselves: a number of tokens (or totals) that does not depend on the sequence's length.
 _EDGES = {
@@ -253,10 +259,17 @@ def _attention_formula(t: Transfer, p: Purpose, values: dict[str, int]) -> tuple
     known = _ATTENTION.get(_key(t, p))
     if known is None or p.mark is None:
         return "", {}
-    op, text = _base(p.op), known[1]
+    found = [_with_sizes(text, t, p, values) for text in known[1]]
+    return next((f for f in found if round(_evaluated(*f)) == t.bytes), found[0])
+
+
+def _with_sizes(text: str, t: Transfer, p: Purpose, values: dict[str, int]) -> tuple[str, dict[str, int]]:
+    """A formula of :data:`_ATTENTION` for the shapes of an operator, and its symbols' values."""
+    op = _base(p.op)
     if op == "affine_scan":
         return text, values | {"N": t.elements}
     first = (2 if op.startswith("linear") else 1) if op.endswith("_backward") else 0
+    assert p.mark is not None
     q, k, v = p.shapes[first : first + 3]
     sizes = {"B": q[0], "H": q[1], "G": k[1], "K": q[3], "V": v[3], "b": p.mark.block, "E": p.edges}
     # A model may fold its heads into the batch that it gives to the operator.

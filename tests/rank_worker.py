@@ -122,6 +122,27 @@ def packed() -> dict[str, Any]:
     return {"errors": errors}
 
 
+def ways() -> dict[str, Any]:
+    """A step with each way across the ranks but the all-gather, of two lengths."""
+    from spcompile.strategies import LINEAR
+
+    torch.manual_seed(0)
+    net = models.get("gla:tiny", **SHAPE, pattern="L", layers=1)().double()
+    errors: dict[str, list[float]] = {}
+    for name in (x for x in LINEAR if x != "allgather"):
+        torch.compiler.reset()
+        compiled = torch.compile(net, backend="spcompile", options={"linear": name, "lengths": "each"})
+        errors[name] = []
+        for length in (16, 13):
+            inputs = net.example_inputs(seq=length, batch=2)
+            expected = eager(net, inputs)
+            loss = compiled(**inputs)
+            loss.backward()
+            errors[name].append(expected.error(loss.detach(), left_behind(net, inputs)))
+            net.zero_grad()
+    return {"errors": errors}
+
+
 def left() -> dict[str, Any]:
     """What steps leave behind: of a model with several kinds of state and operators, and of an optimizer."""
     pairs = [(steps("together", spcompile.backend.spcompile), steps("together"))]
@@ -249,7 +270,7 @@ def gdn2() -> dict[str, Any]:
 
 _CASES = (
     *(train, train_each, delta, experts, left, waits, other_shape_at_once, other_shape_later, other_model),
-    *(mesh_of_two_axes, agreement, warm, gemma4, gdn2, packed),
+    *(mesh_of_two_axes, agreement, warm, gemma4, gdn2, packed, ways),
 )
 CASES = {f.__name__: f for f in _CASES}
 

@@ -1,4 +1,4 @@
-"""The linear strategies on P ranks simulated by threads: every variant, exact, one gather each way."""
+"""The linear strategies on P ranks simulated by threads: every variant, exact, and what each sends."""
 
 from __future__ import annotations
 
@@ -20,11 +20,19 @@ RANKS = (1, 2, 3, 4, 8)
 # Divisible by every P, by none, and fewer tokens than ranks; 200 has several chunks per rank.
 LENGTHS = (24, 13, 5, 200)
 every_kind = pytest.mark.parametrize("kind", KINDS)
+every_strategy = pytest.mark.parametrize("strategy", LINEAR)
+OTHERS = [name for name in LINEAR if name != "allgather"]
 
 
-def sharded(ranks: Ranks, x: Operands, options: Options, grads: tuple[Tensor, Tensor]) -> list[Tensor]:
+def sharded(
+    ranks: Ranks,
+    x: Operands,
+    options: Options,
+    grads: tuple[Tensor, Tensor],
+    strategy: str = "allgather",
+) -> list[Tensor]:
     """Out, final state and gradients, put together from all ranks; NaN fills the padding."""
-    start, sequence = LINEAR["allgather"].load(), ranks.sequence(x.k.shape[2])
+    start, sequence = LINEAR[strategy].load(), ranks.sequence(x.k.shape[2])
     tokens = [y is not None and y.dim() == 4 and y.shape[2] == x.k.shape[2] for y in x[:5]]
     parts = [shards(y, sequence) if cut else [y] * ranks.size for y, cut in zip(x, tokens, strict=False)]
     outs = shards(grads[0], sequence)
@@ -51,25 +59,30 @@ def sharded(ranks: Ranks, x: Operands, options: Options, grads: tuple[Tensor, Te
     return results
 
 
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(
+    ("strategy", "length"), [*(("allgather", n) for n in LENGTHS), *((name, 13) for name in OTHERS)]
+)
 @pytest.mark.parametrize("size", RANKS)
 @every_kind
-def test_linear_is_exact(monkeypatch: pytest.MonkeyPatch, kind: str, size: int, length: int) -> None:
+def test_linear_is_exact(
+    monkeypatch: pytest.MonkeyPatch, kind: str, size: int, strategy: str, length: int
+) -> None:
     """With an initial state, and a gradient of the final one."""
     x, options = draw(KINDS[kind], 2, 2, length, 4, 6), options_of(KINDS[kind])
     grads = cotangents(x)
-    got = sharded(Ranks(size, monkeypatch), x, options, grads)
+    got = sharded(Ranks(size, monkeypatch), x, options, grads, strategy)
     for found, wanted in zip(got, references(x, options, grads), strict=True):
         close(found, wanted)
 
 
 @pytest.mark.parametrize("initial", [False, True])
 @pytest.mark.parametrize("size", [2, 3])
+@every_strategy
 @every_kind
-def test_reverse(monkeypatch: pytest.MonkeyPatch, kind: str, size: int, initial: bool) -> None:
+def test_reverse(monkeypatch: pytest.MonkeyPatch, kind: str, strategy: str, size: int, initial: bool) -> None:
     x, options = draw(KINDS[kind], 1, 2, 13, 4, 6, initial=initial), options_of(KINDS[kind], reverse=True)
     grads = cotangents(x)
-    got = sharded(Ranks(size, monkeypatch), x, options, grads)
+    got = sharded(Ranks(size, monkeypatch), x, options, grads, strategy)
     for found, wanted in zip(got, references(x, options, grads), strict=True):
         close(found, wanted)
 
@@ -97,11 +110,12 @@ def test_without_a_mask(monkeypatch: pytest.MonkeyPatch, size: int, length: int)
         close(found, wanted)
 
 
-def test_a_gate_of_zero_on_a_rank_without_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+@every_strategy
+def test_a_gate_of_zero_on_a_rank_without_tokens(monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
     """A constant log decay of -inf times no tokens is no decay, and not NaN."""
     x, options = draw(VARIANTS["retention"], 1, 2, 3, 4, 6), Options(True, 0.3)
     x = x._replace(log_decay=torch.tensor([-torch.inf, -0.5], dtype=torch.float64).reshape(1, 2, 1, 1))
-    got = sharded(Ranks(8, monkeypatch), x, options, cotangents(x))
+    got = sharded(Ranks(8, monkeypatch), x, options, cotangents(x), strategy)
     for found, wanted in zip(got, references(x, options, cotangents(x)), strict=True):
         close(found, wanted)
 
@@ -152,6 +166,19 @@ def test_linear_collectives(monkeypatch: pytest.MonkeyPatch, kind: str, size: in
     assert ranks.log == [("all_gather", (size - 1) * b * h * KINDS[kind].elements(k, v) * 4)] * 2
 
 
+@pytest.mark.parametrize("size", [2, 3, 8])
+@every_kind
+def test_what_goes_from_rank_to_rank(monkeypatch: pytest.MonkeyPatch, kind: str, size: int) -> None:
+    """Each way: a ring P - 1 states, a scan 1 + ceil(log2(P - 1)) summaries; then the last state to all."""
+    b, h, k, v = 2, 3, 4, 6
+    x, options = draw(KINDS[kind], b, h, 64, k, v, dtype=torch.bfloat16), options_of(KINDS[kind])
+    state, summary = (b * h * n * 4 for n in (k * v, KINDS[kind].elements(k, v)))
+    for name, step, steps in (("ring", state, size - 1), ("scan", summary, 1 + (size - 2).bit_length())):
+        ranks = Ranks(size, monkeypatch)
+        sharded(ranks, x, options, cotangents(x), name)
+        assert ranks.log == [*[("shift", step)] * steps, ("all_reduce", state)] * 2, name
+
+
 def test_collectives_without_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     x = draw(VARIANTS["linear_llama3"], 2, 3, 64, 4, 6, initial=False, dtype=torch.bfloat16)
     ranks = Ranks(3, monkeypatch)
@@ -172,9 +199,12 @@ def test_low_precision(monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
+@every_strategy
 @pytest.mark.parametrize("name", SCANS)
-def test_scan_is_exact(monkeypatch: pytest.MonkeyPatch, name: str, size: int, reverse: bool) -> None:
-    """One all-gather; the backward is another scan."""
+def test_scan_is_exact(
+    monkeypatch: pytest.MonkeyPatch, name: str, strategy: str, size: int, reverse: bool
+) -> None:
+    """By all-gather one; the backward is another scan."""
     a, b, initial, matrix = scan_operands(name)
     ranks = Ranks(size, monkeypatch)
     sequence = ranks.sequence(b.shape[1])
@@ -183,11 +213,11 @@ def test_scan_is_exact(monkeypatch: pytest.MonkeyPatch, name: str, size: int, re
 
     def work(rank: int) -> tuple[Tensor, Tensor]:
         options = dict(matrix=matrix, reverse=reverse, sequence=sequence)
-        return linear.scan(of_a[rank], of_b[rank], initial, start=LINEAR["allgather"].load(), **options)
+        return linear.scan(of_a[rank], of_b[rank], initial, start=LINEAR[strategy].load(), **options)
 
     before, final = zip(*ranks.run(work), strict=True)
     want = reference.affine_scan(a, b, initial, matrix, reverse)
     close(whole(list(before), sequence, 1), want[0])
     for got in final:
         close(got, want[1])
-    assert len(ranks.log) == (size > 1)
+    assert strategy != "allgather" or len(ranks.log) == (size > 1)

@@ -32,6 +32,7 @@ class Ranks:
         monkeypatch.setattr(collectives, "rank", lambda group, device: torch.tensor(self._here.rank))
         monkeypatch.setattr(softmax, "current_rank", lambda group: self._here.rank)
         monkeypatch.setattr(collectives, "start_all_gather", self._gather)
+        monkeypatch.setattr(collectives, "start_shift", self._shift)
         monkeypatch.setattr(collectives, "finish", lambda started, shape: started.reshape(shape))
         monkeypatch.setattr(collectives, "all_reduce", self._reduce)
         monkeypatch.setattr(collectives, "reduce_scatter", self._scatter)
@@ -72,6 +73,10 @@ class Ranks:
     def _gather(self, x: Tensor, group: Group) -> Tensor:
         self._note("all_gather", self.size - 1, x)
         return torch.stack([y.reshape(-1) for y in self._meet(x)])
+
+    def _shift(self, x: Tensor, by: int, group: Group) -> Tensor:
+        self._note("shift", 1, x)
+        return self._meet(x)[(self._here.rank - by) % self.size].reshape(-1)
 
     def _reduce(self, x: Tensor, group: Group, op: str = "sum") -> Tensor:
         self._note("all_reduce", 1, x)

@@ -9,6 +9,9 @@ again; its own pass ``sink_waits`` runs after that and puts it back. On GPUs tha
 which goes as far as the peak of memory allows: the other put what all layers compute again behind the first
 gather of a backward (KDA's). On a CPU the iterative one leaves waits where they are. The scheduler can also
 put the start behind work that does not need it; another pass of Inductor's moves it up.
+
+What is moved must stay behind what it waits for, and up to torch 2.13 the scheduler forgets that a kernel
+reads what a wait has written: ``spcompile/_torch.py`` mends it (``tests/test_waits.py``).
 """
 
 from __future__ import annotations

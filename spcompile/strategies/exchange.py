@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from spcompile import collectives
 from spcompile.attention.algebra import StateAlgebra, Summary
 from spcompile.collectives import Group
 
-__all__ = ["Alone", "Exchange", "StartExchange", "Summed"]
+__all__ = ["Alone", "Exchange", "Places", "StartExchange", "Summed"]
 
 
 class Exchange(Protocol):
@@ -42,6 +43,33 @@ known: the stack ``[P, ...]`` of the ranks' transitions A where each rank can co
     decay over as many tokens as a rank has): then only states travel.
 later: time runs from the last rank to the first.
 """
+
+
+class Places:
+    """Where this rank stands in the order of time, and sends along it.
+
+    Attributes:
+        before: how many ranks come before this one, a tensor: the rank is read when the graph runs.
+        all: the same of each rank, ``[P]``.
+    """
+
+    def __init__(self, group: Group, later: bool, device: torch.device) -> None:
+        self.group, self.later = group, later
+        rank, ranks = collectives.rank(group, device), torch.arange(group.size, device=device)
+        self.before = group.size - 1 - rank if later else rank
+        self.all = group.size - 1 - ranks if later else ranks
+
+    def start(self, x: Tensor, by: int) -> Tensor:
+        """Start sending ``x`` to the rank ``by`` places on; what arrives is finished as a collective is.
+
+        The first ``by`` ranks get what the last ones send, to be left out.
+        """
+        return collectives.start_shift(x, -by if self.later else by, self.group)
+
+    def of_the_last(self, x: Tensor) -> Tensor:
+        """The last rank's ``x``, on all."""
+        last = self.before == self.group.size - 1
+        return collectives.all_reduce(torch.where(last, x, 0.0), self.group)
 
 
 class Alone:

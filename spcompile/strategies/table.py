@@ -42,6 +42,17 @@ _STATES = "(P-1) B H (K V+A) w"
 _KEYS = "(P-1) b B G (K+V) w"
 _EDGES = "(P-1) E B G (K+V) w"
 
+
+def _steps(of_a_step: str) -> dict[tuple[str, ...], tuple[str, str]]:
+    """What is sent from rank to rank, in each of several steps, and the last state to all."""
+    return {
+        ("linear_attention", "shift"): ("memory states", of_a_step),
+        ("linear_attention_backward", "shift"): ("gradients of memory states", of_a_step),
+        ("affine_scan", "shift"): ("states of a scan", "N w"),
+        ("affine_scan", "all_reduce"): ("the last state of a scan", "2 (P-1)/P N w"),
+    }
+
+
 _LINEAR = (
     Strategy(
         "allgather",
@@ -52,6 +63,18 @@ _LINEAR = (
             ("linear_attention_backward", "all_gather"): ("gradients of memory states", _STATES),
             ("affine_scan", "all_gather"): ("states of a scan", "(P-1) N w"),
         },
+    ),
+    Strategy(
+        "scan",
+        "log-step scan",
+        "spcompile.strategies.linear_scan:Scan",
+        _steps("B H (K V+A) w"),
+    ),
+    Strategy(
+        "ring",
+        "LASP-1",
+        "spcompile.strategies.linear_ring:Ring",
+        _steps("B H K V w"),
     ),
 )
 _BACK: dict[tuple[str, ...], tuple[str, str]] = {
