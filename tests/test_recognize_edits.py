@@ -265,6 +265,31 @@ def test_updated_operand_is_used_as_it_is_now() -> None:
     assert see(fn, *qkv()).rewritten == [("softmax", "all")]
 
 
+@pytest.mark.parametrize("how", ["sdpa", "written out", "written on", "written on before"])
+def test_keys_written_in_parts(how: str) -> None:
+    """As transformers puts the keys of multi-head latent attention together: they are no result of a node."""
+
+    def f(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys = k.new_empty(k.shape)
+        keys[..., :2].copy_(k[..., :2])
+        keys[..., 2:].copy_(k[..., 2:] * 2)
+        if how == "sdpa":
+            return F.scaled_dot_product_attention(q, keys, v, is_causal=True), keys
+        scores = (q @ keys.mT).masked_fill(future(), -INF)
+        if how == "written on before":  # and not what the scores are of
+            keys.detach()[..., :1] = 0
+        out = scores.softmax(-1) @ v
+        if how == "written on":
+            keys.detach()[..., :1] = 0
+        return out, keys
+
+    seen = see(f, *qkv()) if "on" not in how.split() else see(f, *(x.detach() for x in qkv()))
+    if how == "written on before":
+        assert not seen.rewritten and "overwritten" in seen.reasons[0]
+    else:
+        assert seen.rewritten == [("softmax", "causal")]
+
+
 def test_mask_written_by_slice_is_data() -> None:
     def fn(q, k, v):
         mask = torch.ones(T, T, dtype=torch.bool).tril()

@@ -45,7 +45,7 @@ class Editor:
         self.shadow = shadow
         self.holders: dict[Value, list[Record]] = {}
         self.replaced: set[fx.Node] = set()
-        for record in shadow.records.values():
+        for record in (*shadow.records.values(), *shadow.rewritten):
             self._hold(record)
 
     def _hold(self, record: Record) -> None:

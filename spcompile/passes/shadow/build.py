@@ -68,6 +68,7 @@ class Builder:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
         self.records: dict[fx.Node, Record] = {}
+        self.rewritten: list[Record] = []
         self.values: list[Value] = []
         self.value_of: dict[fx.Node, Value] = {}
         self.writes: dict[int, list[Write]] = {}
@@ -248,6 +249,18 @@ class Builder:
         self.last_reads[n] = (writes[-1].time, value)
         return value
 
+    def keep_reread(self, n: fx.Node, t: torch.Tensor, begin: int) -> None:
+        """Node ``n``, whose tensor a call at ``begin`` was given, held then what the call read of it.
+
+        It was written in parts since it was made, so that this is no result of any node.
+        """
+        slot = get_proxy_slot(t, self.tracer(), None)
+        key, node = self.storages.key(t), getattr(getattr(slot, "proxy", slot), "node", None)
+        written = [w.time for w in self.writes.get(key, ()) if w.time <= begin]
+        value = self.reads.get((node, written[-1])) if written else None
+        if value is not None:
+            self.rewritten.append(Record(n, value, (key,), [], begin, begin, False))
+
     # ---- the end
 
     def finish(self, mode: Any) -> Shadow:
@@ -258,9 +271,11 @@ class Builder:
         writes: dict[int, list[Write]] = {}
         for s, ws in self.writes.items():  # keys may have been united since
             writes.setdefault(self.storages._find(s), []).extend(ws)
-        for r in self.records.values():
+        for r in (*self.records.values(), *self.rewritten):
             r.storages = tuple(self.storages._find(s) for s in r.storages)
-        return Shadow(self.gm, mode, self.records, self.values, scopes, writes, self.value_of)
+        return Shadow(
+            self.gm, mode, self.records, self.rewritten, self.values, scopes, writes, self.value_of
+        )
 
 
 def _may_alias(target: OpOverload) -> bool:

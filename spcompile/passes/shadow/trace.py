@@ -97,6 +97,9 @@ class Interpreter(fx.Interpreter):
         emitted = b.new_nodes()
         for a in emitted:
             b.absorb(a, n)
+        for x in n.all_input_nodes if b.writes else ():
+            if isinstance(self.env[x], torch.Tensor):
+                b.keep_reread(x, self.env[x], begin)
         result = b.tree(out)
         _believe_dynamo(n, result, begin)
         if n.target is torch.tensor and n.args and isinstance(n.args[0], (bool, int, float)):

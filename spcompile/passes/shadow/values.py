@@ -112,6 +112,8 @@ class Shadow:
     mode: Any
     """Dynamo's fake mode."""
     records: dict[fx.Node, Record]
+    rewritten: list[Record]
+    """What nodes held besides, between two writes in parts, where a call read it."""
     values: list[Value]
     scopes: list[fx.GraphModule]
     """Every graph module that was interpreted, outermost first; one that ran twice is not here."""
