@@ -7,7 +7,8 @@ runs; at the end the ranks' values are compared bit for bit and written to the r
 NOTE [What a simulation leaves out], and which test on real ranks (tests/test_ranks.py) covers it:
   * Inductor: its code, layouts, reinplacing of mutating operators, random numbers
     (``test_training_and_inference_are_eager``, ``test_all_that_a_step_leaves_behind``);
-  * the process group: real collectives, their order and waiting (the same two, and ``test_the_wait_...``);
+  * the process group: real collectives, their order and waiting (the same two, and ``test_the_wait_...``;
+    whatever runs on real ranks is looked at for reads before a wait, tests/real_ranks.py);
   * what ranks tell each other before a call (``test_ranks_that_differ_get_an_error_on_every_rank``);
   * differences between processes, as here one process traces for all ranks (``same_text`` in the first);
   * the runtime's own state: ordered effects reach Inductor's scheduler as tokens only there

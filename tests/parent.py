@@ -12,6 +12,8 @@ import runpy
 import sys
 import traceback
 
+from tests.waits import kept_codes, unwaited
+
 IMPORTED = ("tests.rank_worker", "tests.outputs_worker", "tests.sharded_worker", "spcompile.passes.recognize")
 
 
@@ -31,7 +33,9 @@ def fork(rank: dict[str, str], environment: dict[str, str]) -> int:
         for standard in (1, 2):
             os.dup2(output, standard)
         sys.argv = [rank["worker"], rank["case"]]
-        runpy.run_module(rank["worker"], run_name="__main__")
+        with kept_codes() as codes:
+            runpy.run_module(rank["worker"], run_name="__main__")
+        print("UNWAITED " + json.dumps([line for x in codes for line in unwaited(x)]))
         code = 0
     except BaseException:
         traceback.print_exc()

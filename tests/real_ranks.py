@@ -70,7 +70,8 @@ def run_ranks(
     ``each``: environment of each rank, which is then a process that imports all by itself.
 
     Raises:
-        AssertionError: with all that the ranks wrote, where one of them has no result in time.
+        AssertionError: with all that the ranks wrote, where one of them has no result in time; where code of
+            Inductor's reads what a collective brings before the wait for it.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -91,6 +92,8 @@ def run_ranks(
         outputs = [file.read_text() for file in files]
     results = [[line for line in out.splitlines() if line.startswith("RESULT ")] for out in outputs]
     assert all(results), "\n".join(outputs)
+    unwaited = {line for out in outputs for line in out.splitlines() if line.startswith("UNWAITED ")}
+    assert unwaited <= {"UNWAITED []"}, unwaited
     return [json.loads(r[0].removeprefix("RESULT ")) for r in results]
 
 
