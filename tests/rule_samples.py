@@ -303,7 +303,9 @@ _POOLS = [
     *_pool("not padded, along the other dim", (4, 3, 9, 2), [4, 1], [1, 1], [0, 0]),
     *_pool("wide, with a divisor", (4, 1, 9), [1, 5], [1, 1], [0, 2], False, True, 3),
     *_pool("edges counted apart", (4, 3, 1, 9), [1, 3], [1, 1], [0, 1], False, False, exchanges=False),
-    *_pool("in steps", (4, 3, 1, 9), [1, 3], exchanges=False),
+    *_pool("in steps", (4, 3, 1, 9), [1, 3]),
+    *_pool("in overlapping steps", (4, 3, 1, 12), [1, 4], [1, 2], [0, 1]),
+    *_pool("in steps that leave some out", (4, 3, 12, 2), [1, 1], [2, 1], [0, 0], exchanges=False),
     *_pool("of both dims", (4, 3, 4, 9), [3, 3], [1, 1], [1, 1], exchanges=False),
 ]
 

@@ -59,6 +59,11 @@ def convolution_in_steps(x, n):
     return F.conv1d(x.transpose(1, 2), weight, stride=2, padding=1)
 
 
+def means_in_steps(x, n):
+    x = x.transpose(1, 2)
+    return torch.cat([F.avg_pool1d(x, 2), F.avg_pool1d(x, 4, 2, 1).sin()], 1)
+
+
 def masked_scatter(x, n):
     """Images in a text: what a vision tower returns stands where their tokens are."""
     mask = (torch.arange(T) % 3 == 0) | (n[:, None] < T)
@@ -96,7 +101,7 @@ def test_nothing_is_gathered(name):
         hidden = [t for t in transfers(local.graph, ranks) if "attention" not in t.purpose.op]
         if name != "unequal_parts":  # its parts change places
             gathered = [t for t in hidden if t.op != "all_reduce"]
-            few = ("cumsum", "masked_scatter", "convolution")  # counts, and edges
+            few = ("cumsum", "masked_scatter", "convolution", "avg_pool2d")  # counts, and edges
             assert all(any(op in t.purpose.op for op in few) for t in gathered), hidden
         assert reference.error(*joint.run(ranks, nan_padding=True)) <= 1e-9
 

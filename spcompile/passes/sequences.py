@@ -16,6 +16,7 @@ from spcompile.passes.propagate import Plan, Value, propagate
 from spcompile.placement import Shard, reshape_shard
 from spcompile.rules import attention
 from spcompile.rules.convolutions import Convolution
+from spcompile.rules.pooling import AveragePool
 from spcompile.rules.views import Reshape
 from spcompile.sizes import ceil_div, hint
 
@@ -101,13 +102,13 @@ def _rounded(block: int, chunk: int) -> int:
 
 
 def _chunks(plan: Plan, tokens: Shard) -> Iterator[int]:
-    """The lengths in tokens of the chunks as which the sequence is viewed, and of a convolution's steps."""
+    """The lengths in tokens of the chunks as which the sequence is viewed, and of the steps of convolutions
+    and means."""
     for step in plan.steps.values():
-        if isinstance(step.rule, Convolution) and step.call is not None:
+        if isinstance(step.rule, Convolution | AveragePool) and step.call is not None:
             for mark in plan.marks.get(step.operands[0], ()):
-                if mark.dim == 2:
-                    sizes = step.rule.stride * tokens.block, mark.block
-                    yield Fraction(*map(hint, sizes)).numerator
+                sizes = step.rule.stride_along(mark.dim) * tokens.block, mark.block
+                yield Fraction(*map(hint, sizes)).numerator
         if not isinstance(step.rule, Reshape) or step.call is None:
             continue
         (value,), shapes = step.operands, (step.call.operands[0].shape, step.call.outputs[0].shape)

@@ -87,10 +87,9 @@ class Convolution:
 
     call: Call
 
-    @property
-    def stride(self) -> int:
-        """That along the sequence."""
-        return int(self.call.args[3][-1])
+    def stride_along(self, dim: int) -> int:
+        """How many of a dim's entries a step takes."""
+        return int(self.call.args[3][-1]) if dim == 2 else 1
 
     @property
     def linear(self) -> tuple[frozenset[int], ...]:

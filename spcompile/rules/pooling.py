@@ -1,4 +1,7 @@
-"""Average pooling along the sequence: a mean over neighbours, which a halo brings."""
+"""Average pooling along the sequence: a mean over neighbours, which a halo brings.
+
+With a stride the blocks are divided by it, as a convolution's are.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spcompile.neighbours import give_back
 from spcompile.placement import Shard
 from spcompile.rules.base import Call, Context, Emit, Factors, Side, Split
 from spcompile.rules.convolutions import Window
@@ -19,15 +23,26 @@ __all__ = ["AveragePool", "AveragePoolBackward"]
 
 
 def _window(x: Tensor, y: Tensor, dim: int, options: tuple[Any, ...]) -> Window | None:
-    """What a mean along one of the two last dims sees; None if it strides, counts its edges apart, or takes
-    the mean over the other dim too."""
+    """What a mean along one of the two last dims sees; None if it counts its edges apart, or takes the mean
+    over the other dim too."""
     kernel, stride, padding = (_pair(o) for o in options[:3])
     along = dim - x.dim()  # -2 or -1
     other = -3 - along
     trivial = kernel[other] == 1 and stride[other] == 1 and padding[other] == 0
-    if not trivial or stride[along] != 1 or options[3] or (padding[along] and not options[4]):
+    if not trivial or options[3] or (padding[along] and not options[4]):
         return None
-    return Window(padding[along], kernel[along] - 1, x.shape[along], y.shape[along])
+    return Window(padding[along], kernel[along] - 1, x.shape[along], y.shape[along], stride[along])
+
+
+def _stride(call: Call, options: tuple[Any, ...], dim: int) -> int:
+    """That along a dim."""
+    along = dim - call.operands[0].dim()
+    return _pair(options[1])[along] if along >= -2 else 1
+
+
+def _inside(options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The options of a mean over a part with its neighbours, where nothing is padded."""
+    return *options[:2], [0], False, True, _divisor(options)
 
 
 def _mean(dim: int, left: int, right: int, divisor: int) -> Emit:
@@ -89,13 +104,25 @@ class AveragePool:
         sides = window.sides(before, after)
         if after is None or sides is None:
             return None
-        emit = _mean(shard.dim, *sides, _divisor(options))
-        return Split((before,), (after,), (0.0,), emit)
+        return Split((before,), (after,), (0.0,), self._emit(shard.dim, *sides, _inside(options)))
+
+    def stride_along(self, dim: int) -> int:
+        """How many of a dim's entries a step takes."""
+        return _stride(self.call, _options(self.call, 1), dim)
+
+    def _emit(self, dim: int, left: int, right: int, options: tuple[Any, ...]) -> Emit:
+        def emit(context: Context, operands: list[Tensor]) -> Tensor:
+            return self.call.op(halo(context, operands[0], dim, left, right, 0.0), *options)
+
+        return emit
 
 
 @dataclass
 class AveragePoolBackward:
-    """avg_pool2d_backward: dx[i] = sum_j dy[i + padding - j] / divisor; of x it reads the shape alone."""
+    """avg_pool2d_backward: dx[i] = sum_j dy[i + padding - j] / divisor; of x it reads the shape alone.
+
+    Where it strides, the gradients of the neighbours' entries are given back to them.
+    """
 
     call: Call
     linear: tuple[frozenset[int], ...] = (frozenset({0}),)
@@ -115,5 +142,22 @@ class AveragePoolBackward:
         sides = window.sides(before, after)
         if after is None or sides is None:
             return None
-        emit = _mean(shard.dim, *sides[::-1], _divisor(options))
+        if window.stride == 1:
+            emit = _mean(shard.dim, *sides[::-1], _divisor(options))
+        elif max(sides) > before.block:
+            return None
+        else:
+            emit = self._emit_in_steps(shard.dim, *sides, _inside(options))
         return Split((after, before), (before,), (0.0, None), emit)
+
+    def _emit_in_steps(self, dim: int, left: int, right: int, options: tuple[Any, ...]) -> Emit:
+        def emit(context: Context, operands: list[Tensor]) -> Tensor:
+            dy, x = operands
+            around = x.new_empty(*x.shape[:dim], left + x.shape[dim] + right, *x.shape[dim + 1 :])
+            dx = self.call.op(dy, around, *options)
+            if left + right:
+                rank = context.rank(x.device)
+                dx = give_back(dx.movedim(dim, 0), left, right, context.group, rank).movedim(0, dim)
+            return dx
+
+        return emit
