@@ -123,23 +123,21 @@ def packed() -> dict[str, Any]:
 
 
 def ways() -> dict[str, Any]:
-    """A step with each way across the ranks but the all-gather, of two lengths."""
+    """A step with each way across the ranks but the all-gather, of a length each (`train` has two)."""
     from spcompile.strategies import LINEAR
 
     torch.manual_seed(0)
     net = models.get("gla:tiny", **SHAPE, pattern="L", layers=1)().double()
-    errors: dict[str, list[float]] = {}
-    for name in (x for x in LINEAR if x != "allgather"):
+    errors: dict[str, float] = {}
+    for name, length in zip((x for x in LINEAR if x != "allgather"), (16, 13), strict=True):
         torch.compiler.reset()
-        compiled = torch.compile(net, backend="spcompile", options={"linear": name, "lengths": "each"})
-        errors[name] = []
-        for length in (16, 13):
-            inputs = net.example_inputs(seq=length, batch=2)
-            expected = eager(net, inputs)
-            loss = compiled(**inputs)
-            loss.backward()
-            errors[name].append(expected.error(loss.detach(), left_behind(net, inputs)))
-            net.zero_grad()
+        compiled = torch.compile(net, backend="spcompile", options={"linear": name})
+        inputs = net.example_inputs(seq=length, batch=2)
+        expected = eager(net, inputs)
+        loss = compiled(**inputs)
+        loss.backward()
+        errors[name] = expected.error(loss.detach(), left_behind(net, inputs))
+        net.zero_grad()
     return {"errors": errors}
 
 

@@ -70,7 +70,7 @@ def test_an_option_that_is_no_row_is_an_error() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_on_real_ranks() -> None:
-    """Through Inductor, which does not know the sends for collectives: two lengths, three ranks."""
+    """Through Inductor, which does not know the sends for collectives: three ranks, one length padded."""
     for result in run_ranks("ways", 3, timeout=580):
         assert result["errors"].keys() == set(OTHERS)
-        assert max(x for errors in result["errors"].values() for x in errors) <= 1e-9, result
+        assert max(result["errors"].values()) <= 1e-9, result
