@@ -196,8 +196,8 @@ def check(
 
 def test_every_operator_has_samples() -> None:
     source = "".join(p.read_text() for p in Path(spcompile.__file__).parent.rglob("*.py"))
-    # "rank" takes no tensor; "start_shift" needs ranks to send to (tests/test_ways.py) and makes what it sends
-    # contiguous; those with "_" at the end only write; the others are replaced by their rules.
+    # "rank" takes no tensor; "start_shift" needs ranks to send to (tests/test_ways.py), and copies what it
+    # sends; those with "_" at the end only write; the others are replaced by their rules.
     others = {"rank", "start_shift", "add_late_", "add_product_", "arrive", "depart"}
     # GPU kernels run in a process where they are interpreted: opcheck, and strided operands, there.
     worker = (Path(__file__).parent / "fused_worker.py").read_text()
