@@ -89,8 +89,8 @@ def halos(joint: Joint, ranks: int) -> list[int]:
 
 
 # Divisible by some and by none, and blocks shorter than the halo or than a token for each rank.
-@pytest.mark.parametrize("length", [13, 3, *(pytest.param(n, marks=pytest.mark.sweep) for n in (12, 5))])
-@pytest.mark.parametrize("kernel", [4, 2, *(pytest.param(n, marks=pytest.mark.sweep) for n in (1, 3))])
+@pytest.mark.parametrize("length", each_change([13, 3, 12, 5], [13, 3]))
+@pytest.mark.parametrize("kernel", each_change([4, 2, 1, 3], [4, 2]))
 @pytest.mark.parametrize("form", FORMS)
 def test_a_causal_convolution(form: str, kernel: int, length: int) -> None:
     expected, joint = case(form, kernel, length)
@@ -175,7 +175,7 @@ OTHERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]], list[int] 
 }
 
 
-@pytest.mark.parametrize("length", [13, *(pytest.param(n, marks=pytest.mark.sweep) for n in (16, 6))])
+@pytest.mark.parametrize("length", each_change([13, 16, 6], [13]))
 @pytest.mark.parametrize("name", OTHERS)
 def test_neighbours(name: str, length: int) -> None:
     body, shapes, tokens = OTHERS[name]

@@ -34,12 +34,6 @@ def _window(x: Tensor, y: Tensor, dim: int, options: tuple[Any, ...]) -> Window 
     return Window(padding[along], kernel[along] - 1, x.shape[along], y.shape[along], stride[along])
 
 
-def _stride(call: Call, options: tuple[Any, ...], dim: int) -> int:
-    """That along a dim."""
-    along = dim - call.operands[0].dim()
-    return _pair(options[1])[along] if along >= -2 else 1
-
-
 def _inside(options: tuple[Any, ...]) -> tuple[Any, ...]:
     """The options of a mean over a part with its neighbours, where nothing is padded."""
     return *options[:2], [0], False, True, _divisor(options)
@@ -108,7 +102,8 @@ class AveragePool:
 
     def stride_along(self, dim: int) -> int:
         """How many of a dim's entries a step takes."""
-        return _stride(self.call, _options(self.call, 1), dim)
+        along = dim - self.call.operands[0].dim()  # a mean is over the two last dims
+        return _pair(_options(self.call, 1)[1])[along] if along >= -2 else 1
 
     def _emit(self, dim: int, left: int, right: int, options: tuple[Any, ...]) -> Emit:
         def emit(context: Context, operands: list[Tensor]) -> Tensor:
