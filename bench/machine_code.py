@@ -118,9 +118,10 @@ _DEFAULTS |= {"TRAINED": False, "LESS": False, "BACK": False, "GRADS": False, "M
 _FLOATS = {"g", "beta", "states", "matrices", "logs", "carry", "before", "final", "inner", "sums", "plus"}
 _FLOATS |= {"given", "of_gate", "dq", "dk", "dg", "back", "back_logs", "back_matrices"}
 _FLOATS |= {"through", "behind", "plus_q", "plus_k", "plus_g"}
-_OPERANDS = {"q", "k", "v", "do", "other", "kept", "out", "less_k", "less_v", "errors"}
-_OPERANDS |= {"mate", "scores", "less", "queries", "readers", "writers", "written", "dv", "kept_back"}
-_OPERANDS |= {"of_queries", "of_keys", "out_q", "out_k"}
+_OPERANDS = {"q", "k", "v", "do", "other", "out", "less_k", "less_v", "errors", "mate", "less", "written"}
+_OPERANDS |= {"dv", "out_q", "out_k"}
+# Float32 where operands are float16 (``launch.narrow``).
+_NARROW = {"kept", "kept_back", "scores", "queries", "readers", "writers", "of_queries", "of_keys"}
 # Inverses, in float16 where operands are bf16.
 _SYSTEMS = {"systems", "adjoints"}
 _POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float16: "*fp16"}
@@ -128,7 +129,7 @@ _POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float16: "*f
 
 def compiled(variant: Variant, size: int, dtype: torch.dtype, arch: int | str) -> Any:
     """The kernel for heads of ``size``, as the operators launch it, for sm_``arch`` or an AMD target."""
-    from spcompile.kernels.linear.launch import tiles
+    from spcompile.kernels.linear.launch import narrow, tiles
 
     file, name = variant.kernel.split(".")
     function = getattr(importlib.import_module(f"spcompile.kernels.triton.{file}"), name)
@@ -136,21 +137,21 @@ def compiled(variant: Variant, size: int, dtype: torch.dtype, arch: int | str) -
     name += ", less" if variant.constants.get("LESS") else ""
     if variant.kernel in ("delta.summaries", "delta.corrected"):
         name = "delta, back" if variant.constants.get("BACK") else "delta"
-    constants = tiles(_LIKE.get(variant.kernel, name), heads, heads, amd=not isinstance(arch, int))
-    small = tiles("pairs", heads, heads)
+    constants = tiles(_LIKE.get(variant.kernel, name), heads, heads, arch)
+    small = tiles("pairs", heads, heads, arch)
     launch = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     constants |= {**_DEFAULTS, "PK": small["BK"], "PV": small["BV"], **variant.constants}
     if not constants["FOLD"]:
         constants |= dict.fromkeys(("logs", "carry", "matrices"))
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    inverses = torch.float16 if dtype == torch.bfloat16 else torch.float32
+    kinds = (_OPERANDS, dtype), (_NARROW, narrow(heads)), (_FLOATS, torch.float32), (_SYSTEMS, inverses)
     signature, aligned = {}, {}
     for index, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        pointer = _POINTERS[dtype] if name in _OPERANDS else "*fp32" if name in _FLOATS else None
-        if name in _SYSTEMS:
-            pointer = "*fp16" if dtype == torch.bfloat16 else "*fp32"
+        pointer = next((_POINTERS[of] for names, of in kinds if name in names), None)
         signature[name] = pointer or ("fp32" if name == "scale" else "i32")
         if pointer or (name[-1] in "bht" and name[0] in "qkvdxolm" and len(name) == 2) or name == "segment":
             aligned[(index,)] = [["tt.divisibility", 16]]

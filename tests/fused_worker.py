@@ -47,6 +47,7 @@ SIZES["in pieces"] = (140, 273, 16)
 SIZES["part of a chunk"] = (63, 24, 16)
 # What takes longest: of one head.
 SIZES["three segments"] = (300, 16, 40)
+SIZES["large states"] = (130, 16, 24)  # which float16 does not hold
 SIZES["canaries"] = (250, 16, 24)  # of fused_properties.py
 ORDERS = {"": (False, False), "exclusive": (True, False), "reverse": (False, True), "both": (True, True)}
 FUSED = ("linear_llama3", "retention", "simple_gla", "gla", "rwkv6", "deltanet", "gated_deltanet", "kda")
@@ -69,6 +70,7 @@ def cases() -> list[str]:
     found += [f"fp32, {kind}, {size}, " for kind in DIAGONAL for size in ("one token", "two chunks")]
     found += ["fp32, mild per key, three segments, ", "fp32, strong per key, three segments, both"]
     found += [f"fp32, mild per key, two chunks, {o}" for o in ("exclusive", "reverse", "both")]
+    found += ["fp16, mild, large states, ", "fp16, mild per key, large states, "]
     found += [f"{dtype}, {kind}, two chunks, " for dtype in ("bf16", "fp16") for kind in DIAGONAL]
     # Those of a delta rule take longest.
     found += [f"fp32, {kind}, {size}, " for kind in DELTA[:3] for size in ("two chunks", "three segments")]
@@ -105,6 +107,8 @@ def draw_case(case: str) -> Operands:
     heads = 1 if ", three segments, " in case else 2
     q, keys, values = (torch.randn(1, heads, t, d) for d in (k, k, v))
     keys = F.normalize(keys, dim=-1) if delta else keys
+    if ", large states, " in case:
+        q, keys, values = q / 1e3, 100 * keys.abs(), 100 * values.abs()
     strength = torch.rand(1, heads, t, 1).to(dtype) if delta else None
     state = torch.randn(1, heads, k, v)
     decay = gate(kind, heads, t, k if "per key" in kind else 1)
@@ -155,6 +159,8 @@ def errors(case: str) -> dict[str, float]:
     x = draw_case(case)
     assert x.initial_state is not None
     grad, grad_final = torch.randn_like(x.v), torch.randn_like(x.initial_state)
+    if ", large states, " in case:
+        grad, grad_final = grad / 1e3, grad_final / 1e6
 
     leaves = [None if y is None else y.double().requires_grad_() for y in each_token(x)]
     out, final = reference.linear_attention(*leaves, *options)

@@ -114,7 +114,7 @@ def a_gpu() -> Iterator[None]:
             stack.enter_context(mock.patch.object(CudaInterface.Worker, name, told(value)))
         stack.enter_context(mock.patch.object(CudaInterface, "device", contextlib.nullcontext))
         for module in ("spcompile.kernels.linear.kernel", "spcompile.kernels.scan"):
-            stack.enter_context(mock.patch(f"{module}.without_triton", return_value=None))
+            stack.enter_context(mock.patch(f"{module}.without_our_kernels", return_value=None))
         driver.set_active(Driver())
         yield
 

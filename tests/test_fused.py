@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import TypeAlias
 
 import pytest
@@ -15,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import spcompile.attention  # noqa: F401  (registers the operators)
 from bench.kernels import OF_FLA
 from spcompile.config import Config
-from spcompile.kernels.choice import without_triton
+from spcompile.kernels.choice import without_our_kernels, without_triton
+from spcompile.kernels.linear import fused_delta, fused_kda
 from spcompile.kernels.linear.kernel import kernel_of
 from spcompile.kernels.linear.operands import Operands, Options
 from tests import workers
@@ -122,6 +124,28 @@ def test_triton_is_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
         kernel = kernel_of(fake(torch.bfloat16, 64), Options(True, 0.3))
         assert kernel[::3] == ("ATen chunks", "SPCOMPILE_TRITON=0")
         assert without_triton(torch.device("cuda")) == "SPCOMPILE_TRITON=0"
+
+
+def test_other_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of less shared memory than an A100's: ATen's chunks. Tensor memory (sm_100) holds fewer of float32."""
+    card = SimpleNamespace(name="NVIDIA L40S", shared_memory_per_block_optin=99 << 10)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    too_small = "NVIDIA L40S has 99 KiB of shared memory, and Triton kernels take up to 163"
+    assert without_our_kernels(torch.device("cuda")) == too_small
+    assert without_triton(torch.device("cuda")) is None  # Inductor's, which knows the card
+    card.shared_memory_per_block_optin = 227 << 10
+    assert without_our_kernels(torch.device("cuda")) is None
+    for module in (fused_delta, fused_kda):
+        monkeypatch.setattr(module, "target_of", lambda device: 100)
+    with FakeTensorMode():
+        for size, gate, most in ((128, 1, 64), (64, 64, 32)):
+            name, *_, why = kernel_of(fake(torch.float32, size, gate, beta=True), Options(True, 0.3))[:4]
+            assert (name, why) == ("ATen chunks", f"keys of {size} numbers, more than {most}")
+            assert not kernel_of(fake(torch.float32, most, min(gate, most), beta=True), Options(True, 0.3))[3]
+            assert not kernel_of(
+                fake(torch.bfloat16, 128, gate if gate == 1 else 128, beta=True), Options(True, 0.3)
+            )[3]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spcompile.kernels.choice import without_triton
+from spcompile.kernels.choice import without_our_kernels
 
 __all__ = ["own_dtypes", "scan", "state_dtype"]
 
@@ -42,7 +42,7 @@ def scan(
         before ``[*L, T, K, V]`` and final ``[*L, K, V]`` in b's dtype; the state itself is kept in float32 if
         b's dtype is narrower.
     """
-    if without_triton(b.device) is None:
+    if without_our_kernels(b.device) is None:
         # Triton takes its time to load, and is not everywhere.
         from spcompile.kernels.triton import scan as fused
 

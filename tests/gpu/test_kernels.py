@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from spcompile.kernels.choice import without_triton
+from spcompile.kernels.choice import without_our_kernels
 
-if not torch.cuda.is_available() or without_triton(torch.device("cuda")):
+if not torch.cuda.is_available() or without_our_kernels(torch.device("cuda")):
     pytest.skip("needs an NVIDIA GPU and Triton", allow_module_level=True)
 
 import models

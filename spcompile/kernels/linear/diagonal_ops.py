@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from spcompile.kernels.linear.launch import CHUNK, blank, lie, rows, segment, strides_of, tiles
+from spcompile.kernels.linear.launch import CHUNK, blank, lie, narrow, rows, segment, strides_of, tiles
 from spcompile.kernels.triton import diagonal, per_key, segments
 
 __all__ = [
@@ -149,8 +149,7 @@ def _(
 def _within(q: Tensor, k: Tensor, grads: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads = k.shape[0] * k.shape[1]
     count, size = segment(k.shape[2], heads)
-    kind = q.dtype if q.dtype == torch.bfloat16 else _WIDE
-    scores = k.new_empty(heads, count * size, CHUNK, dtype=kind)
+    scores = k.new_empty(heads, count * size, CHUNK, dtype=narrow(q))
     dq, dk, dg = (k.new_empty(k.shape if grads else (0,), dtype=_WIDE) for _ in range(3))
     return scores, dq, dk, dg
 
@@ -301,4 +300,5 @@ def _columns(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None) -> tuple[Tens
     heads = k.shape[0] * k.shape[1]
     count, size = segment(k.shape[2], heads)
     states = heads, count * size // CHUNK, k.shape[3], v.shape[3]
-    return _like(q, v), v.new_empty(v.shape, dtype=_WIDE), q.new_empty(states if kept is None else (0,))
+    keeps = q.new_empty(states if kept is None else (0,), dtype=narrow(q))
+    return _like(q, v), v.new_empty(v.shape, dtype=_WIDE), keeps

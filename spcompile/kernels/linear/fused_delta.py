@@ -24,7 +24,7 @@ from torch import Tensor
 from spcompile.kernels.linear import delta_ops, segment_ops  # noqa: F401  (registers the operators)
 from spcompile.kernels.linear.chain import Before, Chain, Made
 from spcompile.kernels.linear.fused import gate_of, gradient_of_gate, gradient_of_state, refused
-from spcompile.kernels.linear.launch import segment
+from spcompile.kernels.linear.launch import has_tensor_memory, segment, target_of
 from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.triton.tiles import INCLUSIVE, SOURCE
 
@@ -36,7 +36,9 @@ AGAIN = frozenset({ops.delta_corrected.default})
 
 def refuses(x: Operands) -> str:
     """Why the kernels do not take such operands, for the report; empty if they do."""
-    return refused(x, 128)
+    # What more than 64 in float32 write on the way back does not fit into tensor memory.
+    full = x.k.dtype == torch.float32 and has_tensor_memory(target_of(x.k.device))
+    return refused(x, 64 if full else 128)
 
 
 class _Walk:

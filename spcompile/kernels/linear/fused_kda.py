@@ -20,7 +20,7 @@ from torch import Tensor
 from spcompile.kernels.linear import kda_ops  # noqa: F401  (registers the operators)
 from spcompile.kernels.linear.chain import Before, Chain, Made
 from spcompile.kernels.linear.fused import gradient_of_state, refused
-from spcompile.kernels.linear.launch import segment
+from spcompile.kernels.linear.launch import has_tensor_memory, segment, target_of
 from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.triton.tiles import EXCLUSIVE, INCLUSIVE
 
@@ -32,7 +32,9 @@ AGAIN = frozenset({ops.kda_prepared.default, ops.kda_written.default})
 
 def refuses(x: Operands) -> str:
     """Why the kernels do not take such operands, for the report; empty if they do."""
-    return refused(x, 128)
+    # Of more than 32 in float32 the products of `readings` do not fit into tensor memory.
+    full = x.k.dtype == torch.float32 and has_tensor_memory(target_of(x.k.device))
+    return refused(x, 32 if full else 128)
 
 
 def chain(x: Operands, made: Callable[[], Made]) -> Chain:

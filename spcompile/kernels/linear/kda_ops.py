@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from spcompile.kernels.linear.launch import CHUNK, dense, rows, segment, strides_of, tiles
+from spcompile.kernels.linear.launch import CHUNK, dense, narrow, rows, segment, strides_of, tiles
 from spcompile.kernels.triton import delta_per_key, delta_per_key_back
 
 __all__ = ["kda_corrected", "kda_prepared", "kda_summaries", "kda_summaries_back", "kda_written"]
@@ -39,11 +39,6 @@ def _steps(k: Tensor) -> int:
 
 def _square(k: Tensor, kind: torch.dtype) -> Tensor:
     return k.new_empty(k.shape[0] * k.shape[1], _chunks(k) * CHUNK, CHUNK, dtype=kind)
-
-
-def _narrow(k: Tensor) -> torch.dtype:
-    """Of what is made of operands: their products are in bf16 or else in float32."""
-    return k.dtype if k.dtype == torch.bfloat16 else _WIDE
 
 
 @torch.library.custom_op("spcompile::kda_prepared", mutates_args=())
@@ -84,8 +79,8 @@ def _(
 def _prepared(k: Tensor) -> list[Tensor]:
     b, h, t, d = k.shape
     kind = torch.float16 if k.dtype == torch.bfloat16 else _WIDE
-    found = [_square(k, _narrow(k)), _square(k, kind), _square(k, kind)]
-    found += [k.new_empty(b * h, t, d, dtype=_narrow(k)) for _ in range(3)]
+    found = [_square(k, narrow(k)), _square(k, kind), _square(k, kind)]
+    found += [k.new_empty(b * h, t, d, dtype=narrow(k)) for _ in range(3)]
     return [*found, k.new_empty(b * h, _chunks(k), d, dtype=_WIDE)]
 
 
@@ -216,7 +211,7 @@ def _(
 
 
 def _written(k: Tensor, v: Tensor, trained: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kept = _states(k, v, _chunks(k), _narrow(k)) if trained else k.new_empty(0, dtype=_narrow(k))
+    kept = _states(k, v, _chunks(k), narrow(k)) if trained else k.new_empty(0, dtype=narrow(k))
     return v.new_empty(v.shape), v.new_empty(v.shape if trained else (0,)), kept, _final(k, v)
 
 
@@ -286,7 +281,7 @@ def _(
 
 def _corrected(k: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     b, h, t, _ = k.shape
-    kept = _states(k, grad, _chunks(k), _narrow(k))
+    kept = _states(k, grad, _chunks(k), narrow(k))
     return grad.new_empty(grad.shape), k.new_empty(b * h, t, dtype=_WIDE), kept, _final(k, grad)
 
 
@@ -346,7 +341,7 @@ def _(
 
 def _readings(k: Tensor) -> list[Tensor]:
     b, h, t, d = k.shape
-    squares = [_square(k, _narrow(k)) for _ in range(2)]
+    squares = [_square(k, narrow(k)) for _ in range(2)]
     return squares + [k.new_empty(b * h, t, d, dtype=_WIDE) for _ in range(3)]
 
 

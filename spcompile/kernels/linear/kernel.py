@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from spcompile.kernels.choice import opaque as is_opaque
-from spcompile.kernels.choice import without_triton
+from spcompile.kernels.choice import without_our_kernels
 from spcompile.kernels.linear import chunked, opaque, whole
 from spcompile.kernels.linear.operands import Operands, Options
 
@@ -89,7 +89,7 @@ def kernel_of(x: Operands, options: Options) -> Kernel:
     """The kernel that takes this call, by device, dtype and sizes: the one place where that is decided."""
     if not options.causal:
         return _WHOLE
-    refused = without_triton(x.k.device)
+    refused = without_our_kernels(x.k.device)
     if refused is None:
         # Triton takes its time to load, and is not everywhere.
         from spcompile.kernels.linear import fused, fused_delta, fused_diagonal, fused_kda, pieces

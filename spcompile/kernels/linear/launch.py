@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-__all__ = ["CHUNK", "blank", "dense", "lie", "rows", "segment", "strides_of", "tiles"]
+__all__ = [
+    "AMD",
+    "CHUNK",
+    "blank",
+    "dense",
+    "has_tensor_memory",
+    "lie",
+    "narrow",
+    "rows",
+    "segment",
+    "strides_of",
+    "target_of",
+    "tiles",
+]
+
+AMD = "gfx942"
 
 CHUNK = 64
 # Segments of all heads together: each is a program or two, and a GPU has 132 multiprocessors.
@@ -55,6 +71,12 @@ def blank(x: Tensor, dim: int, tokens: int, of_chunk: int, reverse: bool) -> Non
         x.narrow(dim, 0 if reverse else used, x.shape[dim] - used).zero_()
 
 
+def narrow(x: Tensor) -> torch.dtype:
+    """Of what is made of operands: their products are in bf16 or else in float32, as float16 holds no more
+    than 65,504, and states may be larger."""
+    return x.dtype if x.dtype == torch.bfloat16 else torch.float32
+
+
 def rows(x: Tensor) -> Tensor:
     """``x`` with its last dim next to each other in memory."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -78,6 +100,9 @@ _BLOCKS = {
 }
 # The same of V for float32, whose products are three of TF32 each.
 _OF_FLOAT32 = {"delta, per key": 32, "readings": 16}
+# And of float32 where each of the three has columns of tensor memory of its own.
+_IN_TENSOR_MEMORY = {"outputs": 32, "outputs, per key": 32, "outputs, less": 16}
+_IN_TENSOR_MEMORY |= {"delta": 32, "delta, back": 16}
 # Kernels with keys of up to so many numbers have four warps, others eight.
 _NARROW = dict.fromkeys(_BLOCKS, 32)
 _NARROW |= dict.fromkeys(("summaries", "pairs", "delta, back", "outputs, less"), 64)
@@ -92,14 +117,38 @@ _LARGE |= {"delta, per key": 1, "readings": 1}
 _STAGES = ((128, _SMALLEST), (256, _SMALL), (512, _LARGE), (1 << 30, dict.fromkeys(_BLOCKS, 1)))
 
 
-def tiles(kernel: str, k: Tensor, v: Tensor, amd: bool = torch.version.hip is not None) -> dict[str, Any]:
-    """How a kernel of linear attention is compiled for keys and values: sizes, precision and warps."""
+@cache
+def target_of(device: torch.device) -> int | str:
+    """What the kernels are compiled for: 90 for sm_90; where no GPU is at hand, too."""
+    if torch.version.hip is not None:
+        return AMD
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def has_tensor_memory(target: int | str) -> bool:
+    """Whether products are added up in tensor memory (sm_100), which has 512 columns of 128 numbers."""
+    return isinstance(target, int) and 100 <= target < 120
+
+
+def tiles(kernel: str, k: Tensor, v: Tensor, target: int | str | None = None) -> dict[str, Any]:
+    """How a kernel of linear attention is compiled for keys and values: sizes, precision and warps.
+
+    Args:
+        target: see :func:`target_of`; None: that of ``k``.
+    """
+    target = target_of(k.device) if target is None else target
     block_k, block_v = (max(16, triton.next_power_of_2(x.shape[3])) for x in (k, v))
     most_k, most_v = _BLOCKS[kernel]
     halved = kernel.startswith("outputs") and block_k > 128
-    row = min(block_k, most_k) * k.dtype.itemsize
+    # Products in tensor memory read their operands from shared memory, as they are multiplied.
+    row = min(block_k, most_k) * (narrow(k) if has_tensor_memory(target) else k.dtype).itemsize
     if k.dtype == torch.float32:
         most_v = _OF_FLOAT32.get(kernel, most_v)
+        if has_tensor_memory(target):
+            most_v = min(most_v, _IN_TENSOR_MEMORY.get(kernel, most_v))
     stages = next(x for most, x in _STAGES if row <= most)
     return {
         "K": k.shape[3],
@@ -111,5 +160,5 @@ def tiles(kernel: str, k: Tensor, v: Tensor, amd: bool = torch.version.hip is no
         "PRECISION": "tf32x3" if k.dtype == torch.float32 else "tf32",
         "num_warps": 4 if block_k <= _NARROW[kernel] else 8,
         # AMD's have 64 KB of shared memory, which more tiles of a delta rule's would not fit into.
-        "num_stages": 1 if amd and kernel.startswith("delta") else stages[kernel],
+        "num_stages": 1 if target == AMD and kernel.startswith("delta") else stages[kernel],
     }

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from spcompile.kernels.linear.launch import CHUNK, blank, lie, rows, segment, strides_of, tiles
+from spcompile.kernels.linear.launch import CHUNK, blank, lie, narrow, rows, segment, strides_of, tiles
 from spcompile.kernels.triton import segments
 
 __all__ = ["segment_outputs", "segment_pairs", "segment_prologue", "segment_summaries"]
@@ -155,7 +155,7 @@ def _of_gate(
     return (
         q.new_empty((parts, heads, chunks * CHUNK) if asked else 0, dtype=wide),
         q.new_empty((parts, heads, chunks) if kept else 0, dtype=wide),
-        q.new_empty((heads, chunks, k.shape[3], v.shape[3]) if of_kept else 0),
+        q.new_empty((heads, chunks, k.shape[3], v.shape[3]) if of_kept else 0, dtype=narrow(q)),
     )
 
 

@@ -169,8 +169,8 @@ def pairs(
     if READ == EXCLUSIVE:
         total += sum_rows(later & (i[:, None] < i[None, :]), from_q * queries, 3)
         from_q *= 0.0
-    summed = tl.where(later, i[:, None] <= i[None, :], i[:, None] > i[None, :])
-    total += sum_rows(summed, from_q * queries + from_k * keys, 3)
+    behind_it = tl.where(later, i[:, None] <= i[None, :], i[:, None] > i[None, :])
+    total += sum_rows(behind_it, from_q * queries + from_k * keys, 3)
 
     # From the first half to the second.
     other = chunk_first + half - own
@@ -185,11 +185,10 @@ def pairs(
         asked += from_q
         to_k += from_k
         if READ == EXCLUSIVE:
-            total += sum_behind(from_q * queries, half, False, False, 3) + sum_behind(
-                from_k * keys, half, True, False, 3
-            )
+            total += sum_behind(from_q * queries, half, False, False, 3)
+            summed = from_k * keys
         else:
-            total += sum_behind(from_q * queries + from_k * keys, half, True, False, 3)
+            summed = from_q * queries + from_k * keys
     else:
         start, _ = decay_from_start(g, other, d, gt, T, N, half, K, INCLUSIVE, REVERSE)
         reading = load(k, other + i, True, d, kt, T, N, K, REVERSE, True) * start
@@ -201,7 +200,8 @@ def pairs(
         end, _ = decay_to_end(g, first, d, gt, T, N, half, K, INCLUSIVE, REVERSE)
         behind *= end
         to_k += behind
-        total += sum_behind(behind * keys, half, False, True, 3)
+        summed = behind * keys
+    total += sum_rows(tl.where(second, i[:, None] <= i[None, :], i[:, None] > i[None, :]), summed, 3)
 
     p, inside = tile(plus_q + n * T * K, step, d, K, T, N, K, REVERSE)
     asked += tl.load(p, mask=inside, other=0.0)

@@ -102,10 +102,11 @@ def _summary(
         end, here = decay_to_end(g, first, dk, gt, T, N, C, K, READ, REVERSE)
         keys = (keys * end).to(keys.dtype)
         total += here
-        state = tl.dot(tl.trans(keys), values, state * tl.exp(here)[:, None], input_precision=PRECISION)
+        state *= tl.exp(here)[:, None]
+        state += tl.dot(tl.trans(keys), values, input_precision=PRECISION) * scale
     at = n.to(tl.int64) * n_segments + which
     p = states + at * (K * V) + dk[:, None] * V + dv[None, :]
-    tl.store(p, state * scale, mask=(dk < K)[:, None] & (dv < V)[None, :])
+    tl.store(p, state, mask=(dk < K)[:, None] & (dv < V)[None, :])
     tl.store(logs + at * K + dk, total, mask=(dk < K) & (of_v == 0))
 
 
@@ -136,8 +137,6 @@ def outputs(
     N = n_segments * segment
     scores += n.to(tl.int64) * N * C
     state = start(states, logs, carry, n, which, n_segments, dk, dv, sn, ss, sk, sv, K, V, FOLD, 0)
-    if SCALED:  # over the scale then, so that products are added as they are
-        state *= 1.0 / scale
     begin, last = chunks(which, segment, T, N, C, REVERSE)
     for first in tl.range(begin, last, C, disable_licm=True):
         step = first + i
@@ -145,7 +144,8 @@ def outputs(
         begun, through = decay_from_start(g, first, dk, gt, T, N, C, K, READ, REVERSE)
         queries = (queries * begun).to(queries.dtype)
         read = tl.dot(queries, state.to(queries.dtype), input_precision=PRECISION)
-        read *= scale
+        if not SCALED:
+            read *= scale
         if MIRRORED:  # the reader there is the writer here
             at = (N - 1 - step).to(tl.int64)[None, :] * C + (C - 1 - i)[:, None]
         else:
@@ -159,8 +159,11 @@ def outputs(
         end, _ = decay_to_end(g, first, dk, gt, T, N, C, K, READ, REVERSE)
         keys = (keys * end).to(keys.dtype)
         state *= tl.exp(through)[:, None]
-        state = tl.dot(tl.trans(keys), values, state, input_precision=PRECISION)
-    close(final, state * scale if SCALED else state, n, which, n_segments, dk, dv, K, V)
+        if SCALED:
+            state += tl.dot(tl.trans(keys), values, input_precision=PRECISION) * scale
+        else:
+            state = tl.dot(tl.trans(keys), values, state, input_precision=PRECISION)
+    close(final, state, n, which, n_segments, dk, dv, K, V)
 
 
 @triton.jit

@@ -96,11 +96,11 @@ def sum_behind(
 def sum_rows(ones, x, PARTS: tl.constexpr, WALK: tl.constexpr = False):
     """The sum of the rows that ``ones`` has for each row.
 
-    WALK: within a walk, whose loads a loop in it would keep from being under way early. Elsewhere, where rows
-    are enough for a group of warps, it is a loop: of products that follow from each other both groups would
-    hold all columns.
+    WALK: within a walk, whose loads a loop in it would keep from being under way early. Elsewhere it is a
+    loop, unless of few rows: that takes less to compile, and of products that follow from each other both
+    groups of warps would hold all columns.
     """
-    UNROLLED: tl.constexpr = WALK or x.shape[0] < 64
+    UNROLLED: tl.constexpr = WALK or x.shape[0] < 32
     total = tl.zeros(x.shape, tl.float32)
     for _ in tl.range(PARTS, loop_unroll_factor=PARTS if UNROLLED else 1):
         part = x.to(tl.bfloat16)
