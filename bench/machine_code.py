@@ -194,6 +194,7 @@ class Code(NamedTuple):
     products: int  # all others of the tensor cores: mma, mfma
     tma: int
     copies: int  # cp.async
+    columns: int = 0  # of tensor memory (sm_100), of 512
 
 
 def described(kernel: Any, arch: int | str) -> Code:
@@ -225,6 +226,7 @@ def described(kernel: Any, arch: int | str) -> Code:
         count(r"\bHMMA\b"),
         count(r"\bUTMA(?:LDG|STG|REDG)\b"),
         count(r"\bLDGSTS\b"),
+        getattr(meta, "tmem_size", None) or 0,
     )
 
 

@@ -19,9 +19,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "loops": CompileGrowth("compile time of other people's loops over chunks, one training step"),
     "agreement": AgreementCost("comparing the ranks' inputs, linear_llama3:tiny on 2 ranks, one step"),
     "compile": CompileTime("compile time of linear_llama3:tiny with 16 layers, forward and backward"),
-    "variants": VariantsCompile(
-        "processor seconds to compile layers of every variant, forward and backward"
-    ),
+    "variants": VariantsCompile("processor seconds to compile layers of every variant, forward and backward"),
     "warm": WarmStart("processor seconds of the first step in a process, compiler caches empty, then filled"),
     "kernels": Kernels("Triton kernels: on a GPU their times, elsewhere machine code, launches, bytes"),
     "masks": Masks("softmax attention under each kind of mask, B1 H2 D64, one training step on two ranks"),

@@ -146,18 +146,18 @@ FAULTS = {
     "per key, summaries": [
         ("diagonal", "keys = (keys * end).to(keys.dtype)\n        total", "total"),
         ("diagonal", "total += here", "total = here"),
-        ("diagonal", "state * tl.exp(here)[:, None]", "state"),
-        ("diagonal", "tl.store(p, state * scale", "tl.store(p, state"),
+        ("diagonal", "state *= tl.exp(here)[:, None]", "state *= 1.0"),
+        ("diagonal", "PRECISION) * scale\n    at = n", "PRECISION)\n    at = n"),
         ("per_key", "(i + 1 < M)[:, None]", "(i + 2 < M)[:, None]"),
         ("per_key", "+ load_row(g, first, d", "+ 0 * load_row(g, first, d"),
     ],
     "per key, outputs": [
         ("diagonal", "queries = (queries * begun).to(queries.dtype)", "queries = queries"),
-        ("diagonal", "read *= scale\n        if MIRRORED", "if MIRRORED"),
+        ("diagonal", "read *= scale\n        if MIRRORED", "read *= 1.0\n        if MIRRORED"),
         ("diagonal", "C + (C - 1 - i)[:, None]", "C + i[:, None]"),
         ("diagonal", "weights, values, read", "weights, values, read * 0.0"),
         ("diagonal", "state *= tl.exp(through)[:, None]", "state *= 1.0"),
-        ("diagonal", "state * scale if SCALED else state", "state"),
+        ("diagonal", "PRECISION) * scale\n        else", "PRECISION)\n        else"),
     ],
     "columns": [
         ("diagonal", "* state, 0) * through", "* state, 0)"),
@@ -291,9 +291,9 @@ FAULTS = {
         (BACK, "tl.where(later, i[:, None] <= i[None, :], i", "tl.where(later, i[:, None] < i[None, :], i"),
         (BACK, "T, N, K, REVERSE, True) * end", "T, N, K, REVERSE, True)"),
         (BACK, "_weights(of_keys, half, 0, C), past", "_weights(of_queries, half, 0, C), past"),
-        (BACK, "queries + from_k * keys, half, True", "queries + from_k * keys, half, False"),
+        (BACK, "tl.where(second, i[:, None] <= i", "tl.where(second, i[:, None] < i"),
         (BACK, "behind *= end\n        to_k", "to_k"),
-        (BACK, "behind * keys, half, False, True", "behind * keys, half, True, True"),
+        (BACK, "i[:, None] > i[None, :]), summed", "i[:, None] >= i[None, :]), summed"),
     ],
 }  # fmt: skip
 
