@@ -143,6 +143,25 @@ def test_dynamic_from_the_first_call() -> None:
     assert run.graphs == 1
 
 
+class Convolved(Model):
+    """Two convolutions behind one pad: the first one's output is longer than the sequence."""
+
+    def __init__(self) -> None:
+        super().__init__("sdpa")
+        self.each, self.all = nn.Conv1d(4, 4, 2, groups=4).double(), nn.Conv1d(4, 4, 3).double()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        v = self.all(self.each(F.pad(v.flatten(0, 1).mT, (3, 0)))).mT.view_as(v)
+        return super().attend(q, k, v)
+
+
+def test_blocks_have_room_for_what_is_longer_than_the_sequence() -> None:
+    run = Trained(Convolved(), 2)
+    for tokens in (12, 22, 13, 30, 17):
+        run.step(ids(tokens))
+    assert run.graphs == 3  # of one length; of those that the ranks divide, which lack room; of all others
+
+
 def test_a_dim_that_is_marked_on_one_rank() -> None:
     run = Trained(Model("sdpa"), 1)
     for tokens in (11, 21):

@@ -59,6 +59,13 @@ def convolution_in_steps(x, n):
     return F.conv1d(x.transpose(1, 2), weight, stride=2, padding=1)
 
 
+def two_convolutions_behind_a_pad(x, n):
+    """The first one's output begins before the first token, with its bias."""
+    weight = torch.arange(3.0 * D * D, dtype=x.dtype).sin().view(D, D, 3)
+    y = F.conv1d(F.pad(x.transpose(1, 2), (3, 0)), weight[:, :1, :2], weight[0, :, 0], groups=D)
+    return F.conv1d(y, weight)
+
+
 def means_in_steps(x, n):
     x = x.transpose(1, 2)
     return torch.cat([F.avg_pool1d(x, 2), F.avg_pool1d(x, 4, 2, 1).sin()], 1)
@@ -95,7 +102,7 @@ def test_nothing_is_gathered(name):
     ids = torch.randint(20, (B, T), generator=torch.Generator().manual_seed(1))
     inputs = {"ids": ids, "n": torch.tensor([T, T - 3])}
     joint, reference = capture(model, inputs), eager(model, inputs)
-    for ranks in (2, 3):
+    for ranks in (2, 3, 13):
         local, sharded = joint.shard(ranks)
         assert not sharded.gathers
         hidden = [t for t in transfers(local.graph, ranks) if "attention" not in t.purpose.op]

@@ -286,6 +286,8 @@ def _choose_split(plan: Plan, node: fx.Node, step: Step, naturals: list[Placemen
     for index, placement in enumerate(naturals):
         if isinstance(placement, Shard):
             candidates += [step.rule.split("in", index, p) for p in {placement.unshifted(): 0, placement: 0}]
+            if (settled := getattr(step.rule, "settled", None)) is not None:
+                candidates.append(settled(index, placement))
         elif isinstance(placement, Routed):
             candidates.append(split_of(step.rule, "in", index, placement))
     for index in range(len(step.call.outputs)):

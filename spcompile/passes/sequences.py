@@ -23,6 +23,8 @@ from spcompile.sizes import ceil_div, hint
 __all__ = ["plan_sequences"]
 
 aten = torch.ops.aten
+# Entries that a sequence may have more than the tokens, for all of them to have longer blocks.
+_FEW = 64
 
 
 def plan_sequences(graph: fx.Graph, ranks: int, hints: Mapping[str, int]) -> Plan:
@@ -44,6 +46,10 @@ def plan_sequences(graph: fx.Graph, ranks: int, hints: Mapping[str, int]) -> Pla
     rounded = _in_whole_chunks(plan, tokens)
     if rounded != tokens:
         plan = propagate(graph, ranks, rounded)
+    elif not arrived and (room := _room(plan, tokens)) != tokens:
+        roomy = propagate(graph, ranks, room)
+        if _gathering(roomy) < _gathering(plan):
+            plan, rounded = roomy, room
     others = {value: seed for value, seed in seeds.items() if value not in plan.marks}
     return propagate(graph, ranks, rounded | others) if others else plan
 
@@ -95,6 +101,31 @@ def _in_whole_chunks(plan: Plan, seeds: Mapping[Value, Shard]) -> dict[Value, Sh
     if block > 2 * tokens.block:
         return dict(seeds)
     return {value: replace(seed, block=block) for value, seed in seeds.items()}
+
+
+def _room(plan: Plan, seeds: Mapping[Value, Shard]) -> dict[Value, Shard]:
+    """The seeds with blocks for what is a few tokens longer, and gathered as the ranks do not hold it.
+
+    The first of two convolutions behind one pad gives the tokens and, before them, what the second one reads
+    there.
+    """
+    found = [
+        mark.length
+        for node, step in plan.steps.items()
+        if step.gathers and isinstance(step.rule, Convolution)
+        for mark in plan.marks.get((node, 0), ())
+        if mark.outer == 1 and not mark.holds_all(plan.ranks)
+    ]
+    length = next(iter(seeds.values())).length if seeds else 0
+    few = [x for x in found if hint(x) <= hint(length) + _FEW]
+    if not few:
+        return dict(seeds)
+    block = ceil_div(max(few, key=hint), plan.ranks)
+    return {value: replace(seed, block=block) for value, seed in seeds.items()}
+
+
+def _gathering(plan: Plan) -> int:
+    return sum(bool(step.gathers) for step in plan.steps.values())
 
 
 def _rounded(block: int, chunk: int) -> int:

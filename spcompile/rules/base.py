@@ -239,7 +239,8 @@ class Rule(Protocol):
 
     One that writes a number where no operand has an entry (a pad) has it as ``beyond``. One that is asked for
     a ``Routed`` placement too has a true ``orders``. One whose result each consumer asks for in its own
-    placement, as it does of a view, has a true ``lazy``.
+    placement, as it does of a view, has a true ``lazy``. One whose output may lie farther off than beside its
+    operand has ``settled(index, shard)``, which says how it runs with the output at position 0.
     """
 
     @property

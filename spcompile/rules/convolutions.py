@@ -69,6 +69,16 @@ class Window:
             return None
         return left, max(0, self.span - left - self.stride + 1)
 
+    def settled(self, x: Shard) -> Shard | None:
+        """Where the output lies if at position 0, and so farther behind x than a halo's sides allow; None if
+        they do. Behind a pad for two convolutions the first one's output begins before any position."""
+        y = x.window(0, self.y)
+        return y if self.stride == 1 and self.unread(x, y) > 0 else None
+
+    def unread(self, x: Shard, y: Shard) -> int:
+        """How many positions lie between the last one of x that an entry of y needs, and its own."""
+        return y.start - x.start + self.padding - self.span
+
 
 def _asked_for(call: Call, split: Split | None) -> Split | None:
     """A gradient that was not asked for has no placement."""
@@ -98,7 +108,7 @@ class Convolution:
 
     def split(self, side: Side, index: int, shard: Shard) -> Split | None:
         """See :class:`spcompile.rules.base.Rule`."""
-        x, weight, *bias = self.call.operands
+        x, weight, *_ = self.call.operands
         if index == 0 and shard.dim == 0:
             inputs = tuple(("n" if t is x else None, *(None,) * (t.dim() - 1)) for t in self.call.operands)
             return Factors(self.call, inputs, (inputs[0],)).split(side, index, shard)
@@ -110,13 +120,28 @@ class Convolution:
         sides = window.sides(before, after)
         if after is None or sides is None:
             return None
-        whole = [Replicate() for _ in (weight, *bias)]
-        emit = self._emit(*sides)
+        return self._between(before, after, self._emit(*sides))
+
+    def settled(self, index: int, shard: Shard) -> Split | None:
+        """How the call runs with its output at position 0, where :meth:`split` has it before that."""
+        x, weight, *_ = self.call.operands
+        window = Window.of(x, self.call.outputs[0], weight, self.call.args[3:])
+        if index != 0 or shard.dim != 2 or window is None or shard.outer != 1:
+            return None
+        after = window.settled(shard)
+        if after is None:
+            return None
+        unread = window.unread(shard, after)
+        return self._between(shard, after, self._emit(window.span + unread, 0, unread))
+
+    def _between(self, before: Shard, after: Shard, emit: Emit) -> Split:
+        whole = [Replicate() for _ in self.call.operands[1:]]
         return Split((before, *whole), (after,), (0.0, *(None for _ in whole)), emit)
 
-    def _emit(self, left: int, right: int) -> Emit:
+    def _emit(self, left: int, right: int, unread: int = 0) -> Emit:
         def emit(context: Context, operands: list[Tensor]) -> Tensor:
             around = halo(context, operands[0], 2, left, right, 0.0)
+            around = around.narrow(2, 0, around.shape[2] - unread)
             args, kwargs = self.call.replaced([around, *operands[1:]])
             return self.call.op(*args[:4], [0], *args[5:], **kwargs)
 
@@ -157,6 +182,21 @@ class ConvolutionBackward:
         if window.stride > 1 and max(sides) > before.block:
             return None
         emit = self._emit(*sides) if window.stride == 1 else self._emit_in_steps(*sides)
+        return self._between(before, after, emit)
+
+    def settled(self, index: int, shard: Shard) -> Split | None:
+        """How the call runs where the operand lies as ``shard`` and the output's gradient at position 0."""
+        dy, x, weight = self.call.operands
+        window = Window.of(x, dy, weight, self.call.args[4:])
+        if index != 1 or shard.dim != 2 or window is None or shard.outer != 1:
+            return None
+        after = window.settled(shard)
+        if after is None:
+            return None
+        unread = window.unread(shard, after)
+        return self._between(shard, after, self._emit(window.span + unread, 0, unread))
+
+    def _between(self, before: Shard, after: Shard, emit: Emit) -> Split | None:
         gradients = (before, Partial("sum"), Partial("sum"))
         split = Split((after, before, Replicate()), gradients, (0.0, 0.0, None), emit)
         return _asked_for(self.call, split)
@@ -177,14 +217,15 @@ class ConvolutionBackward:
 
         return emit
 
-    def _emit(self, left: int, right: int) -> Emit:
+    def _emit(self, left: int, right: int, unread: int = 0) -> Emit:
         def emit(context: Context, operands: list[Tensor]) -> tuple[Tensor | None, ...]:
             dy, x, weight = operands
             # Of a block of x and no more, every position that sees some of it is an output.
             around = halo(context, dy, 2, right, left, 0.0)
+            around = around.narrow(2, unread, around.shape[2] - unread)
             args, _ = self.call.replaced([around, x, weight])
             wanted = args[10]
-            dx, dw, _ = self.call.op(*args[:5], [left + right], *args[6:10], [*wanted[:2], False])
+            dx, dw, _ = self.call.op(*args[:5], [left + right - unread], *args[6:10], [*wanted[:2], False])
             return dx, dw, dy.sum([0, 2]) if wanted[2] else None
 
         return emit
