@@ -62,8 +62,9 @@ class GraphContext(Context):
     def gather_again(self, node: fx.Node) -> None:
         """One of ``held`` is gathered again in the backward.
 
-        The chain from this rank's keys on, not the gather alone: what is left untagged of it is saved. Sizes
-        are no part of it: the backward has them.
+        The chain from this rank's keys on, not the gather alone: what is left untagged of it is saved. Of what
+        is sent that is as large as the keys and values that it is packed from, which the backward reads too.
+        Sizes are no part of it: the backward has them.
         """
         chain = [node]
         while chain:
@@ -71,6 +72,13 @@ class GraphContext(Context):
             self._again(node)
             if node.target is not torch.ops._c10d_functional.all_gather_into_tensor.default:
                 chain += [x for x in node.all_input_nodes if isinstance(x.meta["val"], Tensor)]
+                continue
+            packed = [node.all_input_nodes[0]]
+            while packed[-1].target is torch.ops.aten.view.default:
+                packed.append(packed[-1].all_input_nodes[0])
+            if packed[-1].target is torch.ops.aten.cat.default:
+                for part in packed:
+                    self._again(part)
 
     def cached(self, key: Any, compute: Any) -> Tensor:
         # Shared by nodes of several regions, so it must not carry the tags of the first that asks.
