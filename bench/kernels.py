@@ -83,13 +83,7 @@ class Kernels:
         ]
         if not options.quick:
             steps += [Step(name, 128, "float32", 90) for name in VARIANTS]
-        # Matrices are chained by products of three TF32, which AMD's do not have.
-        steps += [
-            Step(name, 128, "float32", target)
-            for target in targets
-            for name in SCANS
-            if isinstance(target, int) or name != "scan, matrices"
-        ]
+        steps += [Step(name, 128, "float32", target) for target in targets for name in SCANS]
         return [*steps, *OF_FLA]
 
     def measure(self, step: Step | str | device.Call, options: Options) -> Row:

@@ -168,10 +168,12 @@ SCANS = {
 
 def compiled_scan(name: str, arch: int | str) -> Any:
     """The scan over the segments, for sm_``arch`` or an AMD target."""
+    from spcompile.kernels.linear.launch import precise
     from spcompile.kernels.triton.scan import _scan, launch
 
     by = SCANS[name].constants
     constants = {"K": 128, "V": 128, "BV": 32, "INITIAL": True, "REVERSE": True, "WIDE": tl.float32, **by}
+    constants["PRECISION"] = precise(arch)
     kinds = dict.fromkeys(("a", "b", "initial", "before", "final"), "*fp32")
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in _scan.arg_names}
     source = ASTSource(fn=_scan, signature=signature, constexprs=constants)

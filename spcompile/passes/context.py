@@ -62,9 +62,9 @@ class GraphContext(Context):
     def gather_again(self, node: fx.Node) -> None:
         """One of ``held`` is gathered again in the backward.
 
-        The chain from this rank's keys on, not the gather alone: what is left untagged of it is saved. Of what
-        is sent that is as large as the keys and values that it is packed from, which the backward reads too.
-        Sizes are no part of it: the backward has them.
+        The chain from this rank's keys on, not the gather alone: what is left untagged of it is saved, as the
+        tensor that keys and values are packed into would be, beside them. Sizes are no part of the chain: the
+        backward has them.
         """
         chain = [node]
         while chain:

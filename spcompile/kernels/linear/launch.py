@@ -17,6 +17,7 @@ __all__ = [
     "has_tensor_memory",
     "lie",
     "narrow",
+    "precise",
     "rows",
     "segment",
     "strides_of",
@@ -133,6 +134,11 @@ def has_tensor_memory(target: int | str) -> bool:
     return isinstance(target, int) and 100 <= target < 120
 
 
+def precise(target: int | str) -> str:
+    """How float32 is multiplied: by three products of TF32, but for AMD's, which have none."""
+    return "ieee" if target == AMD else "tf32x3"
+
+
 def tiles(kernel: str, k: Tensor, v: Tensor, target: int | str | None = None) -> dict[str, Any]:
     """How a kernel of linear attention is compiled for keys and values: sizes, precision and warps.
 
@@ -157,7 +163,7 @@ def tiles(kernel: str, k: Tensor, v: Tensor, target: int | str | None = None) ->
         "BV": min(block_v, most_v // 2 if halved else most_v),
         "C": CHUNK,
         "WIDE": k.dtype != torch.bfloat16,
-        "PRECISION": "tf32x3" if k.dtype == torch.float32 else "tf32",
+        "PRECISION": precise(target) if k.dtype == torch.float32 or target == AMD else "tf32",
         "num_warps": 4 if block_k <= _NARROW[kernel] else 8,
         # AMD's have 64 KB of shared memory, which more tiles of a delta rule's would not fit into.
         "num_stages": 1 if target == AMD and kernel.startswith("delta") else stages[kernel],

@@ -220,34 +220,39 @@ def _summary(
 
 
 @triton.jit
-def _mapped(matrix, x, plus, row, of_row, of_column, K: tl.constexpr):
+def _mapped(
+    matrix, x, plus, row, of_row, of_column,
+    K: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     """``matrix x + plus``, matrix ``[K, K]``; by two halves of its columns, as registers hold no more."""
     BK: tl.constexpr = x.shape[0]
     if BK < 128:
         p = matrix + row[:, None] * of_row + row[None, :] * of_column
         factor = tl.load(p, mask=(row < K)[:, None] & (row < K)[None, :], other=0.0)
-        return tl.dot(factor, x, plus, input_precision="tf32x3")
+        return tl.dot(factor, x, plus, input_precision=EXACT)
     else:
         HALF: tl.constexpr = BK // 2
         upper, lower = tl.split(tl.permute(tl.reshape(x, (2, HALF, x.shape[1])), (1, 2, 0)))
         column = tl.arange(0, HALF)
         p = matrix + row[:, None] * of_row + column[None, :] * of_column
         factor = tl.load(p, mask=(row < K)[:, None] & (column < K)[None, :], other=0.0)
-        plus = tl.dot(factor, upper, plus, input_precision="tf32x3")
+        plus = tl.dot(factor, upper, plus, input_precision=EXACT)
         valid = (row < K)[:, None] & (column + HALF < K)[None, :]
         factor = tl.load(p + HALF * of_column, mask=valid, other=0.0)
-        return tl.dot(factor, lower, plus, input_precision="tf32x3")
+        return tl.dot(factor, lower, plus, input_precision=EXACT)
 
 
 @triton.jit
 def start(
     states, matrices, carry, before, n, which, n_segments, dk, dv,
-    K: tl.constexpr, V: tl.constexpr, FOLD: tl.constexpr, TURNED: tl.constexpr = False,
+    K: tl.constexpr, V: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    TURNED: tl.constexpr = False,
 ):  # fmt: skip
     """``[dk, dv]``: the state before a segment (``tiles.start``); ``before`` gets it, None: nobody asked.
 
     TURNED: the matrices are those of the walk the other way, from the last segment on and transposed.
     """
+    EXACT: tl.constexpr = "ieee" if PRECISION == "ieee" else "tf32x3"  # matrices are float32 in any case
     n = n.to(tl.int64)
     entry = dk[:, None] * V + dv[None, :]
     inside = (dk < K)[:, None] & (dv < V)[None, :]
@@ -264,9 +269,9 @@ def start(
                 made = tl.load(states + there * (K * V) + entry, mask=inside, other=0.0)
                 if TURNED:
                     there = n * n_segments + (n_segments - 1 - tl.cast(earlier, tl.int64))
-                    state = _mapped(matrices + there * (K * K), state, made, dk, 1, K, K)
+                    state = _mapped(matrices + there * (K * K), state, made, dk, 1, K, K, EXACT)
                 else:
-                    state = _mapped(matrices + there * (K * K), state, made, dk, K, 1, K)
+                    state = _mapped(matrices + there * (K * K), state, made, dk, K, 1, K, EXACT)
     if before is not None:
         tl.store(before + at * (K * V) + entry, state, mask=inside)
     return state
@@ -287,7 +292,7 @@ def outputs(
     """
     of_v, which, n = place(tl.program_id(0), tl.cdiv(V, BV), n_segments)
     i, dk, dv = tl.arange(0, C), tl.arange(0, BK), of_v * BV + tl.arange(0, BV)
-    state = start(states, matrices, carry, None, n, which, n_segments, dk, dv, K, V, FOLD)
+    state = start(states, matrices, carry, None, n, which, n_segments, dk, dv, K, V, FOLD, PRECISION)
     q += offset(n, H, qb, qh)
     k += offset(n, H, kb, kh)
     v += offset(n, H, vb, vh)
@@ -345,7 +350,7 @@ def corrected(
     READ: tl.constexpr = SOURCE if BACK else INCLUSIVE
     of_v, which, n = place(tl.program_id(0), tl.cdiv(V, BV), n_segments)
     dk, dv = tl.arange(0, BK), of_v * BV + tl.arange(0, BV)
-    state = start(states, matrices, carry, before, n, which, n_segments, dk, dv, K, V, FOLD)
+    state = start(states, matrices, carry, before, n, which, n_segments, dk, dv, K, V, FOLD, PRECISION)
     k += offset(n, H, kb, kh)
     v += offset(n, H, vb, vh)
     beta += offset(n, H, bb, bh)

@@ -293,7 +293,7 @@ def written(
     out += n.to(tl.int64) * T * V
     errors += n.to(tl.int64) * T * V
     whole = (dk < K)[:, None] & (dv < V)[None, :]
-    state = start(states, matrices, carry, None, n, which, n_segments, dk, dv, K, V, FOLD)
+    state = start(states, matrices, carry, None, n, which, n_segments, dk, dv, K, V, FOLD, PRECISION)
     N = n_segments * segment
     skip = skipped(T, N, C, REVERSE)
     begin, last = chunks(which, segment, T, N, C, REVERSE)
@@ -354,7 +354,7 @@ def corrected(
     sums += (of_v * heads + n).to(tl.int64) * T
     whole = (dk < K)[:, None] & (dv < V)[None, :]
     behind = n_segments - 1 - which
-    state = start(states, matrices, carry, None, n, behind, n_segments, dk, dv, K, V, FOLD, True)
+    state = start(states, matrices, carry, None, n, behind, n_segments, dk, dv, K, V, FOLD, PRECISION, True)
     N = n_segments * segment
     skip = skipped(T, N, C, REVERSE)
     begin, last = chunks(which, segment, T, N, C, REVERSE)

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spcompile.kernels.linear.launch import precise, target_of
+
 __all__ = ["scan", "supports"]
 
 # How a multiplies the state.
@@ -36,6 +38,7 @@ def _scan(
     a, b, initial, before, final, al, at, ak, av, T,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     HOW: tl.constexpr, INITIAL: tl.constexpr, REVERSE: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     of_v, pid = pid % tl.cdiv(V, BV), pid // tl.cdiv(V, BV)
@@ -59,7 +62,7 @@ def _scan(
             j = tl.arange(0, BK)
             p = a + (n * al + step * at) + of_row + j.to(tl.int64)[None, :] * av
             factor = tl.load(p, mask=(k < K)[:, None] & (j < K)[None, :], other=0.0).to(WIDE)
-            state = tl.dot(factor, state, input_precision="tf32x3")
+            state = tl.dot(factor, state, input_precision=PRECISION)
         state += tl.load(b + here, mask=inside, other=0.0).to(WIDE)
     tl.store(final + n * (K * V) + entry, state.to(final.dtype.element_ty), mask=inside)
 
@@ -86,6 +89,7 @@ def scan(
             a, b, None if initial is None else initial.contiguous(), before, final, *strides, steps,
             K=k, V=v, BK=block_k, BV=block_v,
             HOW=how, INITIAL=initial is not None, REVERSE=reverse, WIDE=wide,
+            PRECISION=precise(target_of(b.device)),
             **launch(matrix, block_k),
         )  # fmt: skip
     return before, final
