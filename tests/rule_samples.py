@@ -268,6 +268,7 @@ _CONVOLUTIONS = [
     *_convolution("dilated", padding=4, dilation=2),
     *_convolution("a wide margin", padding=3),
     *_convolution("of one token", kernel=1),
+    *_convolution("of two tokens", True, kernel=2),
     *_convolution("mixing channels", True, groups=1, padding=2),
     *_convolution("in steps", True, groups=1, stride=2, padding=1),
     *_convolution("in steps, without padding", kernel=2, stride=2),

@@ -214,6 +214,7 @@ def _gradient_of_all(call):
     return rule
 
 
+_of_two_tokens = next(s for s in SAMPLES if str(s) == f"{aten.convolution.default} (of two tokens)")
 _causal, _causal_backward = (
     next(s for s in SAMPLES if str(s) == f"{op} (causal)")
     for op in (aten.convolution.default, aten.convolution_backward.default)
@@ -226,6 +227,13 @@ _iota = Sample(
 )
 _mm = Sample(aten.mm.default, (x(6, 5), x(5, 7)))
 _gather = Sample(aten.gather.default, (x(4, 6), 1, n(6, 4, 6)))
+
+def _unread(call):
+    """A convolution behind another one: it reads the nearest entries of its halo, and not the farthest."""
+    rule, emit = rule_for(call), rule_for(call)._emit
+    rule._emit = lambda left, right, unread=0: emit(left - unread, right)
+    return rule
+
 
 PLANTED = {
     "softmax along its own dim": (
@@ -285,6 +293,7 @@ PLANTED = {
     "iota: merged dims": (_iota, _plain_iota),
     "convolution: the halo on the other side": (_causal, _convolution(0)),
     "convolution: a halo too short": (_causal, _convolution(1)),
+    "convolution: behind another one, a halo too near": (_of_two_tokens, _unread),
     "convolution: padding is not zero": (_causal, _convolution(2, None)),
     "convolution: a token counts on two ranks": (_causal_backward, _gradient_of_all),
     "one entry on every rank": (
