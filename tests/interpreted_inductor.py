@@ -14,7 +14,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -62,12 +61,16 @@ class _Kernel:
         self.kernel[grid](*given, **tiles)
 
 
+_SOURCES = tempfile.TemporaryDirectory(prefix="kernels-")  # until the process ends
+
+
 def _loaded(name: str, source: str, device_str: str = "cuda") -> Any:
     """The kernel of a source, which must lie in a file: the interpreter reads it."""
-    path = Path(tempfile.mkstemp(suffix=".py", prefix=name[:40])[1])
-    path.write_text(source)
-    space: dict[str, Any] = {"__file__": str(path), "__name__": name}
-    exec(compile(source, str(path), "exec"), space)
+    kept = {"dir": _SOURCES.name, "prefix": name[:40], "suffix": ".py", "delete": False}
+    with tempfile.NamedTemporaryFile("w", **kept) as file:
+        file.write(source)
+    space: dict[str, Any] = {"__file__": file.name, "__name__": name}
+    exec(compile(source, file.name, "exec"), space)
     return space[name]
 
 

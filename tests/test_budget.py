@@ -93,12 +93,14 @@ def test_the_largest_tensors_have_the_users_lines(report: Report) -> None:
     assert "largest tensors at the peak" in str(report)
 
 
-def test_what_regathering_saves_is_exact(report: Report) -> None:
+def test_what_regathering_saves(report: Report) -> None:
     held, again = explained(8, regather=False), explained(8, regather=True)
     (kept,) = choices(held)
     assert held.memory is not None and again.memory is not None
     keys = next(c.bytes for c in held.collectives if c.purpose == "softmax: keys and values")
-    assert held.memory.saved - again.memory.saved == keys
+    # What is received, and this rank's own keys and values: without a gather they are views of the projection
+    # that is saved for the queries.
+    assert held.memory.saved - again.memory.saved == keys * 8 // 7
     (other,) = choices(again)
     assert keys == 7 * 64 * 2 * 32 * 4 == 114688
     size = human(keys)

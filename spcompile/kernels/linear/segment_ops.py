@@ -110,8 +110,9 @@ def segment_outputs(
     out = _outputs(q, v, strict or wide)
     asked = other is not None, kept is not None, strict
     inner, sums, keeps = _of_gate(q, k, v, parts, *asked)
-    for of_gate, dim, of_chunk in ((inner, 2, CHUNK), (sums, 2, 1), (keeps, 1, 1)):
+    for of_gate, dim, of_chunk in ((inner, 2, CHUNK), (keeps, 1, 1)):
         blank(of_gate, dim, t, of_chunk, reverse)
+    blank(sums, 2, t, 1, not reverse)  # in the order of the other way, as ``kept`` is
     final = _final(k, v, last)
     gate, mate = ((0, 0, 0) if x is None else strides_of(x) for x in (log_decay, other))
     strides = [*(s for x in (q, k, v) for s in strides_of(x)), *gate, *lie(states, carry), *mate]
