@@ -230,23 +230,21 @@ def check_allowed(
     return allowed
 
 
-def check_settled(sample: Sample, call: Call, rule: Rule) -> int:
-    """Run every split that the rule allows with its output at position 0, farther off; returns how many.
+def check_settled(sample: Sample, call: Call, rule: Rule) -> None:
+    """Run every split that the rule allows with its output at position 0, farther off.
 
     Raises:
         WrongRule: as :func:`check_allowed` does.
     """
-    count, settled = 0, getattr(rule, "settled", None)
+    settled = getattr(rule, "settled", None)
     if settled is None:
-        return count
+        return
     for index, x in enumerate(call.operands):
         for dim, ranks, start in itertools.product(range(x.dim()), (2, 3), (-1, -3)):
             size = x.shape[dim]
             split = settled(index, Shard(dim, size, -(-size // ranks) + 1, start))
             if split is not None:
-                count += 1
                 _check_split(sample, call, split, ranks)
-    return count
 
 
 def _without_lost(call: Call, split: Split, ranks: int) -> Call:

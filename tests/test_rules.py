@@ -228,6 +228,7 @@ _iota = Sample(
 _mm = Sample(aten.mm.default, (x(6, 5), x(5, 7)))
 _gather = Sample(aten.gather.default, (x(4, 6), 1, n(6, 4, 6)))
 
+
 def _unread(call):
     """A convolution behind another one: it reads the nearest entries of its halo, and not the farthest."""
     rule, emit = rule_for(call), rule_for(call)._emit

@@ -88,6 +88,17 @@ def _asked_for(call: Call, split: Split | None) -> Split | None:
     return replace(split, outputs=tuple(Replicate() if x is None else p for x, p in pairs))
 
 
+def _settled(rule: Convolution | ConvolutionBackward, window: Window | None, shard: Shard) -> Split | None:
+    """With the operand as ``shard`` and the output at position 0, farther off: either way, the same halo."""
+    if window is None or shard.dim != 2 or shard.outer != 1:
+        return None
+    after = window.settled(shard)
+    if after is None:
+        return None
+    unread = window.unread(shard, after)
+    return rule._between(shard, after, rule._emit(window.span + unread, 0, unread))
+
+
 @dataclass
 class Convolution:
     """convolution: batch entries are independent, positions need a halo; channels are needed whole.
@@ -126,13 +137,7 @@ class Convolution:
         """How the call runs with its output at position 0, where :meth:`split` has it before that."""
         x, weight, *_ = self.call.operands
         window = Window.of(x, self.call.outputs[0], weight, self.call.args[3:])
-        if index != 0 or shard.dim != 2 or window is None or shard.outer != 1:
-            return None
-        after = window.settled(shard)
-        if after is None:
-            return None
-        unread = window.unread(shard, after)
-        return self._between(shard, after, self._emit(window.span + unread, 0, unread))
+        return _settled(self, window, shard) if index == 0 else None
 
     def _between(self, before: Shard, after: Shard, emit: Emit) -> Split:
         whole = [Replicate() for _ in self.call.operands[1:]]
@@ -188,13 +193,7 @@ class ConvolutionBackward:
         """How the call runs where the operand lies as ``shard`` and the output's gradient at position 0."""
         dy, x, weight = self.call.operands
         window = Window.of(x, dy, weight, self.call.args[4:])
-        if index != 1 or shard.dim != 2 or window is None or shard.outer != 1:
-            return None
-        after = window.settled(shard)
-        if after is None:
-            return None
-        unread = window.unread(shard, after)
-        return self._between(shard, after, self._emit(window.span + unread, 0, unread))
+        return _settled(self, window, shard) if index == 1 else None
 
     def _between(self, before: Shard, after: Shard, emit: Emit) -> Split | None:
         gradients = (before, Partial("sum"), Partial("sum"))
