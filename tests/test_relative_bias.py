@@ -245,12 +245,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], bool, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_bias_by_distance_is_recognized(name: str) -> None:
+@pytest.mark.parametrize(("name", "batch"), [*((n, 2) for n in MODELS), ("alibi", 1), ("per key, filled", 1)])
+def test_a_bias_by_distance_is_recognized(name: str, batch: int) -> None:
     make, causal, mask = MODELS[name]
     torch.manual_seed(0)
     model = Attention(make(), causal).double()
-    inputs = {"x": torch.randn(2, 13, 12, dtype=torch.float64)}
+    inputs = {"x": torch.randn(batch, 13, 12, dtype=torch.float64)}
     expected, joint = eager(model, inputs), capture(model, inputs)
     assert [(s.kind, s.mask, s.rewritten) for s in joint.sites] == [("softmax", mask, True)]
     for ranks in (1, 3):

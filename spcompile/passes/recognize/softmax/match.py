@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -196,6 +196,12 @@ class Roles:
     k: tuple[Atom, ...]
     v: tuple[Atom, ...]
 
+    def with_heads(self, dims: Dims) -> Roles:
+        """Knowing what has heads and no batch: a batch of one is no dim; the first would be taken for it."""
+        if not set(self.b) & set(resolve(atoms_of(dims))):
+            return self
+        return replace(self, b=(), h=self.b + self.h)
+
 
 def assign(found: Found, q: Operand, k: Operand, v: Operand) -> Roles:
     """Decide each atom's role, or refuse."""
@@ -211,11 +217,9 @@ def assign(found: Found, q: Operand, k: Operand, v: Operand) -> Roles:
     if (aq | ak) - set(contracted) - set(keys) - set(out) or av - set(keys) - set(out) or set(keys) & aq:
         raise Refused("its dims are not those of an attention")
     t = _row_atom(rows, keys[0], found.steps)
-    of_heads = set(resolve(atoms_of(found.sinks.dims))) if found.sinks is not None else set()
     shared = tuple(a for a in rows if a is not t) + tuple(a for a in batch if a not in ak and a not in av)
     batch = [a for a in batch if a in ak or a in av]
-    first = 0 if batch and batch[0] in of_heads else 1  # a batch of one is no dim
-    return Roles(tuple(batch[:first]), tuple(batch[first:]), shared, t, keys[0], contracted, values)
+    return Roles(tuple(batch[:1]), tuple(batch[1:]), shared, t, keys[0], contracted, values)
 
 
 def _row_atom(rows: Sequence[Atom], keys: Atom, steps: Sequence[Step]) -> Atom:
@@ -239,6 +243,9 @@ def rewrite(found: Found, editor: Editor, prover: Prover) -> tuple[fx.Node, str]
     q, k, v = (editor.operand(f, node) for f in (found.q, found.k, found.v))
     roles = assign(found, q, k, v)
     masking = decide(found, roles.t, prover, lambda v: editor.find(v, node) is not None)
+    per_head = [*masking.relative, *([found.sinks] if found.sinks is not None else [])]
+    for x in per_head:
+        roles = roles.with_heads(x.dims)
     w = editor.writer(node)
     dtype = found.dtype if found.dtype is not None and found.dtype.is_floating_point else found.terminal.dtype
     heads = roles.h + roles.shared
