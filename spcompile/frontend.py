@@ -34,14 +34,15 @@ class Frontend:
 
 def _called(gm: fx.GraphModule) -> list[Site]:
     """The operators that the graph calls already: known library calls (spcompile.library)."""
-    attention, scan = torch.ops.spcompile.linear_attention, torch.ops.spcompile.affine_scan
+    ops = torch.ops.spcompile
+    attention, scans = ops.linear_attention, (ops.affine_scan, ops.max_scan)
     sites = []
     for module in gm.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             if node.target in (attention, attention.default):
                 mask = "causal" if node.args[6] else "all"
                 sites.append(Site("linear", mask, True, "", source_of(node), node.name))
-            elif node.target in (scan, scan.default):
+            elif node.target in (*scans, *(s.default for s in scans)):
                 sites.append(Site("scan", "causal", True, "", source_of(node), node.name))
     return sites
 

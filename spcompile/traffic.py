@@ -266,7 +266,7 @@ def _attention_formula(t: Transfer, p: Purpose, values: dict[str, int]) -> tuple
 def _with_sizes(text: str, t: Transfer, p: Purpose, values: dict[str, int]) -> tuple[str, dict[str, int]]:
     """A formula of :data:`_ATTENTION` for the shapes of an operator, and its symbols' values."""
     op = _base(p.op)
-    if op == "affine_scan":
+    if op.endswith("_scan"):
         return text, values | {"N": t.elements}
     first = (2 if op.startswith("linear") else 1) if op.endswith("_backward") else 0
     assert p.mark is not None

@@ -315,6 +315,50 @@ def delay_line(x, a):
     return torch.stack(outs, 1)
 
 
+@sample("BTD BTD D D", "scan", "scan", "scan")
+def stabilised_by_a_maximum(k, v, w, u):
+    num = den = torch.zeros(k.shape[0], k.shape[2], dtype=k.dtype)
+    top, outs, w = torch.full_like(num, -1e38), [], -torch.exp(w)
+    for t in range(T):
+        k_t, v_t = k[:, t], v[:, t]
+        best = torch.maximum(top, k_t + u)
+        old, new = torch.exp(top - best), torch.exp(k_t + u - best)
+        outs.append((old * num + new * v_t) / (old * den + new))
+        best = torch.maximum(top + w, k_t)
+        old, new = torch.exp(top + w - best), torch.exp(k_t - best)
+        num, den, top = old * num + new * v_t, old * den + new, best
+    return torch.stack(outs, 1)
+
+
+@sample("BHTK BHTK BHTV BHT BHT", "scan", "linear", _3=GATE)
+def stabilised_matrix_memory(q, k, v, g, i):
+    """The recurrence of mLSTM: what is read is over the larger of a normaliser and the maximum's share."""
+    C = torch.zeros(*k.shape[:2], k.shape[-1], v.shape[-1], dtype=q.dtype)
+    n = torch.zeros(*k.shape[:2], k.shape[-1], 1, dtype=q.dtype)
+    m = torch.zeros(*k.shape[:2], 1, dtype=q.dtype)
+    outs = []
+    for t in range(T):
+        q_t, k_t, v_t, f_t, i_t = q[:, :, t], k[:, :, t], v[:, :, t], g[:, :, t, None], 2 * i[:, :, t, None]
+        m_new = torch.maximum(f_t + m, i_t)
+        keep, add = torch.exp(f_t + m - m_new), torch.exp(i_t - m_new)
+        C = keep[..., None] * C + add[..., None] * (k_t[..., :, None] @ v_t[..., None, :])
+        n = keep[..., None] * n + add[..., None] * k_t[..., None]
+        read, norm = q_t[..., None, :] @ C, (q_t[..., None, :] @ n).squeeze(-1)
+        outs.append(read.squeeze(-2) / torch.maximum(norm.abs(), torch.exp(-m_new)))
+        m = m_new
+    return torch.stack(outs, 2)
+
+
+@sample("BTD D BTD BD", "scan")
+def highest_with_a_slope(x, w, y, initial):
+    """A maximum of three, that forgets by a constant; from the last token on."""
+    top, outs = initial, []
+    for t in reversed(range(T)):
+        top = torch.max(torch.max(x[:, t], top - torch.exp(w)), y[:, t])
+        outs.append(top * x[:, t])
+    return torch.stack(outs[::-1], 1), top
+
+
 # ---------------------------------------------------------------- left alone
 
 
@@ -346,18 +390,21 @@ def gated_by_itself(x, w):
     return torch.stack(outs, 1)
 
 
-@left("BTD BTD D D", "goes through maximum")
-def stabilised_by_a_maximum(k, v, w, u):
-    num = den = torch.zeros(k.shape[0], k.shape[2], dtype=k.dtype)
-    top, outs, w = torch.full_like(num, -1e38), [], -torch.exp(w)
+@left("BTD D", "goes through maximum")
+def two_ways_to_the_maximum(x, a):
+    top, outs = torch.zeros(x.shape[0], x.shape[2], dtype=x.dtype), []
     for t in range(T):
-        k_t, v_t = k[:, t], v[:, t]
-        best = torch.maximum(top, k_t + u)
-        old, new = torch.exp(top - best), torch.exp(k_t + u - best)
-        outs.append((old * num + new * v_t) / (old * den + new))
-        best = torch.maximum(top + w, k_t)
-        old, new = torch.exp(top + w - best), torch.exp(k_t - best)
-        num, den, top = old * num + new * v_t, old * den + new, best
+        top = torch.maximum(top + a, x[:, t] - top)
+        outs.append(top)
+    return torch.stack(outs, 1)
+
+
+@left("BTD D", "goes through maximum")
+def scaled_before_the_maximum(x, a):
+    top, outs = torch.zeros(x.shape[0], x.shape[2], dtype=x.dtype), []
+    for t in range(T):
+        top = torch.maximum(top * a, x[:, t])
+        outs.append(top)
     return torch.stack(outs, 1)
 
 

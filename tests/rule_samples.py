@@ -342,6 +342,9 @@ def _linear_family() -> list[S]:
             label = f"{name}, reverse" if reverse else name
             b, initial = x(*of_b), x(*of_b[:-3], *of_b[-2:])
             found.append(S(ops.affine_scan.default, (a, b, initial, matrix, reverse), name=label))
+            if not matrix or reverse:
+                factor = None if matrix else a
+                found.append(S(ops.max_scan.default, (factor, b, initial, reverse), name=label))
     for sample in found:
         sample.exchanges, sample.trusting, sample.tolerance = True, True, 1e-10
     return found

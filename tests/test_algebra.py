@@ -37,6 +37,7 @@ def summaries(algebra: StateAlgebra, count: int, seed: int) -> Summary:
         "decay": (-normal(3, 1).abs(),),
         "matrix": (normal(3, 3) / 2,),
         "affine": (normal(3, 4),),
+        "maximum": (normal(3, 1),),
     }
     return (*transition[algebra.name], normal(3, 4))
 

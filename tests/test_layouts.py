@@ -155,6 +155,7 @@ SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "linear_attention": lambda: [(*x, *o) for x, o in linear()],
     "linear_attention_backward": lambda: [linear_backward(x, o) for x, o in linear()],
     "affine_scan": scans,
+    "max_scan": lambda: [(a, b, start) for a, b, start, matrix, *_ in scans() if not matrix],
     **{name: partial(lambda name: [row[name] for row in chunks()], name) for name in OVER_CHUNKS},
     "folded": folds,
     "reverse_cumsum": lambda: [(normal(2, 9, 3), 1)],

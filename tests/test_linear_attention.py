@@ -200,6 +200,10 @@ SCANS = {
 }
 
 
+MAXIMA = [name for name, (_, _, matrix) in SCANS.items() if not matrix]
+"""Those that ``max_scan`` takes as well."""
+
+
 def scan_operands(name: str, dtype: torch.dtype = F64) -> tuple[Tensor | None, Tensor, Tensor, bool]:
     shape, of_b, matrix = SCANS[name]
     torch.manual_seed(0)
@@ -223,6 +227,49 @@ def test_affine_scan(name: str, reverse: bool, dtype: torch.dtype) -> None:
         torch.autograd.grad(got, given, grads), torch.autograd.grad(want, given, grads), strict=True
     ):
         close(x, y)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.bfloat16])
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("name", MAXIMA)
+def test_max_scan(name: str, reverse: bool, start: bool, dtype: torch.dtype) -> None:
+    """In bfloat16 the states are computed in float32, and rounded once."""
+    a, b, initial, _ = scan_operands(name)
+    initial = initial if start else None
+    given = [x.requires_grad_() for x in (a, b, initial) if x is not None]
+    want = reference.max_scan(a, b, initial, reverse)
+    if dtype != F64:
+        a, b, initial = (None if x is None else x.to(dtype) for x in (a, b, initial))
+        want = reference.max_scan(*(None if x is None else x.float() for x in (a, b, initial)), reverse)
+    got = spc.max_scan(a, b, initial, reverse)
+    for x, y in zip(got, want, strict=True):
+        assert x.dtype == dtype and x.is_contiguous()
+        torch.testing.assert_close(x, y.to(dtype), rtol=0 if dtype == F64 else 2**-8, atol=1e-12)
+    if dtype == F64:
+        grads = [torch.where(y.isinf(), 0.0, torch.randn_like(y)) for y in want]
+        pairs = (torch.autograd.grad(z, given, grads) for z in (got, want))
+        for x, y in zip(*pairs, strict=True):
+            close(x, y)
+
+
+def test_equals_share_the_gradient_of_a_maximum() -> None:
+    x = torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=F64).reshape(1, 4, 1, 1)
+    found = []
+    for scan in (spc.max_scan, reference.max_scan):
+        b = x.clone().requires_grad_()
+        before, final = scan(None, b, torch.ones(1, 1, 1, dtype=F64))
+        found.append(torch.autograd.grad(before.sum() + final.sum(), b)[0])
+    assert found[0].unique().numel() > 2
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", MAXIMA)
+def test_max_scan_opcheck(name: str) -> None:
+    a, b, initial, _ = scan_operands(name)
+    torch.library.opcheck(
+        spc.max_scan, tuple(None if x is None else x.requires_grad_() for x in (a, b, initial))
+    )
 
 
 @pytest.mark.parametrize("name", SCANS)
@@ -268,3 +315,9 @@ def test_what_disagrees_is_refused() -> None:
         call(q, q, q, torch.zeros(1, 2, 1, 1), None, None, False, 1.0)
     with pytest.raises(ValueError, match="does not broadcast"):
         spc.affine_scan(torch.ones(2, 9, 3, 5), torch.ones(2, 9, 3, 4), None, False)
+    with pytest.raises(ValueError, match=r"max_scan.*does not broadcast"):
+        spc.max_scan(torch.ones(2, 9, 3, 5), torch.ones(2, 9, 3, 4), None)
+    with pytest.raises(ValueError, match=r"max_scan.*int64"):
+        spc.max_scan(None, torch.ones(2, 9, 3, 4, dtype=torch.int64), None)
+    with pytest.raises(ValueError, match="initial_state"):
+        spc.max_scan(None, torch.ones(2, 9, 3, 4), torch.ones(2, 4, 3))

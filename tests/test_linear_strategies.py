@@ -12,7 +12,7 @@ from spcompile.attention.algebra import Summary
 from spcompile.attention.variants import VARIANTS
 from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.strategies import LINEAR, linear
-from tests.test_linear_attention import SCANS, scan_operands
+from tests.test_linear_attention import MAXIMA, SCANS, scan_operands
 from tests.threads import Ranks, close, shards, whole
 from tests.variants import KINDS, cotangents, draw, options_of, references
 
@@ -200,9 +200,9 @@ def test_low_precision(monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 @every_strategy
-@pytest.mark.parametrize("name", SCANS)
+@pytest.mark.parametrize(("name", "maximum"), [*((n, False) for n in SCANS), *((n, True) for n in MAXIMA)])
 def test_scan_is_exact(
-    monkeypatch: pytest.MonkeyPatch, name: str, strategy: str, size: int, reverse: bool
+    monkeypatch: pytest.MonkeyPatch, name: str, maximum: bool, strategy: str, size: int, reverse: bool
 ) -> None:
     """By all-gather one; the backward is another scan."""
     a, b, initial, matrix = scan_operands(name)
@@ -212,11 +212,14 @@ def test_scan_is_exact(
     of_b = shards(b, sequence, 1)
 
     def work(rank: int) -> tuple[Tensor, Tensor]:
-        options = dict(matrix=matrix, reverse=reverse, sequence=sequence)
+        options = dict(matrix=None if maximum else matrix, reverse=reverse, sequence=sequence)
         return linear.scan(of_a[rank], of_b[rank], initial, start=LINEAR[strategy].load(), **options)
 
     before, final = zip(*ranks.run(work), strict=True)
-    want = reference.affine_scan(a, b, initial, matrix, reverse)
+    if maximum:
+        want = reference.max_scan(a, b, initial, reverse)
+    else:
+        want = reference.affine_scan(a, b, initial, matrix, reverse)
     close(whole(list(before), sequence, 1), want[0])
     for got in final:
         close(got, want[1])

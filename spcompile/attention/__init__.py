@@ -3,6 +3,7 @@
 from spcompile.attention.algebra import ALGEBRAS, StateAlgebra
 from spcompile.attention.fold import folded
 from spcompile.attention.linear import linear_attention, linear_attention_backward
+from spcompile.attention.maximum import max_scan
 from spcompile.attention.relative import (
     local_softmax_attention_relative_backward,
     softmax_attention_relative_backward,
@@ -25,6 +26,7 @@ __all__ = [
     "local_softmax_attention",
     "local_softmax_attention_backward",
     "local_softmax_attention_relative_backward",
+    "max_scan",
     "softmax_attention",
     "softmax_attention_backward",
     "softmax_attention_relative_backward",

@@ -7,7 +7,7 @@ before it to the state after it by an affine map (A, S): S_after = A S_before + 
 
 which is associative with identity (1, 0), so a sequence can be cut into ranks and chunks anywhere. What sets
 the variants apart is the form of A, one row of :data:`ALGEBRAS` each; a strategy says how summaries cross
-ranks and sees nothing else of the variant.
+ranks and sees nothing else of the variant. A running maximum is the same over (max, +) in place of (+, *).
 
 The backward recurrence is R_{t-1} = A_t^T R_t + q_t^T do_t: the same algebra with A transposed and time
 reversed.
@@ -30,6 +30,7 @@ __all__ = [
     "BASIC",
     "DECAY",
     "MATRIX",
+    "MAXIMUM",
     "StateAlgebra",
     "Summary",
     "algebra_of",
@@ -55,6 +56,8 @@ class StateAlgebra:
         act: ``act(A, S)`` = A S, elementwise over leading dims.
         compose: ``compose(A2, A1)`` = the representation of A2 A1.
         neutral: the representation of 1 in the shape of the given one.
+        add: the sum of two states.
+        zero: the state that adds nothing.
     """
 
     name: str
@@ -62,11 +65,13 @@ class StateAlgebra:
     act: Callable[[Tensor, Tensor], Tensor]
     compose: Callable[[Tensor, Tensor], Tensor]
     neutral: Callable[[Tensor], Tensor]
+    add: Callable[[Tensor, Tensor], Tensor] = torch.add
+    zero: float = 0.0
 
     def apply(self, summary: Summary, state: Tensor) -> Tensor:
         """The state after a run of this ``summary`` that starts at ``state``: A state + S."""
         moved = state if len(summary) == 1 else self.act(summary[0], state)
-        return moved + summary[-1]
+        return self.add(moved, summary[-1])
 
     def combine(self, later: Summary, earlier: Summary) -> Summary:
         """The summary of the earlier run followed by the later one, elementwise over leading dims."""
@@ -100,7 +105,18 @@ AFFINE = StateAlgebra(
 )
 """Summary (a, S), a broadcastable to S, of any sign: affine scans of a user's own recurrence."""
 
-ALGEBRAS = {row.name: row for row in (BASIC, DECAY, MATRIX, AFFINE)}
+MAXIMUM = StateAlgebra(
+    "maximum",
+    "a number that is added",
+    lambda a, s: s + a,
+    lambda a2, a1: a1 + a2,
+    torch.zeros_like,
+    torch.maximum,
+    -math.inf,
+)
+"""Summary (a, S), a broadcastable to S, below inf: running maxima."""
+
+ALGEBRAS = {row.name: row for row in (BASIC, DECAY, MATRIX, AFFINE, MAXIMUM)}
 
 
 def algebra_of(x: Operands) -> StateAlgebra:
@@ -110,7 +126,7 @@ def algebra_of(x: Operands) -> StateAlgebra:
 
 def identity(algebra: StateAlgebra, like: Summary) -> Summary:
     """The neutral summary in the shape of the given one."""
-    return (*(algebra.neutral(a) for a in like[:-1]), torch.zeros_like(like[-1]))
+    return (*(algebra.neutral(a) for a in like[:-1]), torch.full_like(like[-1], algebra.zero))
 
 
 def fold(algebra: StateAlgebra, summaries: Summary, keep: Tensor, reverse: bool = False) -> Summary:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["affine_scan", "linear_attention", "softmax_attention"]
+__all__ = ["affine_scan", "linear_attention", "max_scan", "softmax_attention"]
 
 
 def linear_attention(
@@ -58,6 +58,20 @@ def affine_scan(
         if a is not None:
             state = a[..., t, :, :] @ state if matrix else a[..., t, :, :] * state
         state = state + b[..., t, :, :]
+    return torch.stack([seen[t] for t in range(b.shape[-3])], dim=-3), state
+
+
+def max_scan(
+    a: Tensor | None, b: Tensor, initial_state: Tensor | None, reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """S_t = max(S_{t-1} + a_t, b_t) along dim -3: the states before each step, and the last."""
+    start = torch.full_like(b[..., 0, :, :], -torch.inf)
+    state = start if initial_state is None else initial_state
+    seen: dict[int, Tensor] = {}
+    a = torch.zeros_like(b) if a is None else a.expand(b.shape)
+    for t in reversed(range(b.shape[-3])) if reverse else range(b.shape[-3]):
+        seen[t] = state
+        state = torch.maximum(state + a[..., t, :, :], b[..., t, :, :])
     return torch.stack([seen[t] for t in range(b.shape[-3])], dim=-3), state
 
 

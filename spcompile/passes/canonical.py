@@ -14,7 +14,7 @@ NOTE [What keeps its order]
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -37,7 +37,8 @@ class _Region:
     closing: fx.Node | None = None
 
 
-# A value of so many users may be what the steps of an unrolled loop read.
+# A value that is so often the same operand of the same operation may be what the steps of an unrolled loop
+# read. (A state that a step has many uses for is not: each use is another.)
 _MANY = 5
 
 _Item: TypeAlias = "fx.Node | _Region"
@@ -269,7 +270,12 @@ def _depth_first(
 
 
 def _precedes_loops(node: fx.Node) -> bool:
-    return len(node.users) >= _MANY or (node.op == "call_function" and not node.all_input_nodes)
+    if node.op == "call_function" and not node.all_input_nodes:
+        return True
+    if len(node.users) < _MANY:
+        return False
+    uses = Counter((u.target, u.all_input_nodes.index(node)) for u in node.users)
+    return max(uses.values()) >= _MANY
 
 
 def _from_roots(roots: Sequence[_Item], needs: Callable[[_Item], Iterator[_Item]]) -> list[_Item]:

@@ -17,7 +17,8 @@ from spcompile.kernels.linear.operands import Operands, Options
 from spcompile.kernels.softmax import operands as softmax
 from spcompile.kernels.softmax import rows
 from spcompile.placement import Partial, Placement, Replicate, Shard
-from spcompile.rules.base import Call, Context, Emit, Factors, Side, Split
+from spcompile.rules.base import Call, Context, Emit, Side, Split
+from spcompile.rules.scans import StateScan
 from spcompile.strategies import linear
 
 __all__ = ["FORWARD", "RULES", "edges", "forward_of", "is_operand"]
@@ -30,6 +31,7 @@ FORWARD = {
     (ops.linear_attention.default, 0): -2,
     (ops.linear_attention.default, 1): -2,
     (ops.affine_scan.default, 1): -3,
+    (ops.max_scan.default, 1): -3,
 }
 """(operator, argument) -> which dim of it is a sequence: tokens of queries and keys, steps of a scan."""
 
@@ -360,63 +362,9 @@ class SoftmaxAttention:
         return emit
 
 
-@dataclass
-class AffineScan:
-    """affine_scan: steps are sharded and their summaries exchanged; every other dim but a matrix's passes."""
-
-    call: Call
-    linear: tuple[frozenset[int], ...] = ()
-
-    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
-        """See :class:`spcompile.rules.base.Rule`."""
-        a, b, initial, matrix = self.call.args[:4]
-        names = tuple(f"d{i}" for i in range(b.dim()))
-        state = (*names[:-3], *names[-2:])
-        of_a = () if a is None else tuple(n if s != 1 else None for n, s in zip(names, a.shape, strict=True))
-        if matrix:
-            of_a = (*names[:-1], "whole")
-        dims = [d for x, d in ((a, of_a), (b, names), (initial, state)) if x is not None]
-        whole = frozenset({"whole", names[-2]} if matrix else ())
-        steps = names[-3]
-
-        def emit(split: Split) -> Emit:
-            placed = split.outputs[0]
-            return self._emit(placed if isinstance(placed, Shard) and placed.dim == b.dim() - 3 else None)
-
-        if (dims if side == "in" else [names, state])[index][shard.dim] == steps and not _is_steps(shard):
-            return None
-        # The final state has no steps and is whole on every rank, so it is no sum.
-        factors = Factors(self.call, tuple(dims), (names, state), whole, mixed=True, emit=emit)
-        split = factors.split(side, index, shard)
-        if split is None or isinstance(split.outputs[1], Shard):
-            return split
-        return Split(split.inputs, (split.outputs[0], Replicate()), (None,) * len(dims), split.emit)
-
-    def whole_emit(self) -> Emit:
-        """The lowering for one rank: no collective."""
-        return self._emit(None)
-
-    def _emit(self, shard: Shard | None) -> Emit:
-        given = [x is not None for x in self.call.args[:3]]
-        matrix, reverse = self.call.args[3], self.call.argument(4, "reverse", False)
-
-        def emit(context: Context, operands: list[Tensor]) -> Any:
-            sequence = None if shard is None else Sequence(context.group, shard.block, shard.length)
-            fresh = iter(operands)
-            a, b, initial = (next(fresh) if there else None for there in given)
-            assert b is not None
-            options = {"matrix": matrix, "reverse": reverse, "sequence": sequence}
-            return linear.scan(a, b, initial, start=context.linear, **options)
-
-        return emit
-
-
-def _is_steps(shard: Shard) -> bool:
-    return shard.start == 0 and shard.outer == 1
-
-
-RULES: dict[Any, type[LinearAttention] | type[SoftmaxAttention] | type[AffineScan]] = {
-    ops.affine_scan.default: AffineScan,
+RULES: dict[Any, type[LinearAttention] | type[SoftmaxAttention] | type[StateScan]] = {
+    ops.affine_scan.default: StateScan,
+    ops.max_scan.default: StateScan,
     ops.linear_attention.default: LinearAttention,
     ops.linear_attention_backward.default: LinearAttention,
     ops.softmax_attention.default: SoftmaxAttention,

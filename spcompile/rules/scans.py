@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import spcompile.attention  # noqa: F401  (registers the operators)
 from spcompile import collectives
-from spcompile.placement import Shard
-from spcompile.rules.base import Call, Context, Emit, Side, Split, along
+from spcompile.collectives import Sequence
+from spcompile.placement import Replicate, Shard
+from spcompile.rules.base import Call, Context, Emit, Factors, Side, Split, along
+from spcompile.strategies import linear
 
-__all__ = ["Cumsum", "reverse_cumsum"]
+__all__ = ["Cumsum", "StateScan", "reverse_cumsum"]
 
-aten = torch.ops.aten
+aten, ops = torch.ops.aten, torch.ops.spcompile
 
 
 @torch.library.custom_op("spcompile::reverse_cumsum", mutates_args=())
@@ -89,3 +92,65 @@ class Cumsum:
         if self.call.op is reverse_cumsum:
             return x.flip(dim).cumsum(dim).flip(dim)
         return x.cumsum(dim, **self.call.kwargs)
+
+
+@dataclass
+class StateScan:
+    """affine_scan, max_scan: steps are sharded, summaries exchanged; other dims pass, but a matrix's."""
+
+    call: Call
+    linear: tuple[frozenset[int], ...] = ()
+
+    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+        """See :class:`spcompile.rules.base.Rule`."""
+        a, b, initial = self.call.args[:3]
+        matrix = self._matrix
+        names = tuple(f"d{i}" for i in range(b.dim()))
+        state = (*names[:-3], *names[-2:])
+        of_a = () if a is None else tuple(n if s != 1 else None for n, s in zip(names, a.shape, strict=True))
+        if matrix:
+            of_a = (*names[:-1], "whole")
+        dims = [d for x, d in ((a, of_a), (b, names), (initial, state)) if x is not None]
+        whole = frozenset({"whole", names[-2]} if matrix else ())
+        steps = names[-3]
+
+        def emit(split: Split) -> Emit:
+            placed = split.outputs[0]
+            return self._emit(placed if isinstance(placed, Shard) and placed.dim == b.dim() - 3 else None)
+
+        ours = (dims if side == "in" else [names, state])[index][shard.dim] == steps
+        if ours and (shard.start or shard.outer != 1):
+            return None
+        # The final state has no steps and is whole on every rank, so it is no sum.
+        factors = Factors(self.call, tuple(dims), (names, state), whole, mixed=True, emit=emit)
+        split = factors.split(side, index, shard)
+        if split is None or isinstance(split.outputs[1], Shard):
+            return split
+        return Split(split.inputs, (split.outputs[0], Replicate()), (None,) * len(dims), split.emit)
+
+    @property
+    def _matrix(self) -> bool | None:
+        """As :func:`spcompile.strategies.linear.scan` has it: None for a running maximum."""
+        return self.call.args[3] if self.call.op is ops.affine_scan.default else None
+
+    @property
+    def _reverse(self) -> bool:
+        return self.call.argument(3 if self._matrix is None else 4, "reverse", False)
+
+    def whole_emit(self) -> Emit:
+        """The lowering for one rank: no collective."""
+        return self._emit(None)
+
+    def _emit(self, shard: Shard | None) -> Emit:
+        given = [x is not None for x in self.call.args[:3]]
+        matrix, reverse = self._matrix, self._reverse
+
+        def emit(context: Context, operands: list[Tensor]) -> Any:
+            sequence = None if shard is None else Sequence(context.group, shard.block, shard.length)
+            fresh = iter(operands)
+            a, b, initial = (next(fresh) if there else None for there in given)
+            assert b is not None
+            start = context.linear
+            return linear.scan(a, b, initial, matrix=matrix, reverse=reverse, sequence=sequence, start=start)
+
+        return emit

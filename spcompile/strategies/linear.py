@@ -1,4 +1,4 @@
-"""The sharded forward and backward of linear attention, and of an affine scan, for every strategy and kernel.
+"""The sharded forward and backward of linear attention, and of scans, for every strategy and kernel.
 
 Linear, causal: summary -> exchange -> apply. The intra-chunk work needs no other rank and stands between the
 start of the exchange and what it brings. Not causal: one all-reduce each way.
@@ -6,11 +6,13 @@ start of the exchange and what it brings. Not causal: one all-reduce each way.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spcompile.attention.algebra import AFFINE, BASIC, MATRIX, StateAlgebra, Summary, algebra_of
+from spcompile.attention.algebra import AFFINE, BASIC, MATRIX, MAXIMUM, StateAlgebra, Summary, algebra_of
 from spcompile.collectives import Sequence, local_valid
 from spcompile.kernels.linear.kernel import Backward, Forward, kernel_of
 from spcompile.kernels.linear.operands import Operands, Options
@@ -120,49 +122,62 @@ def scan(
     b: Tensor,
     initial: Tensor | None,
     *,
-    matrix: bool,
+    matrix: bool | None,
     reverse: bool,
     sequence: Sequence | None,
     start: StartExchange,
 ) -> tuple[Tensor, Tensor]:
-    """``affine_scan`` of this rank's steps, with one exchange; the final state is alike on all ranks."""
-    run = torch.ops.spcompile.affine_scan
+    """``affine_scan`` of this rank's steps, or ``max_scan`` (matrix is None), with one exchange; the final
+    state is alike on all ranks."""
     group = others(sequence)
-    if group is None:
-        return run(a, b, initial, matrix, reverse)
-    assert sequence is not None
-    a, b = _steps_only(a, b, matrix, sequence)
-    algebra, summary = _scanned(a, b, matrix, reverse)
-    exchange = start(algebra, summary, group, initial, None, reverse)
-    before, _ = run(a, b, exchange.carry(), matrix, reverse)
-    final = exchange.final()
-    assert final is not None
+    if group is not None:
+        assert sequence is not None
+        a, b = _steps_only(a, b, matrix, sequence)
+        exchange = start(*_scanned(a, b, matrix, reverse), group, initial, None, reverse)
+        initial = exchange.carry()
+    before, final = _run(a, b, initial, matrix, reverse)
+    if group is not None:
+        whole = exchange.final()
+        assert whole is not None
+        final = whole
     return before, final
 
 
-def _scanned(a: Tensor | None, b: Tensor, matrix: bool, reverse: bool) -> tuple[StateAlgebra, Summary]:
+def _run(
+    a: Tensor | None, b: Tensor, initial: Tensor | None, matrix: bool | None, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    if matrix is None:
+        return torch.ops.spcompile.max_scan(a, b, initial, reverse)
+    return torch.ops.spcompile.affine_scan(a, b, initial, matrix, reverse)
+
+
+def _scanned(a: Tensor | None, b: Tensor, matrix: bool | None, reverse: bool) -> tuple[StateAlgebra, Summary]:
     """What all steps together do to the state."""
-    run = torch.ops.spcompile.affine_scan
     if a is None:
         return BASIC, (b.sum(-3),)
     if not matrix:
-        return AFFINE, (a.prod(-3), run(a, b, None, False, reverse)[1])
+        algebra, factor = (MAXIMUM, a.sum(-3)) if matrix is None else (AFFINE, a.prod(-3))
+        return algebra, (factor, _run(a, b, None, matrix, reverse)[1])
     size, width = b.shape[-2:]
     eye = torch.eye(size, dtype=b.dtype, device=b.device).expand(*b.shape[:-3], size, size)
     begin = torch.cat([torch.zeros_like(b[..., 0, :, :]), eye], -1)
-    total = run(a, F.pad(b, (0, size)), begin, True, reverse)[1]
+    total = _run(a, F.pad(b, (0, size)), begin, True, reverse)[1]
     return MATRIX, (total[..., width:], total[..., :width])
 
 
 def _steps_only(
-    a: Tensor | None, b: Tensor, matrix: bool, sequence: Sequence
+    a: Tensor | None, b: Tensor, matrix: bool | None, sequence: Sequence
 ) -> tuple[Tensor | None, Tensor]:
     """The operands of a scan with padding that leaves the state as it is; a with its own step each."""
+    if a is None and matrix is None:
+        a = b.new_zeros([1] * b.dim())
     if a is not None and a.shape[-3] == 1:
         a = a.expand(*a.shape[:-3], b.shape[-3], *a.shape[-2:])
-    (b,) = masked(sequence, b.dim() - 3, b)
-    if a is not None and sequence.padded:
-        valid = local_valid(sequence, a.device).reshape(-1, 1, 1)
-        eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device) if matrix else a.new_ones(())
-        a = torch.where(valid, a, eye)
+    if not sequence.padded:
+        return a, b
+    valid = local_valid(sequence, b.device).reshape(-1, 1, 1)
+    b = torch.where(valid, b, -math.inf if matrix is None else 0.0)
+    if a is not None:
+        one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device) if matrix else a.new_ones(())
+        a = torch.where(valid, a, torch.zeros_like(one) if matrix is None else one)
     return a, b

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spcompile import collectives
-from spcompile.attention.algebra import StateAlgebra, Summary
+from spcompile.attention.algebra import StateAlgebra, Summary, identity
 from spcompile.collectives import Group
 from spcompile.strategies.exchange import Places
 
@@ -35,7 +35,7 @@ class Ring:
     ) -> None:
         self.algebra, self.summary = algebra, summary
         self.places = Places(group, later, summary[-1].device)
-        self.state = torch.zeros_like(summary[-1]) if initial is None else initial
+        self.state = identity(algebra, summary)[-1] if initial is None else initial
         # The first rank knows what it passes on; the others' first send is not looked at.
         self.started = self._start()
         self.steps = 0

@@ -38,6 +38,7 @@ class Strategy:
         return getattr(importlib.import_module(module), name)
 
 
+_SCANS = ("affine_scan", "max_scan")
 _STATES = "(P-1) B H (K V+A) w"
 _KEYS = "(P-1) b B G (K+V) w"
 _EDGES = "(P-1) E B G (K+V) w"
@@ -48,8 +49,8 @@ def _steps(of_a_step: str) -> dict[tuple[str, ...], tuple[str, str]]:
     return {
         ("linear_attention", "shift"): ("memory states", of_a_step),
         ("linear_attention_backward", "shift"): ("gradients of memory states", of_a_step),
-        ("affine_scan", "shift"): ("states of a scan", "N w"),
-        ("affine_scan", "all_reduce"): ("the last state of a scan", "2 (P-1)/P N w"),
+        **{(scan, "shift"): ("states of a scan", "N w") for scan in _SCANS},
+        **{(scan, "all_reduce"): ("the last state of a scan", "2 (P-1)/P N w") for scan in _SCANS},
     }
 
 
@@ -61,7 +62,7 @@ _LINEAR = (
         {
             ("linear_attention", "all_gather"): ("memory states", _STATES),
             ("linear_attention_backward", "all_gather"): ("gradients of memory states", _STATES),
-            ("affine_scan", "all_gather"): ("states of a scan", "(P-1) N w"),
+            **{(scan, "all_gather"): ("states of a scan", "(P-1) N w") for scan in _SCANS},
         },
     ),
     Strategy(

@@ -79,6 +79,7 @@ class _Traced:
             self.graph = make_fx(run, tracing_mode="real")(*self.fakes.values()).graph
         merge(self.graph)
         names = {_OPS.linear_attention.default: "linear", _OPS.affine_scan.default: "scan"}
+        names[_OPS.max_scan.default] = "scan"
         self.kinds = [names[n.target] for n in self.graph.nodes if n.target in names] or ["loop"]
         size = len(self.graph.nodes) + 3 * len(self.around.wants)
         if not self.carries and size >= len(self.around.nodes):  # and re-rolling comes to an end

@@ -1,21 +1,24 @@
-"""States whose update is affine, as `spcompile::affine_scan`: elementwise, or by a matrix along some dims."""
+"""States whose update is affine, as `spcompile::affine_scan`: elementwise, or by a matrix along some dims;
+and running maxima, as `spcompile::max_scan`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spcompile.passes.recognize.algebra.dims import Atom, Dims, atoms_of, name_dims, resolve
-from spcompile.passes.recognize.algebra.products import Factor
+from spcompile.passes.recognize.algebra.dims import Atom, Dims, align, atoms_of, name_dims, resolve
+from spcompile.passes.recognize.algebra.products import Factor, same_values
 from spcompile.passes.recognize.edit import Refused
 from spcompile.passes.recognize.loops.affine import Product, mixed
 from spcompile.passes.recognize.loops.evaluate import Batch
 from spcompile.passes.recognize.loops.families import Carry
 from spcompile.passes.recognize.loops.layout import Item, Layout, permuted, shaped, spread
+from spcompile.passes.shadow import Value
 
 __all__ = ["scan"]
 
@@ -37,6 +40,8 @@ def scan(
     states = {c.family.members[0]: n for n, c in enumerate(carries)}
     if any(c.family.like.shape != like.shape or c.family.like.dtype != like.dtype for c in carries):
         raise Refused("its states depend on each other and have several shapes")
+    if len(carries) == 1 and len(list(_greatest_of(like))) > 1:
+        return [_maximum(layout, carries[0], dims, initial[0])]
     terms = [layout.reader.expand(c.family.like, dims, set(states)) for c in carries]
     if len(carries) == 1 and all(t.state is None for t in terms[0]):
         return [_shifted(layout, carries[0], initial[0])]
@@ -84,30 +89,81 @@ def _run(
 def _elementwise(
     layout: Layout, terms: list[Product], dims: Dims, initial: Tensor | None
 ) -> tuple[Batch, Tensor]:
-    """`[*L, T, K, V]` with the state's last two dims as K and V."""
-    shape = [math.prod(a.size for a in d) for d in dims]
-    pad = max(0, 2 - len(shape))
-    full = [*shape, *[1] * pad]
-    places = len(full) - 2
     linear = [t for t in terms if t.state is not None]
-    groups = [*dims, *[()] * pad]
-    steps = layout.evaluator.steps
+    constant = _sum(layout, [t for t in terms if t.state is None], dims)
+    coefficient = _sum(layout, linear, dims)
+    if coefficient is None:
+        raise Refused("it forgets its state in each step")
+    a = None if _accumulates(linear) else coefficient
+    b = constant or Batch(torch.zeros((), **layout.options).expand(_sizes(dims)), False)
+    return _by_elements(partial(_run, matrix=False, layout=layout), layout, dims, a, b, initial)
+
+
+def _by_elements(
+    run: Callable[[Tensor | None, Tensor, Tensor | None], tuple[Tensor, Tensor]],
+    layout: Layout,
+    dims: Dims,
+    a: Batch | None,
+    b: Batch,
+    initial: Tensor | None,
+) -> tuple[Batch, Tensor]:
+    """`[*L, T, K, V]` with the state's last two dims as K and V; a and b have the state's dims."""
+    shape, steps = _sizes(dims), layout.evaluator.steps
+    pad = [1] * max(0, 2 - len(shape))
+    places = len(shape) + len(pad) - 2
 
     def placed(x: Tensor) -> Tensor:
-        return x.movedim(0, places)
+        return shaped(x, [*x.shape, *pad]).movedim(0, places)
 
-    constant = _sum(layout, [t for t in terms if t.state is None], groups)
-    zero = Batch(torch.zeros((), **layout.options).expand(full), False)
-    b = placed(spread(constant or zero, full, steps))
-    a = None
-    if not _accumulates(linear):
-        coefficient = _sum(layout, linear, groups)
-        if coefficient is None:
-            raise Refused("it forgets its state in each step")
-        a = placed(coefficient.x if coefficient.batched else coefficient.x.unsqueeze(0))
-    start = None if initial is None else shaped(initial.to(layout.dtype), full)
-    before, final = _run(a, b, start, False, layout)
+    factor = None if a is None else placed(a.x if a.batched else a.x.unsqueeze(0))
+    start = None if initial is None else shaped(initial.to(layout.dtype), [*shape, *pad])
+    before, final = run(factor, placed(spread(b, shape, steps)), start)
     return Batch(shaped(before.movedim(places, 0), [steps, *shape]), True), shaped(final, shape)
+
+
+def _sizes(dims: Dims) -> list[int]:
+    return [math.prod(a.size for a in d) for d in dims]
+
+
+def _maximum(layout: Layout, carry: Carry, dims: Dims, initial: Tensor | None) -> tuple[Batch, Tensor]:
+    """S' = max(S + a, b): what a recurrence is stabilised by."""
+    reader, old = layout.reader, carry.family.members[0]
+    sides = list(_greatest_of(carry.family.like))
+    passing = [x for x in sides if reader.depends(x)]
+    if len(passing) != 1:
+        raise Refused("its state goes through maximum")
+    terms = reader.expand(passing[0], align(dims, passing[0].shape), {old})
+    linear = [t for t in terms if t.state is not None]
+    if not _accumulates(terms) or any(t.state is not None and mixed(t.state, dims) for t in linear):
+        raise Refused("its state goes through maximum, and more than sums before")
+    a = _sum(layout, [t for t in terms if t.state is None], dims)
+    others = [
+        layout.product(Product([Factor(x, align(dims, x.shape))]), dims) for x in sides if x is not passing[0]
+    ]
+    b, *more = others if all(x.batched for x in others) else [_stepped(x) for x in others]
+    for x in more:
+        b = Batch(torch.maximum(b.x, x.x), b.batched)
+
+    def run(added: Tensor | None, b: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
+        out = torch.ops.spcompile.max_scan(added, b, start, layout.evaluator.reverse)
+        return out[0], out[1]
+
+    return _by_elements(run, layout, dims, a, b, initial)
+
+
+def _stepped(b: Batch) -> Batch:
+    return b if b.batched else Batch(b.x.unsqueeze(0), True)
+
+
+def _greatest_of(v: Value) -> Iterator[Value]:
+    """What `v` is the greatest of; itself, if it is no maximum."""
+    if (source := same_values(v)) is not None:
+        yield from _greatest_of(source)
+    elif v.name == "maximum":
+        for side in (v.args["self"], v.args["other"]):
+            yield from _greatest_of(side)
+    else:
+        yield v
 
 
 def _accumulates(terms: Sequence[Product]) -> bool:
@@ -210,9 +266,7 @@ class _Matrix:
         constant = _sum(self.layout, [t for t in terms if t.state is None], groups)
         zero = Batch(torch.zeros((), **self.layout.options).expand(self._sizes(self._order)), False)
         steps = self.layout.evaluator.steps
-        return shaped(
-            spread(constant or zero, self._sizes(self._order), steps), [steps, *self._merged()]
-        )
+        return shaped(spread(constant or zero, self._sizes(self._order), steps), [steps, *self._merged()])
 
     def _state(self, x: Tensor | None) -> Tensor:
         if x is None:
