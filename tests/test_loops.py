@@ -17,7 +17,7 @@ from tests.releases import each_change
 
 B, T = SIZES["B"], SIZES["T"]
 RANKS = (1, 2, 3)  # 13 tokens: no number of ranks but one divides them
-SHIFTED = {"constant_decay_from_no_state", "written_in_part", "token_shift"}
+SHIFTED = {"constant_decay_from_no_state", "written_in_part", "token_shift", "stabilised_by_a_maximum"}
 """Of those, some tensors begin a token later than others, which is realigned at the price of exchanges."""
 
 
@@ -89,6 +89,15 @@ def test_ranks_exchange_summaries_once_each_way(name: str, ranks: int) -> None:
     if name not in SHIFTED and ranks > 1:
         scans = len([k for k in SAMPLES[name].kinds if k != "loop"])
         assert gathers == 2 * scans
+
+
+def test_steps_that_begin_a_token_late_are_not_gathered() -> None:
+    """Two and three ranks divide the 12 steps that are rolled, not the 13 tokens, and blocks have room."""
+    _, joint = case("stabilised_by_a_maximum")
+    for ranks in (2, 3):
+        local, _ = joint.shard(ranks)
+        sent = [n.args[0].meta["val"].numel() for n in local.graph.nodes if "all_gather" in str(n.target)]
+        assert max(sent) <= 2 * B * SIZES["D"]  # a scan's factors and states
 
 
 @pytest.mark.parametrize("name", [n for n in LEFT if n != "random_steps"])

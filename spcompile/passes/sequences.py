@@ -112,7 +112,7 @@ def _room(plan: Plan, seeds: Mapping[Value, Shard]) -> dict[Value, Shard]:
     found = [
         mark.length
         for node, step in plan.steps.items()
-        if step.gathers and isinstance(step.rule, Convolution)
+        if step.gathers
         for mark in plan.marks.get((node, 0), ())
         if mark.outer == 1 and not mark.holds_all(plan.ranks)
     ]
