@@ -27,9 +27,9 @@ from spcompile.config import Config
 from spcompile.errors import SpcompileError
 from spcompile.groups import sequence_group
 from spcompile.memory import Memory, largest, measure
-from spcompile.passes import shard_joint_graph
 from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
 from spcompile.passes.overlap import erase_dead_waits
+from spcompile.passes.shard import shard_joint_graph
 from spcompile.report import Record, Report, strategy_names
 
 __all__ = ["explain"]

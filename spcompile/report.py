@@ -37,7 +37,7 @@ class Record:
         sites: what recognition saw (``spcompile.passes.recognize.Site``).
         lent: how the outputs lie that stay this rank's part, by their number.
         kernels: (kind of attention, kernel, why it is not a fused one) -> how many take it.
-        gathers: gathers that a missing rule forced (``spcompile.passes.localize.GatherNote``).
+        gathers: gathers that a missing rule forced (``spcompile.passes.shard.localize.GatherNote``).
         transfers: the collectives of the graph.
         sequence: (tokens, tokens per rank) of most of its sharded tensors; None if nothing is sharded.
         batch: of the inputs that carry the sequence; None if there are none.
@@ -77,7 +77,7 @@ class Record:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def saw_joint(self, graph: fx.Graph, sharded: Any) -> None:
-        """Take what is to be known of a joint graph that was just sharded (``spcompile.passes.Sharded``)."""
+        """Take what is to be known of a joint graph that was just sharded (``passes.shard.Sharded``)."""
         self.sharded = True
         self.gathers += sharded.gathers
         self.kernels = sharded.kernels

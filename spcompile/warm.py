@@ -24,7 +24,7 @@ from typing import Any
 from torch import fx
 
 from spcompile import _torch
-from spcompile.passes.localize import source_line
+from spcompile.passes.shard.localize import source_line
 from spcompile.report import Record
 
 __all__ = ["Told", "remember", "remembered"]
@@ -130,7 +130,7 @@ class Told:
     # ---- telling
 
     def saw_joint(self, graph: fx.Graph, sharded: Any) -> None:
-        """A joint graph was sharded (``spcompile.passes.Sharded``)."""
+        """A joint graph was sharded (``spcompile.passes.shard.Sharded``)."""
         self.record.saw_joint(graph, sharded)
         number = self.lines.number
         gathers = [(g._replace(source=""), number(g.source)) for g in self.record.gathers]

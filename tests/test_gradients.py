@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import models
 from spcompile.collectives import Group
 from spcompile.config import Config
-from spcompile.passes import shard_joint_graph
+from spcompile.passes.shard import shard_joint_graph
 from spcompile.simulate import _Ranks
 from spcompile.traffic import transfers
 from tests.proof import Joint, capture, eager

@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_leaves
 from spcompile._torch import HigherOrderOperator, OpOverload
 from spcompile.errors import SpcompileError
 from spcompile.passes.numbers import SYMBOLIC
-from spcompile.passes.propagate import value_of
+from spcompile.passes.shard.propagate import value_of
 from spcompile.placement import Replicate
 from spcompile.sizes import is_symbolic
 
 if TYPE_CHECKING:
-    from spcompile.passes.localize import Localizer
+    from spcompile.passes.shard.localize import Localizer
 
 __all__ = ["Effect", "copy", "effects", "last_writes", "source_line", "written"]
 

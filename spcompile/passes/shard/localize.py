@@ -14,13 +14,13 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from spcompile import collectives
-from spcompile.passes import copies, reorder
-from spcompile.passes.communicate import redistribute, shifted, surrounded
-from spcompile.passes.context import GraphContext
-from spcompile.passes.copies import source_line
 from spcompile.passes.numbers import SYMBOLIC, unsized
-from spcompile.passes.propagate import Plan, Step, Value, value_of
-from spcompile.passes.reach import reaches
+from spcompile.passes.shard import copies, reorder
+from spcompile.passes.shard.communicate import redistribute, shifted, surrounded
+from spcompile.passes.shard.context import GraphContext
+from spcompile.passes.shard.copies import source_line
+from spcompile.passes.shard.propagate import Plan, Step, Value, value_of
+from spcompile.passes.shard.reach import reaches
 from spcompile.phases import backward_of
 from spcompile.placement import (
     Partial,
