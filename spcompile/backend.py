@@ -23,7 +23,7 @@ from spcompile.passes import chunks, overlap
 from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
 from spcompile.passes.shard import Sharded, shard_joint_graph
 from spcompile.passes.shard.ports import close_ports
-from spcompile.report import RECORDS, Record, strategy_names
+from spcompile.reports.report import RECORDS, Record, strategy_names
 from spcompile.serve import inputs_of, like, served
 from spcompile.warm import Told
 

@@ -25,7 +25,7 @@ from torch import fx
 
 from spcompile import _torch
 from spcompile.passes.shard.localize import source_line
-from spcompile.report import Record
+from spcompile.reports.report import Record
 
 __all__ = ["Told", "remember", "remembered"]
 

@@ -21,7 +21,7 @@ from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.frontend import Frontend
 from spcompile.passes.canonical import own_copy
-from spcompile.report import Record, last
+from spcompile.reports.report import Record, last
 from tests.real_ranks import run_ranks
 
 

@@ -32,11 +32,11 @@ from spcompile.placement import (
     Unread,
     same_blocks,
 )
+from spcompile.reports.traffic import Purpose
 from spcompile.rules import Split, attention
 from spcompile.rules.base import split_of
 from spcompile.rules.ports import LEND
 from spcompile.sizes import bytes_of, hint
-from spcompile.traffic import Purpose
 
 __all__ = ["GatherNote", "Localizer", "same_strides", "source_line"]
 

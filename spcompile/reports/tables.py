@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from spcompile import budget
-from spcompile.traffic import Collective, short_source
+from spcompile.reports import budget
+from spcompile.reports.traffic import Collective, short_source
 
 if TYPE_CHECKING:
-    from spcompile.report import Report
+    from spcompile.reports.report import Report
 
 __all__ = ["human", "render", "render_html"]
 
