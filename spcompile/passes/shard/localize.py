@@ -18,7 +18,6 @@ from spcompile.passes.numbers import SYMBOLIC, unsized
 from spcompile.passes.shard import copies, reorder
 from spcompile.passes.shard.communicate import redistribute, shifted, surrounded
 from spcompile.passes.shard.context import GraphContext
-from spcompile.passes.shard.copies import source_line
 from spcompile.passes.shard.propagate import Plan, Step, Value, value_of
 from spcompile.passes.shard.reach import reaches
 from spcompile.phases import backward_of
@@ -37,8 +36,9 @@ from spcompile.rules import Split, attention
 from spcompile.rules.base import split_of
 from spcompile.rules.ports import LEND
 from spcompile.sizes import bytes_of, hint
+from spcompile.source import source_of
 
-__all__ = ["GatherNote", "Localizer", "same_strides", "source_line"]
+__all__ = ["GatherNote", "Localizer", "same_strides"]
 
 # Gradients are all-reduced together in buckets of about this many bytes, as DistributedDataParallel does.
 BUCKET_BYTES = 25 * 2**20
@@ -281,7 +281,8 @@ class Localizer:
         for value in step.operands:
             if isinstance(self.plan.natural(value), Sharding):
                 size = bytes_of(self._global(value))
-                note = GatherNote(node.name, str(node.target), step.gathers, size, source_line(node))
+                source = source_of(node) or "no source line"
+                note = GatherNote(node.name, str(node.target), step.gathers, size, source)
                 self.gathers.append(note)
 
     # ---------------------------------------------------------------------------------- inputs and outputs
