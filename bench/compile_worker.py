@@ -35,7 +35,7 @@ def measure(work: dict[str, Any]) -> dict[str, Any]:
         seconds.append(time.perf_counter() - began)
     passes: dict[str, float] = {}
     if work["backend"] == "spcompile":
-        from spcompile.report import pass_seconds
+        from spcompile.reports.report import pass_seconds
 
         passes = {name: float(value) for name, value in pass_seconds().items()}
     return {"compile": seconds[0] - statistics.median(seconds[1:]), "passes": passes}

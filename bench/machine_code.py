@@ -22,8 +22,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from spcompile.kernels.linear.launch import AMD
+
 __all__ = [
-    "AMD",
     "SCANS",
     "SHARED",
     "VARIANTS",
@@ -60,7 +61,6 @@ _LIKE = {
     "delta_per_key.written": "delta, per key",
     "delta_per_key.corrected": "delta, per key",
 }
-AMD = "gfx942"
 # Bytes of shared memory that a block may have.
 SHARED: dict[int | str, int] = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, AMD: 64 << 10}
 

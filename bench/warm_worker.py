@@ -48,7 +48,7 @@ def measure(work: dict[str, Any]) -> dict[str, Any]:
     told: list[Any] = [str(w.message) for w in caught if "spcompile" in str(w.message)]
     recognition = 0.0
     if work["backend"] == "spcompile":
-        from spcompile.report import last
+        from spcompile.reports.report import last
 
         found = last().to_dict()
         recognition = found.pop("pass_seconds")["recognize"]

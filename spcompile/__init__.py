@@ -13,8 +13,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     # Imported on first use: looking the backend up must not cost anybody the import of Inductor.
     if name == "explain":
-        # The module must not be called explain too: importing it would put it in the function's place.
-        from spcompile.explainer import explain
+        from spcompile.reports.explainer import explain
 
         return explain
     if name in ("local", "shard"):

@@ -19,10 +19,11 @@ from spcompile.config import Config
 from spcompile.errors import SpcompileError
 from spcompile.frontend import Frontend, prepare
 from spcompile.groups import sequence_group
-from spcompile.passes import Sharded, chunks, overlap, shard_joint_graph
+from spcompile.passes import chunks, overlap
 from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
-from spcompile.passes.ports import close_ports
-from spcompile.report import RECORDS, Record, strategy_names
+from spcompile.passes.shard import Sharded, shard_joint_graph
+from spcompile.passes.shard.ports import close_ports
+from spcompile.reports.report import RECORDS, Record, strategy_names
 from spcompile.serve import inputs_of, like, served
 from spcompile.warm import Told
 

@@ -15,9 +15,9 @@ from typing import Any
 
 # Nothing here may import torch: arguments are checked before that takes its seconds.
 from spcompile import __version__
-from spcompile.budget import OPTIMIZERS, parse_size
 from spcompile.config import Config
 from spcompile.errors import SpcompileError
+from spcompile.reports.budget import OPTIMIZERS, parse_size
 
 __all__ = ["main"]
 
@@ -165,7 +165,7 @@ def _explain(args: argparse.Namespace, unknown: list[str]) -> str:
     import torch
 
     from spcompile import _torch
-    from spcompile.explainer import explain
+    from spcompile.reports.explainer import explain
 
     factory = _factory(args.model)
     # Fake tensors rather than meta ones: they allocate nothing either, and every operator knows their device.

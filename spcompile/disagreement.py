@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from spcompile import digest
 from spcompile.arguments import Argument
-from spcompile.passes.sites import source_of
+from spcompile.source import source_of
 
 __all__ = ["Report", "Sketch", "Value", "graph_lines", "message", "only_rounding", "rounding"]
 

@@ -12,8 +12,9 @@ import spcompile.attention  # noqa: F401  (registers the operators that a kept e
 from spcompile.config import Config
 from spcompile.hints import find
 from spcompile.passes.einsums import split_einsums, without_opt_einsum
-from spcompile.passes.sites import Site, source_of
+from spcompile.passes.sites import Site
 from spcompile.replay import Kept
+from spcompile.source import source_of
 
 if TYPE_CHECKING:
     from spcompile.passes.lengths import Lengths

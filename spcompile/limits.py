@@ -26,6 +26,7 @@ from torch import fx
 from spcompile import _torch
 from spcompile.config import Config
 from spcompile.errors import SpcompileError
+from spcompile.source import source_of
 
 __all__ = ["Unsharded", "compiling", "no_silent_fallback", "symbolic", "watch"]
 
@@ -166,10 +167,7 @@ def no_silent_fallback(gm: fx.GraphModule, config: Config) -> Iterator[None]:
 
 
 def _source(gm: fx.GraphModule) -> str:
-    """The frame's first line of user code that is in the graph."""
-    for node in gm.graph.nodes:
-        lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-        frames = [line for line in lines if line.startswith("File ")]
-        if frames:
-            return frames[0].removeprefix("File ")
-    return "a frame without source"
+    """The frame, by its first line that is in the graph."""
+    lines = (source_of(node, outermost=True) for node in gm.graph.nodes)
+    found = next(filter(None, lines), "")
+    return f"a frame ({found})" if found else "a frame without source"

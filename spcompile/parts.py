@@ -13,7 +13,7 @@ from spcompile.agreement import gather_lengths
 from spcompile.config import Config
 from spcompile.errors import SpcompileError
 from spcompile.groups import sequence_group
-from spcompile.passes.communicate import split_dim
+from spcompile.passes.shard.communicate import split_dim
 from spcompile.placement import Shard
 from spcompile.ports import Layout
 from spcompile.sharded import Letter, Part, ShardedTensor

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from spcompile import _torch
-from spcompile.passes.sites import FAILED, Site, source_of
+from spcompile.passes.sites import FAILED, Site
+from spcompile.source import source_of
 from spcompile.warm import remember, remembered
 
 __all__ = ["Kept"]

@@ -21,7 +21,7 @@ from spcompile.agreement import before_reading
 from spcompile.collectives import Group
 from spcompile.errors import SpcompileError
 from spcompile.groups import fingerprint
-from spcompile.passes.communicate import redistribute
+from spcompile.passes.shard.communicate import redistribute
 from spcompile.placement import Placement, Replicate, Shard
 from spcompile.ports import Layout
 from spcompile.rules.base import Context

@@ -32,12 +32,12 @@ from spcompile import _torch, collectives, floats, frontend, library, limits
 from spcompile.boundary import open_boundary
 from spcompile.config import Config
 from spcompile.errors import SpcompileError
-from spcompile.passes import shard_joint_graph
 from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
 from spcompile.passes.chunks import in_pieces
-from spcompile.passes.communicate import joined, split_dim
-from spcompile.passes.copies import written
-from spcompile.passes.ports import lent_as
+from spcompile.passes.shard import shard_joint_graph
+from spcompile.passes.shard.communicate import joined, split_dim
+from spcompile.passes.shard.copies import written
+from spcompile.passes.shard.ports import lent_as
 from spcompile.ports import Layout
 from spcompile.serve import served
 from spcompile.sizes import InputSizes, expression

@@ -24,8 +24,8 @@ from typing import Any
 from torch import fx
 
 from spcompile import _torch
-from spcompile.passes.localize import source_line
-from spcompile.report import Record
+from spcompile.reports.report import Record
+from spcompile.source import source_of
 
 __all__ = ["Told", "remember", "remembered"]
 
@@ -86,7 +86,7 @@ class Lines:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         nodes = [n for m in gm.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes]
-        self.texts = [n.meta.get("stack_trace") or "" for n in nodes] + [source_line(n) for n in nodes]
+        self.texts = [n.meta.get("stack_trace") or "" for n in nodes] + [source_of(n) for n in nodes]
         self.numbers = {text: number for number, text in reversed(list(enumerate(self.texts)))}
 
     def number(self, text: str) -> int | str:
@@ -130,7 +130,7 @@ class Told:
     # ---- telling
 
     def saw_joint(self, graph: fx.Graph, sharded: Any) -> None:
-        """A joint graph was sharded (``spcompile.passes.Sharded``)."""
+        """A joint graph was sharded (``spcompile.passes.shard.Sharded``)."""
         self.record.saw_joint(graph, sharded)
         number = self.lines.number
         gathers = [(g._replace(source=""), number(g.source)) for g in self.record.gathers]

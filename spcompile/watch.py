@@ -15,7 +15,7 @@ from torch import fx
 from spcompile import _torch
 
 if TYPE_CHECKING:
-    from spcompile.report import Record
+    from spcompile.reports.report import Record
 
 __all__ = ["compiled", "graph"]
 
@@ -33,7 +33,7 @@ def graph(name: str, graph: fx.Graph) -> None:
 
 def compiled(record: Record) -> None:
     """Tell of a graph that is compiled."""
-    from spcompile.report import Report
+    from spcompile.reports.report import Report
 
     report = Report(record.group.size, [record])
     if _log.isEnabledFor(logging.INFO):  # a summary asks for the formulas of all collectives

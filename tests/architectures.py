@@ -30,8 +30,8 @@ from tabulate import tabulate
 from torch import nn
 
 import spcompile
+from spcompile.reports.tables import human
 from spcompile.simulate import simulated
-from spcompile.tables import human
 from tests.proof import Eager, eager, left_behind, loss_of
 from tests.small_models import architectures, built, of_file
 

@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 import spcompile
 from spcompile.agreement import Agreement
 from spcompile.passes import overlap
-from spcompile.report import RECORDS, Report
+from spcompile.reports.report import RECORDS, Report
 
 RANKS = 4
 PROPERTIES = SimpleNamespace(

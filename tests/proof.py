@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from spcompile import _torch, frontend, library
 from spcompile.collectives import Group
 from spcompile.config import Config
-from spcompile.passes import Sharded, shard_joint_graph
 from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
+from spcompile.passes.shard import Sharded, shard_joint_graph
 from spcompile.simulate import run_on_ranks
 
 __all__ = ["Eager", "Joint", "capture", "eager", "left_behind", "loss_of", "relative_error"]

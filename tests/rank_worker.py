@@ -16,7 +16,7 @@ from torch import nn
 
 import models
 import spcompile.backend
-import spcompile.report
+import spcompile.reports.report
 from tests.agreement_cases import agreement
 from tests.left_samples import optimizer_steps, steps
 from tests.packed_models import LAYERS, Model
@@ -67,7 +67,7 @@ def train(lengths: str = "symbolic") -> dict[str, Any]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, texts)
     # A cache of an earlier run may serve some of the graphs; what each of them tells is there all the same.
-    graphs = len(spcompile.report.RECORDS)
+    graphs = len(spcompile.reports.report.RECORDS)
     return {"errors": errors, "graphs": graphs, "same_text": all(t == texts for t in everyone)}
 
 
@@ -103,7 +103,7 @@ def experts() -> dict[str, Any]:
         loss = compiled(**inputs)
         loss.backward()
         errors.append(expected.error(loss.detach(), left_behind(net, inputs)))
-    return {"errors": errors, "gathers": sum(len(r.gathers) for r in spcompile.report.RECORDS)}
+    return {"errors": errors, "gathers": sum(len(r.gathers) for r in spcompile.reports.report.RECORDS)}
 
 
 def packed() -> dict[str, Any]:
@@ -224,7 +224,7 @@ def warm() -> dict[str, Any]:
         warnings.simplefilter("always")
         loss = torch.compile(net, backend="spcompile")(ids)
         loss.backward()
-    report = spcompile.report.last().to_dict()
+    report = spcompile.reports.report.last().to_dict()
     del report["pass_seconds"]
     counted = torch._dynamo.utils.counters["aot_autograd"]
     return {

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from spcompile.report import RECORDS
+from spcompile.reports.report import RECORDS
 from tests.proof import Eager, eager
 
 VOCAB, SIZE, LENGTH, BATCH = 12, 8, 10, 2

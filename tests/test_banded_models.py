@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import spcompile
-from spcompile import traffic
+from spcompile.reports import traffic
 from spcompile.simulate import simulated
 from tests.huggingface import BANDED, build
 from tests.proof import capture, eager, relative_error

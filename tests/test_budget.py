@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import spcompile
-from spcompile import budget
-from spcompile.budget import _search, choices, parse_size
 from spcompile.example import tiny
-from spcompile.memory import largest
-from spcompile.report import Report
-from spcompile.tables import human
+from spcompile.reports import budget
+from spcompile.reports.budget import _search, choices, parse_size
+from spcompile.reports.memory import largest
+from spcompile.reports.report import Report
+from spcompile.reports.tables import human
 
 TOKENS = 512
 

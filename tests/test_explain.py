@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import spcompile
-from spcompile import cli, tables, traffic
-from spcompile.memory import Memory, measure, timeline
-from spcompile.report import Report
+from spcompile import cli
+from spcompile.reports import tables, traffic
+from spcompile.reports.memory import Memory, measure, timeline
+from spcompile.reports.report import Report
 
 RANKS = 64
 TOKENS = 1_048_576

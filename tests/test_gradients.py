@@ -11,9 +11,9 @@ from torch import Tensor, nn
 import models
 from spcompile.collectives import Group
 from spcompile.config import Config
-from spcompile.passes import shard_joint_graph
+from spcompile.passes.shard import shard_joint_graph
+from spcompile.reports.traffic import transfers
 from spcompile.simulate import _Ranks
-from spcompile.traffic import transfers
 from tests.proof import Joint, capture, eager
 
 SHAPE = {"vocab": 50, "hidden": 16, "heads": 2, "kv_heads": 1, "mlp": 24, "layers": 2, "pattern": "LN"}

@@ -38,4 +38,4 @@ def test_the_recognizers_import_one_way() -> None:
 def test_the_search_sees_imports() -> None:
     graph = imports()
     assert graph.has_edge("spcompile.passes.recognize.linear", "spcompile.passes.recognize.linear.match")
-    assert graph.has_edge("spcompile.report", "spcompile.tables")  # inside a function
+    assert graph.has_edge("spcompile.reports.report", "spcompile.reports.tables")  # inside a function

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from spcompile import _torch, simulate
 from spcompile.passes import recognize
-from spcompile.passes.localize import Localizer
 from spcompile.passes.shadow import build as shadow_build
+from spcompile.passes.shard.localize import Localizer
 from spcompile.simulate import simulated
 from tests import left_samples
 from tests.left_samples import SAMPLES, batch, steps

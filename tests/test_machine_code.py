@@ -18,7 +18,6 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from bench.machine_code import (  # noqa: E402
-    AMD,
     SCANS,
     SHARED,
     VARIANTS,
@@ -27,6 +26,7 @@ from bench.machine_code import (  # noqa: E402
     described,
 )
 from bench.triton_ir import products_of_turned_products, wide_offsets  # noqa: E402
+from spcompile.kernels.linear.launch import AMD  # noqa: E402
 
 # kernel -> bytes of stack on sm_90, bf16, heads of 256. The pairs of a chunk hold q, k and their gradients of
 # all keys; where nothing is moved out of the loop it is 240.

@@ -9,8 +9,8 @@ from torch import nn
 
 from spcompile import collectives
 from spcompile.placement import Shard
+from spcompile.reports.traffic import transfers
 from spcompile.rules import Call, Context, rule_for
-from spcompile.traffic import transfers
 from tests.proof import capture, eager
 
 B, T, D = 2, 13, 8

@@ -12,7 +12,7 @@ from spcompile import SpcompileError
 from spcompile.backend import ForcedGather, tell_gathers
 from spcompile.config import Config
 from spcompile.groups import sequence_group
-from spcompile.passes.localize import GatherNote
+from spcompile.passes.shard.localize import GatherNote
 from spcompile.simulate import simulated
 
 

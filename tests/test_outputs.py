@@ -14,7 +14,7 @@ from spcompile import _torch
 from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.errors import SpcompileError
-from spcompile.passes import shard_joint_graph
+from spcompile.passes.shard import shard_joint_graph
 from spcompile.placement import Shard
 from spcompile.ports import Layout
 from spcompile.sharded import Part, ShardedTensor, own_strides

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spcompile import _torch, collectives, simulate
 from spcompile.emit import Emitter
-from spcompile.passes.communicate import redistribute
+from spcompile.passes.shard.communicate import redistribute
 from spcompile.placement import Partial, Placement, Replicate, Shard, local_shape, reshape_shard
 from spcompile.rules import Context
 

@@ -118,8 +118,8 @@ def test_a_histogram_counts_no_padding(size, slots, ranks):
 
 
 def test_a_bin_for_each_integer_counts_it():
-    """What ``passes/routes.py`` takes a histogram for."""
-    from spcompile.passes.routes import _BINS
+    """What ``passes/shard/routes.py`` takes a histogram for."""
+    from spcompile.passes.shard.routes import _BINS
 
     for dtype in (torch.float32, torch.float64):
         for bins in (*range(2, 40), 127, 128, 129, 255, 256, 384, 511, 1000, 1023, _BINS):

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from spcompile import _torch, collectives, simulate
 from spcompile.config import Config
 from spcompile.emit import Emitter
-from spcompile.passes.context import GraphContext
+from spcompile.passes.shard.context import GraphContext
 from spcompile.placement import Partial, Replicate, Shard, local_shape
 from spcompile.rules import RULES, Call, Context, Factors, Split, kernels, reductions, rule_for, views
 from spcompile.rules.base import along, parse

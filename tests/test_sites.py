@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from spcompile.collectives import Group, Sequence
 from spcompile.errors import SpcompileError
+from spcompile.reports.traffic import transfers
 from spcompile.rules.base import Context
 from spcompile.strategies import LINEAR, SOFTMAX
-from spcompile.traffic import transfers
 from tests.proof import capture, eager
 
 B, T, H, D = 2, 13, 2, 4

@@ -11,7 +11,7 @@ from torch import fx
 
 import models
 from spcompile.attention.variants import VARIANTS as TABLE
-from spcompile.traffic import rows, transfers
+from spcompile.reports.traffic import rows, transfers
 from tests.proof import Eager, Joint, capture, eager
 from tests.releases import each_change
 

@@ -11,7 +11,7 @@ import torch
 
 import spcompile
 from spcompile.example import tiny
-from spcompile.report import Report
+from spcompile.reports.report import Report
 
 # A training step whose graphs stop short of Inductor's code: this is about what is told of them.
 PROGRAM = """

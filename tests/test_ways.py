@@ -10,8 +10,8 @@ import torch
 
 import models
 from spcompile.config import Config
+from spcompile.reports.traffic import rows, transfers
 from spcompile.strategies import LINEAR
-from spcompile.traffic import rows, transfers
 from tests.proof import Eager, Joint, capture, eager
 from tests.real_ranks import run_ranks
 from tests.releases import each_change

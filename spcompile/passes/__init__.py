@@ -1,109 +1,45 @@
-"""The passes in the order in which they run on the joint graph; docs/how_it_works.md is the guided tour."""
+"""All that happens to a graph, from Dynamo to the generated code: each step by its function, in order.
 
-from __future__ import annotations
+After a function stands its module, in the package that the heading names. docs/how_it_works.md is the guided
+tour.
 
-from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+Dynamo's graph, in ``spcompile.passes`` (called by ``spcompile.backend``; ``explain`` does the same)::
 
-from torch import fx
-from torch.utils._pytree import tree_leaves
+    canonicalise          canonical: an order that follows from what is computed; asks ``effects``
+    open_boundary         spcompile.boundary: ports where a rank's part may come in and go out
+    prepare               spcompile.frontend, which calls
+      find                  spcompile.hints: the user's sequence dims, at the graph's inputs
+      again                 spcompile.replay: the edit that an earlier start kept, in place of the next two
+      _recognized           recognize: attention and recurrences become operators of ours; each is one of
+                            ``sites``; reads the graph's ``shadow``, where ``transforms`` are opaque.
+                            lengths: where sizes are symbolic, by edits at a few lengths; asks ``numbers``
+      split_einsums         einsums: of three operands or more into a chain of two each
 
-from spcompile import _torch
-from spcompile.collectives import Group
-from spcompile.config import Config
-from spcompile.emit import Emitter
-from spcompile.passes import copies
-from spcompile.passes.context import GraphContext
-from spcompile.passes.gradients import gradients_of
-from spcompile.passes.localize import GatherNote, Localizer
-from spcompile.passes.lower import lower_attention
-from spcompile.passes.nothing import make_empty
-from spcompile.passes.ports import lend_nothing, lent_as, open_ports
-from spcompile.passes.propagate import Plan
-from spcompile.passes.regather import gather_again
-from spcompile.passes.sequences import plan_sequences
-from spcompile.passes.specialise import specialise
-from spcompile.passes.verify import check_outputs, verify
-from spcompile.passes.windows import move_windows
-from spcompile.placement import Shard
+The joint graph that AOTAutograd makes of it, in ``spcompile.passes.shard`` (``shard_joint_graph``)::
 
-__all__ = ["Sharded", "shard_joint_graph"]
+    specialise            specialise: symbolic numbers are written in, where they are not to stay
+    open_ports            ports: what AOTAutograd made of the ports, as the next steps want it
+    lend_nothing          ports: at one rank, with the next and ``_erase_dead`` in place of all up to verify
+    lower_attention       lower: attention in linear work and memory
+    make_empty            nothing: tensors without entries are made where they are
+    move_windows          windows: slices and shifts go where they are views
+    plan_sequences        sequences: where the sequence is, and how many tokens a rank gets; calls
+                          ``propagate``: a placement for every tensor; which asks ``routes`` about sorts
+    effects               copies: what must happen once and in order, noted for verify
+    gradients_of          gradients: which outputs stay sums over ranks, if any are to
+    Localizer             localize: the graph of one rank, emitted in a ``context``; asks ``communicate`` for
+                          collectives, ``reorder`` about sorts, ``reach`` for halos, ``copies`` for effects
+    gather_again          regather: which keys and values the backward gathers again
+    _erase_dead           what was emitted and is not used
+    verify                verify: fails where the graph is not what the plan says
+    check_outputs         verify: fails where outputs are not as eager's
 
+Its forward and its backward, cut by the partitioner and after Inductor's own passes, in ``spcompile.passes``
+(``WaitPass`` in ``spcompile.backend``; ``explain`` ends with the first)::
 
-@dataclass
-class Sharded:
-    """What the passes did to a graph: its plan (None at one rank), the gathers that missing rules forced,
-    how the outputs lie that are returned as this rank's part, by the number of their port, and which kernels
-    take the attention (``passes/context.py``)."""
+    erase_dead_waits      overlap: waits that nobody needs
+    in_pieces             chunks: the gradient of returned logits, in pieces that ``row_steps`` allows
+    close_ports           shard.ports: what is added to a gradient is added in place
 
-    plan: Plan | None
-    gathers: list[GatherNote]
-    lent: dict[int, Shard] = field(default_factory=dict)
-    kernels: Counter[tuple[str, str, str]] = field(default_factory=Counter)
-
-
-def shard_joint_graph(
-    graph: fx.Graph,
-    group: Group,
-    config: Config,
-    hints: Mapping[str, int] | None = None,
-    parameters: Collection[str] = (),
-) -> Sharded:
-    """Rewrite a joint forward and backward graph, of global shapes, into the one that each rank runs.
-
-    Args:
-        hints: placeholder -> the dim that is the sequence.
-        parameters: the placeholders whose gradients the option ``gradients`` is about.
-    """
-    specialise(graph, sizes=config.lengths == "each")
-    open_ports(graph)
-    before = [(_as_eager(x), lent_as(x)) if isinstance(x, fx.Node) else (x, None) for x in _returned(graph)]
-    sharded, fake_mode = Sharded(None, []), _fake_mode(graph)
-    if fake_mode is None:  # what a graph break may leave: not one tensor
-        return sharded
-    emitter = Emitter(graph, fake_mode, _torch.select_decomp_table())
-    context = GraphContext(group, emitter, config)
-    if group.size == 1:
-        lend_nothing(graph)
-        lower_attention(graph, emitter, context)
-        _erase_dead(graph, emitter.emitted)
-    else:
-        make_empty(graph)
-        move_windows(graph, emitter.fake_mode)
-        sharded.plan = plan_sequences(graph, group.size, hints or {})
-        done = copies.effects(graph)
-        partial = gradients_of(graph, parameters) if config.gradients == "partial" else set()
-        localizer = Localizer(graph, sharded.plan, context, config.nan_padding, partial)
-        localizer.run()
-        gather_again(graph, context, config.regather)
-        _erase_dead(graph, emitter.emitted)
-        verify(graph, localizer, done)
-        sharded.gathers, sharded.lent = localizer.gathers, localizer.lent
-    sharded.kernels = context.kernels
-    # A part that is returned has a placement, so verify has checked its shape.
-    check_outputs([None if number in sharded.lent else x for x, number in before], graph)
-    return sharded
-
-
-def _as_eager(returned: fx.Node) -> Any:
-    """The value that eager returns: of a port what is lent, as it lies there (a copy may lie closer)."""
-    return (returned if lent_as(returned) is None else returned.args[0]).meta["val"]
-
-
-def _fake_mode(graph: fx.Graph) -> Any:
-    leaves = (x for n in graph.nodes for x in tree_leaves(n.meta.get("val")))
-    return next((x.fake_mode for x in leaves if hasattr(x, "fake_mode")), None)
-
-
-def _returned(graph: fx.Graph) -> list[Any]:
-    return tree_leaves(next(n for n in reversed(graph.nodes) if n.op == "output").args)
-
-
-def _erase_dead(graph: fx.Graph, emitted: list[fx.Node]) -> None:
-    """Erase what was emitted and is not used; a wait too, which without users keeps its collective alive."""
-    for node in reversed(emitted):
-        ours = getattr(node.target, "namespace", "") in ("_c10d_functional", "spcompile")
-        if not node.users and (ours or not node.is_impure()):
-            graph.erase_node(node)
+Last, Inductor's scheduler orders starts and waits, with the options that ``overlap`` gives it.
+"""

@@ -3,8 +3,8 @@
 A sort of the slots (a token has one for each expert that it is sent to) gives a ``Routed`` placement. Rows
 taken in that order, the grouped products on them, and the way back are then each rank's own; what acts on
 each entry by itself in between passes by its usual rule. That an index tensor is this order, its inverse, or
-the ends of its groups is proved in ``passes/routes.py`` and given to the rule as ``Call.known``: its entries
-count the slots of all ranks, so a rank reads its own order in their place.
+the ends of its groups is proved in ``passes/shard/routes.py`` and given to the rule as ``Call.known``: its
+entries count the slots of all ranks, so a rank reads its own order in their place.
 """
 
 from __future__ import annotations

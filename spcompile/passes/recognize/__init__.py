@@ -17,7 +17,8 @@ from spcompile.passes.recognize.safety import Snapshot, failed
 from spcompile.passes.recognize.softmax.steps import Found
 from spcompile.passes.shadow import Shadow, trace
 from spcompile.passes.shadow.values import values_in
-from spcompile.passes.sites import Site, source_of
+from spcompile.passes.sites import Site
+from spcompile.source import source_of
 
 __all__ = ["Site", "recognize"]
 

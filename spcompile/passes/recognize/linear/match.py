@@ -26,7 +26,8 @@ from spcompile.passes.recognize.linear.form import Form
 from spcompile.passes.recognize.linear.weights import ONE, ZERO, Span, Table, Weights, multiplied
 from spcompile.passes.recognize.proof.prover import Prover
 from spcompile.passes.shadow import Shadow, Value
-from spcompile.passes.sites import Site, source_of
+from spcompile.passes.sites import Site
+from spcompile.source import source_of
 
 
 class Reader:

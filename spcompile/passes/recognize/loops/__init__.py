@@ -22,7 +22,8 @@ from spcompile.passes.recognize.loops.rewrite import rewrite
 from spcompile.passes.recognize.loops.runs import Run, runs
 from spcompile.passes.recognize.loops.surroundings import Surroundings
 from spcompile.passes.shadow import Shadow
-from spcompile.passes.sites import Site, source_of
+from spcompile.passes.sites import Site
+from spcompile.source import source_of
 
 __all__ = ["recognize"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from spcompile import chunked, ports
-from spcompile.passes.propagate import Value
+from spcompile.passes.shard.propagate import Value
 from spcompile.placement import Shard
 
 __all__ = ["arrivals", "close_ports", "lend_nothing", "lent_as", "open_ports"]

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from spcompile.passes.communicate import redistribute
+from spcompile.passes.shard.communicate import redistribute
 from spcompile.placement import Placement, Replicate, Routed
 from spcompile.rules.base import Context, Split, split_of
 
 if TYPE_CHECKING:
-    from spcompile.passes.localize import Localizer
-    from spcompile.passes.propagate import Step, Value
+    from spcompile.passes.shard.localize import Localizer
+    from spcompile.passes.shard.propagate import Step, Value
 
 __all__ = ["know", "know_all", "reordered"]
 

@@ -14,13 +14,12 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from spcompile import collectives
-from spcompile.passes import copies, reorder
-from spcompile.passes.communicate import redistribute, shifted, surrounded
-from spcompile.passes.context import GraphContext
-from spcompile.passes.copies import source_line
 from spcompile.passes.numbers import SYMBOLIC, unsized
-from spcompile.passes.propagate import Plan, Step, Value, value_of
-from spcompile.passes.reach import reaches
+from spcompile.passes.shard import copies, reorder
+from spcompile.passes.shard.communicate import redistribute, shifted, surrounded
+from spcompile.passes.shard.context import GraphContext
+from spcompile.passes.shard.propagate import Plan, Step, Value, value_of
+from spcompile.passes.shard.reach import reaches
 from spcompile.phases import backward_of
 from spcompile.placement import (
     Partial,
@@ -32,13 +31,14 @@ from spcompile.placement import (
     Unread,
     same_blocks,
 )
+from spcompile.reports.traffic import Purpose
 from spcompile.rules import Split, attention
 from spcompile.rules.base import split_of
 from spcompile.rules.ports import LEND
 from spcompile.sizes import bytes_of, hint
-from spcompile.traffic import Purpose
+from spcompile.source import source_of
 
-__all__ = ["GatherNote", "Localizer", "same_strides", "source_line"]
+__all__ = ["GatherNote", "Localizer", "same_strides"]
 
 # Gradients are all-reduced together in buckets of about this many bytes, as DistributedDataParallel does.
 BUCKET_BYTES = 25 * 2**20
@@ -281,7 +281,8 @@ class Localizer:
         for value in step.operands:
             if isinstance(self.plan.natural(value), Sharding):
                 size = bytes_of(self._global(value))
-                note = GatherNote(node.name, str(node.target), step.gathers, size, source_line(node))
+                source = source_of(node) or "no source line"
+                note = GatherNote(node.name, str(node.target), step.gathers, size, source)
                 self.gathers.append(note)
 
     # ---------------------------------------------------------------------------------- inputs and outputs

@@ -14,15 +14,15 @@ from typing import Any
 
 from torch import fx
 
-from spcompile import budget
 from spcompile.collectives import Group
 from spcompile.config import Config
-from spcompile.memory import Large, Memory, timeline
 from spcompile.phases import is_tangent
 from spcompile.placement import Shard
+from spcompile.reports import budget
+from spcompile.reports.memory import Large, Memory, timeline
+from spcompile.reports.traffic import Collective, Transfer, rows, transfers
 from spcompile.sizes import hint
 from spcompile.strategies import strategy_of
-from spcompile.traffic import Collective, Transfer, rows, transfers
 
 __all__ = ["RECORDS", "Record", "Report", "last", "pass_seconds", "strategy_names"]
 
@@ -37,7 +37,7 @@ class Record:
         sites: what recognition saw (``spcompile.passes.recognize.Site``).
         lent: how the outputs lie that stay this rank's part, by their number.
         kernels: (kind of attention, kernel, why it is not a fused one) -> how many take it.
-        gathers: gathers that a missing rule forced (``spcompile.passes.localize.GatherNote``).
+        gathers: gathers that a missing rule forced (``spcompile.passes.shard.localize.GatherNote``).
         transfers: the collectives of the graph.
         sequence: (tokens, tokens per rank) of most of its sharded tensors; None if nothing is sharded.
         batch: of the inputs that carry the sequence; None if there are none.
@@ -77,7 +77,7 @@ class Record:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def saw_joint(self, graph: fx.Graph, sharded: Any) -> None:
-        """Take what is to be known of a joint graph that was just sharded (``spcompile.passes.Sharded``)."""
+        """Take what is to be known of a joint graph that was just sharded (``passes.shard.Sharded``)."""
         self.sharded = True
         self.gathers += sharded.gathers
         self.kernels = sharded.kernels
@@ -269,7 +269,7 @@ class Report:
 
     def summary(self) -> str:
         """One line: how much was found, and how much moves."""
-        from spcompile.tables import human
+        from spcompile.reports.tables import human
 
         counts = {
             "graph": len(self.records),
@@ -287,12 +287,12 @@ class Report:
         return f"<Report: {self.summary()}>"
 
     def _repr_html_(self) -> str:
-        from spcompile.tables import render_html
+        from spcompile.reports.tables import render_html
 
         return render_html(self)
 
     def __str__(self) -> str:
-        from spcompile.tables import render
+        from spcompile.reports.tables import render
 
         return render(self)
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from spcompile import _torch
-from spcompile.passes.context import GraphContext
+from spcompile.passes.shard.context import GraphContext
 from spcompile.phases import backward_of
 from spcompile.sizes import bytes_of
 

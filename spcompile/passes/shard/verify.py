@@ -8,9 +8,9 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from spcompile.errors import SpcompileError
-from spcompile.passes.copies import Effect, effects
-from spcompile.passes.localize import Localizer, same_strides
 from spcompile.passes.numbers import unsized
+from spcompile.passes.shard.copies import Effect, effects
+from spcompile.passes.shard.localize import Localizer, same_strides
 from spcompile.placement import local_shape
 
 __all__ = ["check_outputs", "verify"]

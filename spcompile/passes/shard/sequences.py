@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from spcompile.passes.ports import arrivals
-from spcompile.passes.propagate import Plan, Value, propagate
+from spcompile.passes.shard.ports import arrivals
+from spcompile.passes.shard.propagate import Plan, Value, propagate
 from spcompile.placement import Shard, reshape_shard
 from spcompile.rules import attention
 from spcompile.rules.convolutions import Convolution

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from spcompile._torch import OpOverload
 from spcompile.passes.numbers import SYMBOLIC, is_size, size_symbols, unsized
-from spcompile.passes.routes import Routes, routes
+from spcompile.passes.shard.routes import Routes, routes
 from spcompile.placement import Order, Partial, Placement, Replicate, Routed, Shard, Sharding, Unread
 from spcompile.rules import PULLED, Call, Rule, Split, attention, commits, rule_for
 from spcompile.rules.base import split_of

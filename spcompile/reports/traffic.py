@@ -20,9 +20,10 @@ from spcompile import collectives  # noqa: F401  (registers start_shift)
 from spcompile.phases import backward_of
 from spcompile.placement import Partial, Placement, Shard
 from spcompile.sizes import hint
+from spcompile.source import source_of
 from spcompile.strategies import LINEAR, SOFTMAX
 
-__all__ = ["Collective", "Purpose", "Transfer", "rows", "short_source", "transfers"]
+__all__ = ["Collective", "Purpose", "Transfer", "rows", "transfers"]
 
 _c10d = torch.ops._c10d_functional
 _NAMES = {
@@ -164,7 +165,7 @@ def _row(t: Transfer) -> Collective:
         text, values = "", {}
     if t.purpose is None:
         grows = False  # the seed: the only collective that serves no node
-    return Collective(t.phase, t.op, _what(t), 1, t.bytes, text, values, grows, short_source(t.stack))
+    return Collective(t.phase, t.op, _what(t), 1, t.bytes, text, values, grows, source_of(t.stack))
 
 
 # --------------------------------------------------------------------------------------------------- formulas
@@ -298,15 +299,3 @@ def _parsed(text: str) -> Any:
 
 def _evaluated(text: str, values: dict[str, int]) -> float:
     return float(_parsed(text).subs(values))
-
-
-def short_source(stack: str) -> str:
-    """The innermost line of a stack trace: "file.py:12 in forward: code"; empty if there is none."""
-    lines = [line.strip() for line in stack.strip().splitlines()]
-    at = next((i for i in reversed(range(len(lines))) if lines[i].startswith("File ")), None)
-    if at is None:
-        return ""
-    path, _, rest = lines[at].removeprefix("File ").partition(", line ")
-    number, _, function = rest.partition(", in ")
-    code = lines[at + 1] if at + 1 < len(lines) else ""
-    return f"{path.strip(chr(34)).replace(chr(92), '/').rsplit('/', 1)[-1]}:{number} in {function}: {code}"

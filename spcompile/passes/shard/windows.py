@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from spcompile.expressions import Expressions
 from spcompile.passes.numbers import unsized
-from spcompile.passes.propagate import call_of
+from spcompile.passes.shard.propagate import call_of
 from spcompile.rules.pointwise import is_pointwise
 from spcompile.rules.scans import reverse_cumsum
 from spcompile.sizes import bounds_of

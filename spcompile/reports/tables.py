@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from spcompile import budget
-from spcompile.traffic import Collective, short_source
+from spcompile.reports import budget
+from spcompile.reports.traffic import Collective
+from spcompile.source import source_of
 
 if TYPE_CHECKING:
-    from spcompile.report import Report
+    from spcompile.reports.report import Report
 
 __all__ = ["human", "render", "render_html"]
 
@@ -213,16 +214,12 @@ _LEGEND = {
 
 
 def _gathers(report: Report) -> str:
-    counts = Counter((g.op, g.reason, g.bytes, _short(g.source)) for g in report.gathers)
+    counts = Counter((g.op, g.reason, g.bytes, g.source) for g in report.gathers)
     if not counts:
         return ""
     rows = [(n, op, why, human(size), _cut(source, 48)) for (op, why, size, source), n in counts.items()]
     headers = ("count", "operator", "why", "bytes", "source")
     return _table("gathered and computed whole on every rank", headers, rows, "count|bytes")
-
-
-def _short(source: str) -> str:
-    return source.replace("\\", "/").rsplit("/", 1)[-1].replace('", line ', ":")
 
 
 def _memory(report: Report) -> str:
@@ -281,7 +278,7 @@ def _largest(report: Report) -> str:
             human(x.bytes),
             _cut(f"{x.dtype}{list(x.shape)}", 32),
             _cut(x.op, 26),
-            _cut(short_source(x.stack), 38),
+            _cut(source_of(x.stack), 38),
         )
         for x, n in sorted(counts.items(), key=lambda item: -item[0].bytes)[:5]
     ]

@@ -6,8 +6,8 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from spcompile.emit import Emitter
-from spcompile.passes.context import GraphContext
-from spcompile.passes.propagate import call_of
+from spcompile.passes.shard.context import GraphContext
+from spcompile.passes.shard.propagate import call_of
 from spcompile.rules import attention
 
 __all__ = ["lower_attention"]

@@ -17,14 +17,15 @@ from torch.utils._pytree import tree_leaves
 from spcompile._torch import HigherOrderOperator, OpOverload
 from spcompile.errors import SpcompileError
 from spcompile.passes.numbers import SYMBOLIC
-from spcompile.passes.propagate import value_of
+from spcompile.passes.shard.propagate import value_of
 from spcompile.placement import Replicate
 from spcompile.sizes import is_symbolic
+from spcompile.source import source_of
 
 if TYPE_CHECKING:
-    from spcompile.passes.localize import Localizer
+    from spcompile.passes.shard.localize import Localizer
 
-__all__ = ["Effect", "copy", "effects", "last_writes", "source_line", "written"]
+__all__ = ["Effect", "copy", "effects", "last_writes", "written"]
 
 
 class Effect(NamedTuple):
@@ -83,9 +84,10 @@ def copy(localizer: Localizer, node: fx.Node) -> None:
         SpcompileError: it draws random numbers, and the ranks would draw others.
     """
     if _draws(node) or any(_draws(n) for n in _inside(node)):
+        where = source_of(node) or "no source line"
         raise SpcompileError(
             f"{node.target} (node {node.name}) draws random numbers, and no rule says how ranks draw "
-            f"alike.\n{source_line(node)}\nRemedy: switch the dropout of this operator off, or write it "
+            f"alike.\n{where}\nRemedy: switch the dropout of this operator off, or write it "
             "with torch.nn.functional.dropout, outside of any body of torch.cond or the like: it has a rule."
         )
     localizer.note_gathers(node, localizer.plan.steps[node])
@@ -168,13 +170,3 @@ def _draws(node: fx.Node) -> bool:
         return True
     at = names.index("dropout_p")
     return (node.args[at] if len(node.args) > at else node.kwargs.get("dropout_p", 0.0)) != 0.0
-
-
-def source_line(node: fx.Node) -> str:
-    """The user's line that ``node`` comes from: "file:line in function: code"."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
-    places = [i for i, line in enumerate(lines) if line.startswith("File ")]
-    if not places:
-        return "no source line"
-    code = lines[places[-1] + 1] if places[-1] + 1 < len(lines) else ""
-    return f"{lines[places[-1]].removeprefix('File ')}: {code}"

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from spcompile.memory import Memory
-    from spcompile.report import Report
+    from spcompile.reports.memory import Memory
+    from spcompile.reports.report import Report
 
 __all__ = ["OPTIMIZERS", "Choice", "choices", "fewest_ranks", "parse_size", "total"]
 
@@ -103,7 +103,7 @@ class Choice(NamedTuple):
 
 def choices(report: Report) -> list[Choice]:
     """What keeping gathered keys and values costs, and what returning whole outputs does."""
-    from spcompile.tables import human
+    from spcompile.reports.tables import human
 
     def received(phase: str, *purposes: str) -> int:
         return sum(

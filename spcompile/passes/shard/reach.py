@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spcompile.passes.propagate import Plan, Value
+from spcompile.passes.shard.propagate import Plan, Value
 from spcompile.placement import Placement, Shard, same_blocks
 
 __all__ = ["reaches"]

@@ -26,11 +26,11 @@ from spcompile.collectives import Group
 from spcompile.config import Config
 from spcompile.errors import SpcompileError
 from spcompile.groups import sequence_group
-from spcompile.memory import Memory, largest, measure
-from spcompile.passes import shard_joint_graph
 from spcompile.passes.canonical import canonicalise, in_their_order, own_copy
 from spcompile.passes.overlap import erase_dead_waits
-from spcompile.report import Record, Report, strategy_names
+from spcompile.passes.shard import shard_joint_graph
+from spcompile.reports.memory import Memory, largest, measure
+from spcompile.reports.report import Record, Report, strategy_names
 
 __all__ = ["explain"]
 
@@ -44,7 +44,7 @@ def explain(model: Callable[..., Any], ranks: int | None = None, **options: Any)
         options: the backend's options.
     Returns:
         A function that takes the model's arguments, whole and on any device (also meta), and returns the
-        :class:`~spcompile.report.Report`. Under ``torch.no_grad()`` it is that of inference.
+        :class:`~spcompile.reports.report.Report`. Under ``torch.no_grad()`` it is that of inference.
     Raises:
         SpcompileError: bad options, or a model that cannot be called.
     """

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from spcompile.errors import SpcompileError
-from spcompile.passes.propagate import Value, value_of
+from spcompile.passes.shard.propagate import Value, value_of
 
 __all__ = ["gradients_of"]
 
