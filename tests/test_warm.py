@@ -148,7 +148,8 @@ def _no_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _qkv(length: int = 6) -> list[Tensor]:
-    return [torch.randn(2, length, 4, requires_grad=True) for _ in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, length, 4, generator=generator).requires_grad_() for _ in range(3)]
 
 
 def _geometry(n: fx.Node) -> list[Any]:

@@ -28,6 +28,7 @@ from spcompile.passes.shadow.values import (
     Value,
     Write,
     differentiable,
+    geometry_of,
     mark_live,
 )
 from spcompile.passes.transforms import Transforms
@@ -56,10 +57,6 @@ class _Storages:
 
     def unite(self, a: torch.Tensor, b: torch.Tensor) -> None:
         self.parent[self.key(a)] = self.key(b)
-
-
-def _geometry(t: torch.Tensor) -> tuple:
-    return (t.untyped_storage()._cdata, t.storage_offset(), tuple(t.shape), t.stride())
 
 
 class Builder:
@@ -214,7 +211,7 @@ class Builder:
 
     def write(self, n: fx.Node, value: Value) -> None:
         t = n.meta["val"]
-        self.writes.setdefault(self.storages.key(t), []).append(Write(self.time, _geometry(t), value))
+        self.writes.setdefault(self.storages.key(t), []).append(Write(self.time, geometry_of(t), value))
         self.written_values.append((self.storages.key(t), value))
 
     def read(self, n: fx.Node) -> Value:
@@ -225,7 +222,7 @@ class Builder:
         writes = self.writes.get(self.storages.key(t))
         if not writes or writes[-1].time <= made.time:
             return made
-        if writes[-1].geometry == _geometry(t):
+        if writes[-1].geometry == geometry_of(t):
             return writes[-1].value
         key = (n, writes[-1].time)
         if key not in self.reads:

@@ -81,6 +81,11 @@ def mark_live(roots: list[Value]) -> None:
             todo.extend(v.operands())
 
 
+def geometry_of(t: torch.Tensor) -> tuple:
+    """The storage of a tensor, and which part of it the tensor is."""
+    return (t.untyped_storage()._cdata, t.storage_offset(), tuple(t.shape), t.stride())
+
+
 @dataclass
 class Write:
     """A storage was written at `time`, through a tensor of this geometry, which then held `value`."""

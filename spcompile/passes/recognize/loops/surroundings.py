@@ -18,7 +18,7 @@ from spcompile._torch import HigherOrderOperator, OpOverload
 from spcompile.passes.recognize.edit import Refused
 from spcompile.passes.recognize.loops.families import Family, Loop, Progress
 from spcompile.passes.shadow import Record, Shadow, Value, is_pure
-from spcompile.passes.shadow.values import Write, values_in
+from spcompile.passes.shadow.values import Write, geometry_of, values_in
 
 __all__ = ["Slots", "Stacked", "Step", "Surroundings", "Want"]
 
@@ -175,7 +175,7 @@ class Surroundings:
         fake = r.result.fake if isinstance(r.result, Value) else None
         if fake is None:
             raise Refused("its steps write to a tensor that is not read")
-        if writes[-1].geometry == _geometry(fake):
+        if writes[-1].geometry == geometry_of(fake):
             found = self.loop.family_of(writes[-1].value)
             assert found is not None
             self.wants.append((Step(*found), r.node, later))
@@ -212,7 +212,7 @@ class Surroundings:
             if index.step == 0 or not 0 <= start <= fake.shape[dim] - (width or 1):
                 raise Refused("its steps write to a tensor in several places")
             slot = fake.select(dim, start) if width is None else fake.narrow(dim, start, width)
-            if _geometry(slot) != w.geometry:
+            if geometry_of(slot) != w.geometry:
                 raise Refused("its steps write to a tensor in a way that is not read")
         if width is not None and abs(index.step) < width:
             raise Refused("its steps write over each other")
@@ -276,10 +276,6 @@ def _higher_order(n: fx.Node) -> bool:
 def _continues(piece: tuple[Family, int, int], step: int) -> bool:
     _, first, last = piece
     return abs(step - last) == 1 and (first == last or (step > last) == (last > first))
-
-
-def _geometry(t: torch.Tensor) -> tuple:
-    return (t.untyped_storage()._cdata, t.storage_offset(), tuple(t.shape), t.stride())
 
 
 def _place(v: Any, shape: Any) -> tuple[int, int, int | None]:

@@ -243,9 +243,8 @@ def rewrite(found: Found, editor: Editor, prover: Prover) -> tuple[fx.Node, str]
     q, k, v = (editor.operand(f, node) for f in (found.q, found.k, found.v))
     roles = assign(found, q, k, v)
     masking = decide(found, roles.t, prover, lambda v: editor.find(v, node) is not None)
-    per_head = [*masking.relative, *([found.sinks] if found.sinks is not None else [])]
-    for x in per_head:
-        roles = roles.with_heads(x.dims)
+    for dims in [x.dims for x in masking.relative] + ([] if found.sinks is None else [found.sinks.dims]):
+        roles = roles.with_heads(dims)
     w = editor.writer(node)
     dtype = found.dtype if found.dtype is not None and found.dtype.is_floating_point else found.terminal.dtype
     heads = roles.h + roles.shared
