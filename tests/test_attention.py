@@ -109,6 +109,7 @@ def test_blockwise_is_the_fused_kernel(
 ) -> None:
     """The fallback of other devices, in blocks of two rows, against the reference on the whole sequence."""
     monkeypatch.setattr(blockwise, "_BUDGET", 2 * 2 * 4 * 14)
+    monkeypatch.setattr(blockwise, "_FEW_ROWS", 1)
     q, k, v, grad = draw((2, 4, 14, 4), (2, 2, 14, 4), (2, 2, 14, 5), (2, 4, 14, 5))
     (mask,) = draw((2, 4, 14, 14))
     mask = {"none": None, "bool": mask > -0.5, "float": mask}[kind]

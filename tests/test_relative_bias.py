@@ -56,6 +56,7 @@ def results(
 def test_operator(monkeypatch: pytest.MonkeyPatch, kind: str, length: int, keys: int, small: bool) -> None:
     if small:
         monkeypatch.setattr(blockwise, "_BUDGET", 2 * 2 * 4 * 14)
+        monkeypatch.setattr(blockwise, "_FEW_ROWS", 1)
         monkeypatch.setattr(flash, "_FEWEST_ROWS", 3)
         monkeypatch.setattr(flash, "_ROWS_OF_DOCUMENTS", 3)
     given, named = sample(kind, length, keys)

@@ -86,6 +86,7 @@ def test_kernels_at_a_later_row(
 ) -> None:
     """Blocks of two rows; the flash kernel's of three."""
     monkeypatch.setattr(blockwise, "_BUDGET", 2 * 2 * 4 * 14)
+    monkeypatch.setattr(blockwise, "_FEW_ROWS", 1)
     monkeypatch.setattr(flash, "_FEWEST_ROWS", 3)
     window, cap, sinks = KINDS[kind]
     if kernel == "flash":

@@ -22,8 +22,10 @@ from spcompile.kernels.softmax.operands import Operands, Options
 
 __all__ = ["backward", "backward_relative", "forward"]
 
-# Scores held at a time, in elements (64 MiB in float32).
-_BUDGET = 1 << 24
+# Scores held at a time, in elements (8 MiB in float32): what goes over them again and again finds them in a
+# cache. Where that is less than a few rows, which would read all keys for little work, up to 64 MiB.
+_BUDGET, _MOST = 1 << 21, 1 << 24
+_FEW_ROWS = 64
 
 # Rows taken together where keys are passed over by their documents or prefixes.
 _ROWS_OF_DOCUMENTS = 256
@@ -53,7 +55,7 @@ def _blocks(x: Operands, options: Options) -> Iterator[_Block]:
     if options.window is not None and x.prefixes is None:
         # What a row sees, and once more: a block's rows see that of its neighbours.
         row = min(row, max(1, b * h * 4 * options.window))
-    step = max(1, _BUDGET // row)
+    step = max(1, _BUDGET // row, min(_FEW_ROWS, _MOST // row))
     step = step if options.window is None else min(step, max(64, options.window))
     step = min(step, _ROWS_OF_DOCUMENTS) if x.ids else step
     for start in range(0, t if keys else 0, step):
