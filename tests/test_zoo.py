@@ -42,12 +42,14 @@ LINEAR = {
     "fla_delta_rule_chunk": Case(1, length=128),
     "fla_hgrn_recurrent": Case(1, operator="affine_scan"),
     "hf_mamba_selective_scan": Case(1, operator="affine_scan"),
+    # Stabilised by a running maximum: that, and then two states.
+    "hf_rwkv4": Case(2, length=33, operator="affine_scan"),
+    "xlstm": Case(4, length=128, tolerance=INSIDE, operator="affine_scan"),
 }
 # Their algebra is another: normalised by the absolute value of the scores, or stabilised by a maximum.
 OTHER = {
     "torchscale_retnet_parallel": Case(0),
     "mlstm_parallel": Case(0),
-    "xlstm": Case(0, length=128, tolerance=INSIDE),
     "lucid_lat_causal": Case(0, length=128),
     "gemma4": Case(0, tolerance=INSIDE),  # softmax alone
     "fla_gdn2_chunk": Case(0, length=33, tolerance=INSIDE),
@@ -57,7 +59,7 @@ CASES = LINEAR | OTHER
 NOW = {"qwen3_next", "kimi_linear_dense", "mamba2", "minimax", "mamba", "fla_based_parallel"}
 NOW |= {"fla_linear_attn_chunk", "fla_simple_gla_parallel", "fla_rwkv6_recurrent", "hf_gated_delta_chunk"}
 NOW |= {"hf_kda_chunk", "fla_hgrn_recurrent", "fla_delta_rule_chunk", "performer_causal", "mlstm_parallel"}
-NOW |= {"torchscale_retnet_parallel", "performer_noncausal"}
+NOW |= {"torchscale_retnet_parallel", "performer_noncausal", "hf_rwkv4"}
 # Its own backward raises, in eager: it writes in place.
 FORWARD_ALONE = {"fla_rwkv6_chunk": CASES.pop("fla_rwkv6_chunk")}
 

@@ -341,6 +341,17 @@ def _hgrn() -> Callable[..., Tensor]:
     return lambda q, k, v: recurrence(v.flatten(2), F.logsigmoid(k.flatten(2) + q.flatten(2)))
 
 
+def _rwkv4() -> Callable[..., Tensor]:
+    attend = transformers_function("rwkv", "rwkv_linear_attention_cpu")
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys = k.flatten(2)
+        decay, first = torch.linspace(-1.0, 1.0, keys.shape[-1]), torch.linspace(1.0, 0.0, keys.shape[-1])
+        return attend(decay, first, keys, v.flatten(2) * q.flatten(2))[0]
+
+    return call
+
+
 def _gdn2() -> Callable[..., Tensor]:
     """Its einsums of three operands go to opt_einsum, which breaks ties by the order of sets."""
     chunked = fla_naive("gdn2/naive", "naive_chunk_gdn2")
@@ -351,6 +362,7 @@ _function("fla_gdn2_chunk", _gdn2, "q k v g b")
 _function("hf_mamba2_chunk_scan", _mamba2_scan, "q k v")
 _function("hf_mamba_selective_scan", _selective_scan, "q k v")
 _function("fla_hgrn_recurrent", _hgrn, "q k v")
+_function("hf_rwkv4", _rwkv4, "q k v")
 
 
 # ---- whole modules of other libraries --------------------------------------------------------------------

@@ -6,7 +6,7 @@ steps from the states before each step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, fx
 
@@ -48,7 +48,7 @@ class Emission:
             roots += [f for f in last if f not in states]
             if len(group) == 1:
                 others = _needed(self.reader, [*families, *last]) - set(group)
-                updates = [c.family for c in others if c not in self.evaluator.given]
+                updates = [c.family for c in _in_place(others) if c not in self.evaluator.given]
                 roots += updates
             self._solve(group, roots)
             self.reader.memo.clear()
@@ -137,12 +137,17 @@ def _needed(reader: Reader, families: Sequence[Family]) -> set[Carry]:
     return found
 
 
+def _in_place(carries: Iterable[Carry]) -> list[Carry]:
+    """In an order that is the same in all processes."""
+    return sorted(carries, key=lambda c: (c.family.position or 0, c.initial.time))
+
+
 def _in_order(reader: Reader, families: Sequence[Family]) -> list[list[Carry]]:
     """Groups of states that depend on each other, after those that they only use."""
     needed = _needed(reader, families)
     reach = {c: _needed(reader, [c.family]) for c in needed}
     groups: list[list[Carry]] = []
-    left = sorted(needed, key=lambda c: (c.family.position or 0, id(c)))
+    left = _in_place(needed)
     while left:
         first = left[0]
         group = [c for c in left if c is first or (c in reach[first] and first in reach[c])]

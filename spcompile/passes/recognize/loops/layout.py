@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,10 +58,10 @@ class Layout:
         A group of which no item has an atom gets size 1; `spread` expands it.
         """
         over = resolve(summed)
-        present = {a for i in items for a in i.atoms}
+        present = dict.fromkeys(a for i in items for a in i.atoms)
         wanted = [a for g in groups for a in resolve(g)]
         scale *= math.prod(a.size for a in over if a not in present)
-        if present - set(wanted) - set(over):
+        if set(present) - set(wanted) - set(over):
             raise Refused("a dim of its state has no role")
         x, batched = self._einsum(sorted(items, key=lambda i: not set(i.atoms) & set(over)), wanted, present)
         if scale != 1.0:
@@ -79,11 +79,11 @@ class Layout:
         return Batch(shaped(x, out), batched)
 
     def _einsum(
-        self, items: Sequence[Item], wanted: Sequence[Atom], present: set[Atom]
+        self, items: Sequence[Item], wanted: Sequence[Atom], present: Collection[Atom]
     ) -> tuple[torch.Tensor, bool]:
         if not items:
             return torch.ones((), **self.options), False
-        letters = dict(zip(sorted(present, key=id), string.ascii_letters, strict=False))
+        letters = dict(zip(present, string.ascii_letters, strict=False))
         if len(letters) < len(present) or len(letters) >= len(string.ascii_letters):
             raise Refused("its state has too many dims")
         step = string.ascii_letters[len(letters)]
