@@ -288,6 +288,17 @@ _CONVOLUTIONS = [
 ]
 
 
+_UNFOLDED = [
+    S(aten.unfold.default, (x(*shape), dim, size, step), name=name, exchanges=size > 1)
+    for name, shape, dim, size, step in [
+        ("windows of three", (2, 12, 3), 1, 3, 1),
+        ("in steps", (2, 12, 3), -2, 4, 2),
+        ("side by side", (2, 12, 3), 1, 2, 2),
+        ("with gaps", (12, 2, 3), 0, 1, 2),
+    ]
+]
+
+
 def _pool(name: str, shape: tuple[int, ...], *options: object, exchanges: bool = True) -> list[S]:
     """A mean over neighbours and its backward."""
     forward = S(aten.avg_pool2d.default, (x(*shape), *options), name=name, tolerance=1e-10)
@@ -312,6 +323,7 @@ _POOLS = [
 
 KERNELS = [
     *_POOLS,
+    *_UNFOLDED,
     *_flash(_q, _k, _v, False, None, "cross"),
     *_flash(_long_k, _q, _long_v, True, None, "causal"),
     *_flash(_q, _k, _v, False, x(7, 5), "mask"),

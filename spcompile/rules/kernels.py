@@ -14,7 +14,7 @@ from spcompile.placement import Shard
 from spcompile.rules.base import Call, Context, Dims, Emit, Factors, Rule, Split
 from spcompile.rules.convolutions import Convolution, ConvolutionBackward
 from spcompile.rules.pointwise import broadcast_dims
-from spcompile.rules.pooling import AveragePool, AveragePoolBackward
+from spcompile.rules.pooling import AveragePool, AveragePoolBackward, Unfold
 
 __all__ = ["KERNELS"]
 
@@ -71,6 +71,7 @@ KERNELS: dict[Any, Callable[[Call], Rule | None]] = {
     aten.convolution_backward.default: ConvolutionBackward,
     aten.avg_pool2d.default: AveragePool,
     aten.avg_pool2d_backward.default: AveragePoolBackward,
+    aten.unfold.default: Unfold,
     flash_attention_cpu: flash_attention,
     flash_attention_cpu_backward: flash_attention,
 }

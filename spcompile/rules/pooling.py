@@ -1,4 +1,4 @@
-"""Average pooling along the sequence: a mean over neighbours, which a halo brings.
+"""Windows along the sequence, and means over them: an entry's neighbours, which a halo brings.
 
 With a stride the blocks are divided by it, as a convolution's are.
 """
@@ -19,7 +19,7 @@ from spcompile.rules.base import Call, Context, Emit, Factors, Side, Split
 from spcompile.rules.convolutions import Window
 from spcompile.rules.halo import halo
 
-__all__ = ["AveragePool", "AveragePoolBackward"]
+__all__ = ["AveragePool", "AveragePoolBackward", "Unfold"]
 
 
 def _window(x: Tensor, y: Tensor, dim: int, options: tuple[Any, ...]) -> Window | None:
@@ -156,3 +156,36 @@ class AveragePoolBackward:
             return dx
 
         return emit
+
+
+@dataclass
+class Unfold:
+    """unfold; y[t, ..., j] = x[step t + j], j < size: a halo. (Its backward is an index_put.)"""
+
+    call: Call
+    linear: tuple[frozenset[int], ...] = (frozenset({0}),)
+
+    def split(self, side: Side, index: int, shard: Shard) -> Split | None:
+        """See :class:`spcompile.rules.base.Rule`."""
+        (x,), (y,) = self.call.operands, self.call.outputs
+        dim, size, step = (self.call.args[1] % x.dim(), *self.call.args[2:4])
+        if shard.dim != dim:
+            names = tuple(None if i == dim else f"d{i}" for i in range(x.dim()))
+            return Factors(self.call, (names,), ((*names, None),)).split(side, index, shard)
+        if shard.outer != 1:
+            return None
+        window = Window(0, size - 1, x.shape[dim], y.shape[dim], step)
+        before = shard if side == "in" else window.input(shard)
+        after = window.output(shard) if side == "in" else shard
+        sides = window.sides(before, after)
+        if after is None or sides is None:
+            return None
+
+        def emit(context: Context, operands: list[Tensor]) -> Tensor:
+            return halo(context, operands[0], dim, *sides, 0.0).unfold(dim, size, step)
+
+        return Split((before,), (after,), (0.0,), emit)
+
+    def stride_along(self, dim: int) -> int:
+        """How many of a dim's entries a step takes."""
+        return int(self.call.args[3]) if dim == self.call.args[1] % self.call.operands[0].dim() else 1

@@ -13,8 +13,9 @@ from spcompile import collectives
 from spcompile.placement import Partial, Placement, Replicate, Shard, local_shape, same_blocks
 from spcompile.rules.base import Context
 from spcompile.rules.halo import halo
+from spcompile.sizes import hint
 
-__all__ = ["joined", "redistribute", "shifted", "split_dim", "surrounded"]
+__all__ = ["is_shift", "joined", "redistribute", "shifted", "split_dim", "surrounded"]
 
 
 def redistribute(
@@ -24,17 +25,21 @@ def redistribute(
     if have == want:
         return x
     if isinstance(have, Shard):
-        if isinstance(want, Shard) and same_blocks(have, want):
+        if isinstance(want, Shard) and is_shift(have, want, context.group.size):
             reach = max(want.start - have.start, 0), max(have.start - want.start, 0)
             around = surrounded(context, x, have, want, shape, reach)
             return shifted(around, have, want, reach[0])
         return redistribute(context, _gather(context, x, have), Replicate(), want, shape)
     if isinstance(have, Partial):
-        if isinstance(want, Shard) and have.op == "sum" and want.holds_all(context.group.size):
+        ranks = context.group.size
+        if (
+            isinstance(want, Shard)
+            and have.op == "sum"
+            and want.holds_all(ranks)
+            and not _is_short(want, ranks)
+        ):
             return _reduce_scatter(context, x, want)
-        sent = x.to(torch.uint8) if x.dtype == torch.bool else x  # c10d has no bool
-        whole = collectives.all_reduce(sent, context.group, have.op).to(x.dtype)
-        return redistribute(context, whole, Replicate(), want, shape)
+        return redistribute(context, _summed(context, x, have.op), Replicate(), want, shape)
     if isinstance(want, Partial):
         assert want.op == "sum", "only a sum has a neutral term"
         return torch.where(context.rank(x.device) == 0, x, x.new_zeros(()))
@@ -54,8 +59,17 @@ def _merge(x: Tensor, shard: Shard) -> Tensor:
 
 
 def _gather(context: Context, x: Tensor, have: Shard) -> Tensor:
-    """The whole tensor: one all-gather, the ranks' blocks side by side, padding cut off."""
+    """The whole tensor: one all-gather, the ranks' blocks side by side, padding cut off.
+
+    Of a short one each rank sends what it holds in its place among zeros.
+    """
     assert have.holds_all(context.group.size), have
+    if _is_short(have, context.group.size):
+        at = torch.arange(have.length, device=x.device) + have.start - context.rank(x.device) * have.block
+        held, at = (at >= 0) & (at < have.block), at.clamp(0, have.block - 1)
+        entries = split_dim(x, have, have.block)[(slice(None),) * (have.dim + 1) + (at,)]
+        held = held.reshape(-1, *[1] * (entries.dim() - have.dim - 2))
+        return _merge(_summed(context, torch.where(held, entries, entries.new_zeros(())), "sum"), have)
     return joined(collectives.all_gather(split_dim(x, have, have.block), context.group), have)
 
 
@@ -72,6 +86,23 @@ def _slice(context: Context, x: Tensor, want: Shard, shape: tuple[int, ...]) -> 
     index = context.clamped_index(want, x.device)
     parts = split_dim(x, want, want.length)
     return _merge(parts[(slice(None),) * (want.dim + 1) + (index,)], want).reshape(local_shape(shape, want))
+
+
+def _summed(context: Context, x: Tensor, op: str) -> Tensor:
+    """The whole tensor of terms."""
+    sent = x.to(torch.uint8) if x.dtype == torch.bool else x  # c10d has no bool
+    return collectives.all_reduce(sent, context.group, op).to(x.dtype)
+
+
+def is_shift(have: Shard, want: Shard, ranks: int) -> bool:
+    """Whether a halo brings it: the same entries in blocks of the same length, not a few from far away."""
+    far = abs(have.start - want.start) > hint(have.block)
+    return same_blocks(have, want) and not (far and _is_short(have, ranks))
+
+
+def _is_short(shard: Shard, ranks: int) -> bool:
+    """Whether most of what the ranks hold is padding: a sum of the entries, on every rank, sends less."""
+    return hint(4 * shard.length) <= hint(ranks * shard.block)
 
 
 def _reduce_scatter(context: Context, x: Tensor, want: Shard) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from spcompile import collectives
 from spcompile.passes.numbers import SYMBOLIC, unsized
 from spcompile.passes.shard import copies, reorder
-from spcompile.passes.shard.communicate import redistribute, shifted, surrounded
+from spcompile.passes.shard.communicate import is_shift, redistribute, shifted, surrounded
 from spcompile.passes.shard.context import GraphContext
 from spcompile.passes.shard.propagate import Plan, Step, Value, value_of
 from spcompile.passes.shard.reach import reaches
@@ -133,7 +133,8 @@ class Localizer:
         if isinstance(have, Routed) or isinstance(want, Routed):
             return reorder.reordered(self, value, have, want)
         local = self.version(value, have)
-        if isinstance(have, Shard) and isinstance(want, Shard) and same_blocks(have, want):
+        ranks = self.context.group.size
+        if isinstance(have, Shard) and isinstance(want, Shard) and is_shift(have, want, ranks):
             left, right = reach = self._reach.get(value, (0, 0))
             if -left <= have.start - want.start <= right:
                 if value not in self._around:
@@ -153,14 +154,17 @@ class Localizer:
         return native
 
     def _cuts_off(self, step: Step, want: Placement) -> bool:
-        """Whether ``step`` views the part that the ranks hold of a tensor that sticks out of them.
+        """Whether ``step`` views the part that the ranks hold of a tensor that sticks out of them, or a few
+        entries that are wanted far away.
 
-        Then it can't be had whole by a gather at the root, where that tensor has lost entries.
+        Then it can't be had whole by a gather at the root, where that tensor has lost entries; or need not.
         """
-        native = step.native[0] if step.kind == "pulled" else None
-        if not isinstance(native, Shard) or (isinstance(want, Shard) and same_blocks(native, want)):
+        native, ranks = step.native[0] if step.kind == "pulled" else None, self.context.group.size
+        if not isinstance(native, Shard):
             return False
-        return native.holds_all(self.context.group.size) and any(map(self._sticks_out, step.operands))
+        if isinstance(want, Shard) and same_blocks(native, want):
+            return not is_shift(native, want, ranks)
+        return native.holds_all(ranks) and any(map(self._sticks_out, step.operands))
 
     def _sticks_out(self, value: Value) -> bool:
         """Whether a tensor has lost entries: it, or what it views, is computed and not all on the ranks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spcompile.passes.shard.communicate import is_shift
 from spcompile.passes.shard.propagate import Plan, Value
 from spcompile.placement import Placement, Shard, same_blocks
 
@@ -24,6 +25,8 @@ def reaches(plan: Plan) -> dict[Value, tuple[int, int]]:
             continue
         asked.add((value, want))
         step, have = plan.steps.get(value[0]), plan.natural(value)
+        if isinstance(have, Shard) and same_blocks(have, want) and not is_shift(have, want, plan.ranks):
+            continue
         if step is not None and step.kind != "computed":
             split = step.rule.split("out", value[1], want) if step.rule is not None else None
             if split is not None:

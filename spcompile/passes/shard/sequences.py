@@ -16,7 +16,7 @@ from spcompile.passes.shard.propagate import Plan, Value, propagate
 from spcompile.placement import Shard, reshape_shard
 from spcompile.rules import attention
 from spcompile.rules.convolutions import Convolution
-from spcompile.rules.pooling import AveragePool
+from spcompile.rules.pooling import AveragePool, Unfold
 from spcompile.rules.views import Reshape
 from spcompile.sizes import ceil_div, hint
 
@@ -136,7 +136,7 @@ def _chunks(plan: Plan, tokens: Shard) -> Iterator[int]:
     """The lengths in tokens of the chunks as which the sequence is viewed, and of the steps of convolutions
     and means."""
     for step in plan.steps.values():
-        if isinstance(step.rule, Convolution | AveragePool) and step.call is not None:
+        if isinstance(step.rule, Convolution | AveragePool | Unfold) and step.call is not None:
             for mark in plan.marks.get(step.operands[0], ()):
                 sizes = step.rule.stride_along(mark.dim) * tokens.block, mark.block
                 yield Fraction(*map(hint, sizes)).numerator

@@ -1,21 +1,22 @@
 """Windows and shifts along a dim, moved to where they are views of what has been computed anyway.
 
-Four rewrites of the joint graph, none of which changes a value:
+Five rewrites of the joint graph, none of which changes a value:
 
     split(x, [a, b])[1]                   ->  x[a:a+b]
+    x[:, [2, 3, 4, 0, 1]]                 ->  cat([x[:, 2:5], x[:, 0:2]])      known numbers: a roll
     f(x, y)[a:b]                          ->  f(x[a:b], y[a:b])                f pointwise, used but there
     pad(x * w)                            ->  pad(x) * w                       w the same all along the dim
     flip(cumsum(flip(x)))                 ->  spcompile::reverse_cumsum(x)     and flip(flip(x)) -> x
 
-By the first, a part of a sequence is a window like any other. By the second, what sticks out of a sequence
-(the tail of a padded convolution) is cut off at its source. By the third, the terms of a sum of shifted
-products are shifts of one tensor, which share one halo. The fourth is the backward of a cumulative sum; a
+By the first two, a part of a sequence is a window like any other. By the third, what sticks out of a sequence
+(the tail of a padded convolution) is cut off at its source. By the fourth, the terms of a sum of shifted
+products are shifts of one tensor, which share one halo. The fifth is the backward of a cumulative sum; a
 flipped sequence would lie on other ranks.
 """
 
 from __future__ import annotations
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -35,6 +36,9 @@ aten, prims = torch.ops.aten, torch.ops.prims
 
 # What makes a tensor longer than the sequence, or reads one that is.
 _WIDENS = {aten.convolution.default, aten.slice_scatter.default, aten.constant_pad_nd.default}
+_INDEXES = {aten.index.Tensor, aten._unsafe_index.Tensor}
+# Runs of neighbours that an index by known numbers may have: each is a slice.
+_RUNS = 4
 _FLIPS = {aten.flip.default, prims.rev.default}
 
 
@@ -53,7 +57,7 @@ def move_windows(graph: fx.Graph, fake_mode: Any) -> None:
     while todo:  # from the last node backwards, so that a window travels through all of a chain
         node = todo.pop()
         if node.op == "call_function" and not node._erased and _is_sized(node):
-            found = (rewrite(writer, node) for rewrite in (_unsplit, _hoist_crop, _hoist_factor, _reverse))
+            found = (rewrite(writer, node) for rewrite in _REWRITES)
             todo += next(filter(None, found), [])
     graph.lint()
 
@@ -124,6 +128,53 @@ def _unsplit(writer: _Writer, node: fx.Node) -> list[fx.Node]:
         slices.append(writer.call(part, part, aten.slice.Tensor, node.args[0], dim, start, stop))
         writer.replace(part, slices[-1])
     return slices
+
+
+# --------------------------------------------------------------------------------------- x[:, numbers]
+
+
+def _cut(writer: _Writer, node: fx.Node) -> list[fx.Node]:
+    """index(x, [None, numbers]) -> the slices that it is, one behind the other."""
+    if node.target not in _INDEXES:
+        return []
+    x, picks = node.args[:2]
+    dims = [d for d, i in enumerate(picks) if i is not None]
+    if len(dims) != 1 or len(_shape(picks[dims[0]])) != 1 or picks[dims[0]].meta["val"].dtype == torch.bool:
+        return []
+    numbers, (dim,) = _known(picks[dims[0]], {}), dims
+    if numbers is None or not numbers.numel():
+        return []
+    numbers = torch.where(numbers < 0, numbers + _shape(x)[dim], numbers)
+    ends = [0, *((numbers.diff() != 1).nonzero().flatten() + 1).tolist(), numbers.numel()]
+    if len(ends) - 1 > _RUNS or not 0 <= int(numbers.min()) <= int(numbers.max()) < _shape(x)[dim]:
+        return []
+    starts = [int(numbers[i]) for i in ends[:-1]]
+    slices = [
+        writer.call(node, node, aten.slice.Tensor, x, dim, start, start + last - first)
+        for start, (first, last) in zip(starts, pairwise(ends), strict=True)
+    ]
+    whole = slices[0] if len(slices) == 1 else writer.call(node, node, aten.cat.default, slices, dim)
+    writer.replace(node, whole)
+    return slices
+
+
+def _known(node: fx.Node, made: dict[fx.Node, Tensor | None]) -> Tensor | None:
+    """The numbers that a chain of operators on counted ones gives, on the CPU; None if it is another."""
+    if node not in made:
+        made[node] = None
+        value = node.meta.get("val")
+        given = {n: _known(n, made) for n in node.all_input_nodes}
+        counts = node.target is prims.iota.default or (given and is_pointwise(node.target))
+        if (
+            counts
+            and isinstance(value, Tensor)
+            and not value.is_floating_point()
+            and None not in given.values()
+        ):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), given.__getitem__)
+            where = {"device": torch.device("cpu")} if "device" in kwargs else {}
+            made[node] = node.target(*args, **{**kwargs, **where})
+    return made[node]
 
 
 # ------------------------------------------------------------------------------------------ f(x)[a:b]
@@ -249,6 +300,9 @@ def _reverse(writer: _Writer, node: fx.Node) -> list[fx.Node]:
     if x.meta["val"].dtype == node.meta["val"].dtype:  # else integers, summed as int64
         writer.replace(node, writer.call(node, inner, reverse_cumsum, x, dim))
     return []
+
+
+_REWRITES = (_unsplit, _cut, _hoist_crop, _hoist_factor, _reverse)
 
 
 def _flipped(node: fx.Node, rank: int) -> list[int]:
