@@ -349,6 +349,16 @@ def stabilised_matrix_memory(q, k, v, g, i):
     return torch.stack(outs, 2)
 
 
+@sample("BTD D", "scan")
+def highest_above_zero(x, w):
+    """It begins at zero, and not below everything."""
+    top, outs = torch.zeros(x.shape[0], x.shape[2], dtype=x.dtype), []
+    for t in range(T):
+        top = torch.maximum(top + torch.tanh(w), x[:, t] - 1)
+        outs.append(top)
+    return torch.stack(outs, 1)
+
+
 @sample("BTD D BTD BD", "scan")
 def highest_with_a_slope(x, w, y, initial):
     """A maximum of three, that forgets by a constant; from the last token on."""

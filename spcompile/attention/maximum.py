@@ -42,10 +42,8 @@ def _doubled(a: Tensor | None, b: Tensor, reverse: bool) -> Tensor:
         if a is not None and constant:
             a = a + a
         elif a is not None:
-            met, kept = (
-                a.narrow(-3, 0, size) + a.narrow(-3, width, size),
-                a.narrow(-3, size if reverse else 0, width),
-            )
+            met = a.narrow(-3, 0, size) + a.narrow(-3, width, size)
+            kept = a.narrow(-3, size if reverse else 0, width)
             a = torch.cat([met, kept] if reverse else [kept, met], -3)
         width *= 2
     return b

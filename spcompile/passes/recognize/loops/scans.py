@@ -143,6 +143,8 @@ def _maximum(layout: Layout, carry: Carry, dims: Dims, initial: Tensor | None) -
     b, *more = others if all(x.batched for x in others) else [_stepped(x) for x in others]
     for x in more:
         b = Batch(torch.maximum(b.x, x.x), b.batched)
+    if initial is None:  # a state of zeros, where the operator's own is -inf
+        initial = torch.zeros(_sizes(dims), **layout.options)
 
     def run(added: Tensor | None, b: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
         out = torch.ops.spcompile.max_scan(added, b, start, layout.evaluator.reverse)

@@ -19,6 +19,8 @@ __all__ = ["REWRITES", "SYNONYMS"]
 
 def _added(c: Call, a: Any, b: Any, alpha: Any = 1) -> Call:
     """a + alpha b, of which `a` is a tensor."""
+    if not isinstance(b, Value):  # PyTorch's own decompositions don't take three numbers by place
+        b, alpha = alpha * b, 1
     more = {} if alpha == 1 else {"alpha": alpha}
     return c.of("add", "Tensor" if isinstance(b, Value) else "Scalar", self=a, other=b, **more)
 
