@@ -2,9 +2,9 @@
 
 Every architecture that transformers' table of causal language models lists and that can be made small by
 the names of its sizes; or, by ``--builders``, the models of a Python file. Each runs in a process of its
-own, a training step on simulated ranks, all short of Inductor; ``--plan`` asks ``spcompile.explain`` for
-2,048 tokens besides. What is done is kept in a file, one line of JSON for each, and not done again;
-``--table`` prints it.
+own, a training step on simulated ranks, or with ``--real`` on a process a rank, all short of Inductor;
+``--plan`` asks ``spcompile.explain`` for 2,048 tokens besides. What is done is kept in a file, one line of
+JSON for each, and not done again; ``--table`` prints it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import spcompile
 from spcompile.reports.tables import human
 from spcompile.simulate import simulated
 from tests.proof import Eager, eager, left_behind, loss_of
+from tests.real_steps import error_on_ranks
 from tests.small_models import architectures, built, of_file
 
 __all__ = ["EXACT", "INSIDE", "check", "plan"]
@@ -91,6 +92,13 @@ def check(name: str, ranks: int, builders: Path | None) -> dict[str, Any]:
     return {"error": expected.error(loss.detach(), left_behind(model, inputs)), "breaks": breaks}
 
 
+def check_real(name: str, ranks: int, builders: Path | None, timeout: float) -> dict[str, Any]:
+    """The same on real ranks: the graph breaks are those of the simulated ones."""
+    torch.compiler.reset()
+    model, inputs = built(name, LENGTH, builders)
+    return {"error": error_on_ranks(model, inputs, reference(model, inputs), ranks, timeout)}
+
+
 def plan(name: str, builders: Path | None) -> dict[str, Any]:
     """What a step of 2,048 tokens would do on four ranks."""
     torch.compiler.reset()
@@ -117,20 +125,22 @@ def plan(name: str, builders: Path | None) -> dict[str, Any]:
     }
 
 
-def measured(name: str, ranks: list[int], planned: bool, builders: Path | None) -> dict[str, Any]:
+def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """All that is asked of one architecture; what stops it is told."""
     row: dict[str, Any] = {"name": name}
+    builders, ranks = args.builders, args.ranks
     began = time.perf_counter()
     try:
         built(name, LENGTH, builders)
     except Exception as error:
         return row | {"note": f"not made small: {_line(error)}"}
     for p in ranks:
+        key = f"P={p}, real" if args.real else f"P={p}"
         try:
-            row[f"P={p}"] = check(name, p, builders)
+            row[key] = check_real(name, p, builders, args.timeout) if args.real else check(name, p, builders)
         except Exception as error:
-            row[f"P={p}"] = {"note": _line(error)}
-    if planned:
+            row[key] = {"note": _line(error)}
+    if args.plan:
         try:
             row |= plan(name, builders)
         except Exception as error:
@@ -146,10 +156,11 @@ def apart(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """The same in a process of its own, which may crash or take too long."""
     how = [sys.executable, "-m", "tests.architectures", "--one", name, "--ranks", *map(str, args.ranks)]
     how += ["--builders", str(args.builders)] if args.builders else []
+    how += ["--timeout", str(args.timeout)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
-            [*how, *["--plan"] * args.plan],
+            [*how, *["--plan"] * args.plan, *["--real"] * args.real],
             env=env,
             capture_output=True,
             text=True,
@@ -195,6 +206,7 @@ def main() -> int:
     parser.add_argument("--builders", type=Path, help="a file of builders, in place of transformers' table")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--plan", action="store_true", help="also what 2,048 tokens on four ranks would do")
+    parser.add_argument("--real", action="store_true", help="a process for each rank, on Gloo")
     parser.add_argument("--timeout", type=int, default=600, help="seconds for each (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("architectures.jsonl"))
@@ -203,7 +215,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.one:
         sys.modules["fla"] = None  # type: ignore[assignment]  # whose kernels, where it is there, need a GPU
-        print("ROW " + json.dumps(measured(args.one, args.ranks, args.plan, args.builders)), flush=True)
+        print("ROW " + json.dumps(measured(args.one, args)), flush=True)
         return 0
     rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     if args.table:
