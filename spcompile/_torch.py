@@ -125,6 +125,9 @@ from torch.fx.experimental.symbolic_shapes import symbol_is_type as _symbol_is_t
 
 # The tensor metadata that the partitioner looks for on a node.
 from torch.fx.passes.shape_prop import _extract_tensor_metadata as tensor_metadata
+
+# Real numbers while a graph is traced: passes run under the fake mode and the proxies of a compilation.
+from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
 from torch.utils._sympy.symbol import SymT as _SymT
 
 __all__ = [
@@ -148,6 +151,7 @@ __all__ = [
     "default_partition",
     "detect_fake_mode",
     "differentiable",
+    "disable_current_modes",
     "disabled_torch_function",
     "dynamo_config",
     "enter_autocast",

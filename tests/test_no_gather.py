@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import spcompile
 from spcompile import collectives
 from spcompile.placement import Shard
 from spcompile.reports.traffic import transfers
@@ -125,6 +126,14 @@ def test_nothing_is_gathered(name):
             sent = [t for t in gathered if not any(op in t.purpose.op + t.purpose.consumer for op in few)]
             assert all(t.elements <= 3 * B * D for t in sent) if name == "shifted_round" else not sent, hidden
         assert reference.error(*joint.run(ranks, nan_padding=True)) <= 1e-9
+
+
+@pytest.mark.parametrize("name", ["shifted_round", "windows", "windows_in_steps"])
+def test_nor_by_the_backend(name):
+    """Where the passes run inside of a compilation, under its fake mode."""
+    inputs = {"ids": torch.arange(2 * T).view(2, T) % 20, "n": torch.tensor([T, T - 3])}
+    report = spcompile.explain(Model(BODIES[name]), ranks=3)(**inputs)
+    assert not report.gathers and not report.breaks
 
 
 @pytest.mark.parametrize("index", [T, -T - 1])

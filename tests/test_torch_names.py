@@ -159,6 +159,7 @@ CALLED = {
     "enter_autocast": [],
     "exit_autocast": ["mode"],
     "differentiable": [],
+    "disable_current_modes": [],
     "FakeTensorMode": ["allow_non_fake_inputs", "shape_env"],
     "flex_attention_backward": [
         *("query", "key", "value", "out", "logsumexp", "grad_out", "grad_logsumexp"),

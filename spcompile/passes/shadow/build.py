@@ -19,7 +19,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from spcompile._torch import OpOverload, get_proxy_mode, get_proxy_slot
+from spcompile._torch import OpOverload, disable_current_modes, get_proxy_mode, get_proxy_slot
 from spcompile.passes.numbers import size_symbols
 from spcompile.passes.shadow.spelling import Call, canonical
 from spcompile.passes.shadow.values import (
@@ -159,7 +159,7 @@ class Builder:
         tensor: Any = getattr(self.tracer().root, str(aten_node.target), None)
         if type(tensor) is not torch.Tensor or tensor.shape != () or tensor.is_complex():
             return None
-        with torch.utils._python_dispatch._disable_current_modes():
+        with disable_current_modes():
             return float(tensor) if tensor.is_floating_point() else int(tensor)
 
     def lookup(self, n: fx.Node) -> Value:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map, tree_map_only
 
+from spcompile._torch import disable_current_modes
 from spcompile.expressions import Expressions
 from spcompile.passes.numbers import unsized
 from spcompile.passes.shard.propagate import call_of
@@ -141,21 +142,26 @@ def _cut(writer: _Writer, node: fx.Node) -> list[fx.Node]:
     dims = [d for d, i in enumerate(picks) if i is not None]
     if len(dims) != 1 or len(_shape(picks[dims[0]])) != 1 or picks[dims[0]].meta["val"].dtype == torch.bool:
         return []
-    numbers, (dim,) = _known(picks[dims[0]], {}), dims
-    if numbers is None or not numbers.numel():
+    (dim,) = dims
+    with disable_current_modes():
+        runs = _runs(_known(picks[dim], {}), _shape(x)[dim])
+    if not 0 < len(runs) <= _RUNS:
         return []
-    numbers = torch.where(numbers < 0, numbers + _shape(x)[dim], numbers)
-    ends = [0, *((numbers.diff() != 1).nonzero().flatten() + 1).tolist(), numbers.numel()]
-    if len(ends) - 1 > _RUNS or not 0 <= int(numbers.min()) <= int(numbers.max()) < _shape(x)[dim]:
-        return []
-    starts = [int(numbers[i]) for i in ends[:-1]]
-    slices = [
-        writer.call(node, node, aten.slice.Tensor, x, dim, start, start + last - first)
-        for start, (first, last) in zip(starts, pairwise(ends), strict=True)
-    ]
+    slices = [writer.call(node, node, aten.slice.Tensor, x, dim, *run) for run in runs]
     whole = slices[0] if len(slices) == 1 else writer.call(node, node, aten.cat.default, slices, dim)
     writer.replace(node, whole)
     return slices
+
+
+def _runs(numbers: Tensor | None, size: int) -> list[tuple[int, int]]:
+    """(start, stop) of each run of neighbours; none if they are not known, or not all of the dim's."""
+    if numbers is None or not numbers.numel():
+        return []
+    numbers = torch.where(numbers < 0, numbers + size, numbers)
+    if int(numbers.min()) < 0 or int(numbers.max()) >= size:
+        return []
+    ends = [0, *((numbers.diff() != 1).nonzero().flatten() + 1).tolist(), numbers.numel()]
+    return [(int(numbers[a]), int(numbers[a]) + b - a) for a, b in pairwise(ends)]
 
 
 def _known(node: fx.Node, made: dict[fx.Node, Tensor | None]) -> Tensor | None:

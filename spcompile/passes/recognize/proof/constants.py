@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spcompile._torch import disable_current_modes
 from spcompile.passes.recognize.algebra.dims import back_through_view, name_dims
 from spcompile.passes.recognize.algebra.products import same_values, scalar
 from spcompile.passes.shadow import Value
@@ -91,7 +92,7 @@ def _run(x: object) -> Tensor:
     args = {n: _run(a) if isinstance(a, Value) else a for n, a in x.args.items()}
     if any(isinstance(b, Value) for a in args.values() if isinstance(a, (list, tuple)) for b in a):
         raise ValueError("nested operands")
-    with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+    with disable_current_modes(), torch.no_grad():
         out = function(**args)
     if not isinstance(out, Tensor):
         raise ValueError("not a tensor")
