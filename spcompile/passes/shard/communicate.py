@@ -96,7 +96,7 @@ def _summed(context: Context, x: Tensor, op: str) -> Tensor:
 
 def is_shift(have: Shard, want: Shard, ranks: int) -> bool:
     """Whether a halo brings it: the same entries in blocks of the same length, not a few from far away."""
-    far = abs(have.start - want.start) > hint(have.block)
+    far = abs(have.start - want.start) > hint(have.block) and have.holds_all(ranks)
     return same_blocks(have, want) and not (far and _is_short(have, ranks))
 
 
