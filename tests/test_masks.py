@@ -35,11 +35,11 @@ def value_of(fn: Callable[..., Tensor], *data: Tensor) -> Value:
     return out
 
 
-def pieces_of(fn: Callable[..., Tensor], *data: Tensor) -> tuple[masks.Pieces | None, Value]:
+def pieces_of(fn: Callable[..., Tensor], *data: Tensor) -> tuple[masks.Spans | None, Value]:
     value = value_of(fn, *data)
     rows, cols = Atom(value.shape[-2]), Atom(value.shape[-1])
     dims = tuple((Atom(s),) if s > 1 else () for s in value.shape[:-2]) + ((rows,), (cols,))
-    return Prover().pieces(value, dims, rows, cols), value
+    return Prover().spans(value, dims, rows, cols), value
 
 
 T, S = 6, 6
@@ -99,8 +99,8 @@ CAUSAL = {
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_causal_spellings_are_proved(name: str) -> None:
-    pieces, value = pieces_of(CAUSAL[name])
-    assert masks.kind_of(pieces) == "causal"
+    spans, value = pieces_of(CAUSAL[name])
+    assert masks.kind_of(spans) == "causal"
     complement, _ = pieces_of(lambda: ~CAUSAL[name]())
     assert masks.kind_of(complement) == "anticausal"
     assert torch.equal(CAUSAL[name]().expand(value.shape), torch.ones(value.shape, dtype=torch.bool).tril())
@@ -146,8 +146,8 @@ def test_data_is_not_trusted_but_equals_itself() -> None:
 def test_nothing_of_size_t_by_t_and_fast() -> None:
     """A proof at a length of which a table would take a terabyte."""
     n = 2**20
-    pieces, _ = pieces_of(lambda: torch.arange(n)[:, None] >= torch.arange(n)[None, :])
-    assert masks.kind_of(pieces) == "causal"
+    spans, _ = pieces_of(lambda: torch.arange(n)[:, None] >= torch.arange(n)[None, :])
+    assert masks.kind_of(spans) == "causal"
 
 
 def test_numbers_that_do_not_fit_are_data() -> None:
@@ -164,13 +164,13 @@ def test_keeps_every_row(rows: int, cols: int) -> None:
     d = torch.arange(rows)[:, None] - torch.arange(cols)
     for lo in range(1 - cols, rows):
         for hi in range(lo, rows):
-            pieces = [
-                masks.Piece(1 - cols, lo - 1, False),
-                masks.Piece(lo, hi, True),
-                masks.Piece(hi + 1, rows - 1, False),
+            spans = [
+                masks.Span(1 - cols, lo - 1, False),
+                masks.Span(lo, hi, True),
+                masks.Span(hi + 1, rows - 1, False),
             ]
-            pieces = [p for p in pieces if p.lo <= p.hi]
-            assert masks.keeps_every_row(pieces, rows, cols) == bool(((d >= lo) & (d <= hi)).any(1).all())
+            spans = [p for p in spans if p.lo <= p.hi]
+            assert masks.keeps_every_row(spans, rows, cols) == bool(((d >= lo) & (d <= hi)).any(1).all())
 
 
 # ---------------------------------------------------------------- random programs
@@ -229,13 +229,13 @@ def test_what_is_proved_is_true(program: str, shape: tuple[int, int]) -> None:
         }  # fmt: skip
         return eval(program, scope).expand(n, m)
 
-    pieces, _ = pieces_of(fn)
-    if pieces is None:
+    spans, _ = pieces_of(fn)
+    if spans is None:
         return
     want = fn()
     d = torch.arange(n)[:, None] - torch.arange(m)
     got = torch.zeros(n, m, dtype=torch.bool)
-    for p in pieces:
+    for p in spans:
         got |= (d >= p.lo) & (d <= p.hi) & bool(p.value)
-    assert pieces[0].lo == 1 - m and pieces[-1].hi == n - 1
+    assert spans[0].lo == 1 - m and spans[-1].hi == n - 1
     assert torch.equal(got, want), program

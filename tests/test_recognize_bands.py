@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from recognition import INF, B, D, H, T, future, qkv, see, spelling
 from torch import Tensor
 
-from spcompile.passes.recognize.proof.masks import Piece
+from spcompile.passes.recognize.proof.masks import Span
 from spcompile.passes.recognize.softmax.bands import Band, band_of
 
 FOUND: dict = {}
@@ -277,7 +277,7 @@ def test_every_band(rows: int, cols: int) -> None:
         if first > last:
             continue
         bounds = [(low, first - 1, False), (first, last, True), (last + 1, high, False)]
-        band = band_of([Piece(a, b, x) for a, b, x in bounds if a <= b])
+        band = band_of([Span(a, b, x) for a, b, x in bounds if a <= b])
         want = (d >= first) & (d <= last)
         if band is None:
             assert first != 0 and first != -last and (first, last) != (low, high)

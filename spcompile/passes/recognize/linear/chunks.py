@@ -93,7 +93,7 @@ def _together(
         if not any(_match(y, x, named) for y in own.factors if y is not q2):
             return None
         same |= named
-    return _form(v, out, before, own, q, (n, c), (m, named.get(d2)), prover)
+    return _form(v, out, before, own, q, (n, c), (m, named.get(d2)))
 
 
 def _only(term: Term, test) -> Factor | None:
@@ -122,7 +122,6 @@ def _form(
     q: Factor,
     rows: tuple[Atom, Atom],
     cols: tuple[Atom, Atom | None],
-    prover: Prover,
 ) -> Form | None:
     """Causal linear attention over tokens (n, c); None if an atom has no role in it."""
     if cols[1] is None:
@@ -148,7 +147,7 @@ def _form(
                 [],
                 [],
                 CAUSAL,
-                Table(t, s, prover.functions),
+                Table(t, s),
                 [],
                 before.scale,
                 [*before.path, *own.path],

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from operator import mul
 
 from spcompile.passes.recognize.algebra.dims import Atom, Dims, atoms_of, resolve
 from spcompile.passes.recognize.algebra.polynomials import affordable
@@ -23,7 +24,8 @@ from spcompile.passes.recognize.edit import Editor, Refused
 from spcompile.passes.recognize.linear import chunks
 from spcompile.passes.recognize.linear.emit import emit
 from spcompile.passes.recognize.linear.form import Form
-from spcompile.passes.recognize.linear.weights import ONE, ZERO, Span, Table, Weights, multiplied
+from spcompile.passes.recognize.linear.weights import ONE, ZERO, Table, Weights
+from spcompile.passes.recognize.proof.masks import Span, Spans, combine, mapped
 from spcompile.passes.recognize.proof.prover import Prover
 from spcompile.passes.shadow import Shadow, Value
 from spcompile.passes.sites import Site
@@ -132,24 +134,24 @@ class Reader:
 
     def _weights(self, term: Term, both: list[Factor], t: Atom, s: Atom) -> Weights | None:
         """The product of all masks and decays; None if it isn't proved to be one that a state can carry."""
-        table = self.tables.setdefault((t, s), Table(t, s, self.prover.functions))
+        table = self.tables.setdefault((t, s), Table(t, s))
         product = [Span(1 - s.size, t.size - 1, ONE)]
         found: list[Mask | Factor] = [*term.masks, *both]
         for m in found:
             spans = self._spans(table, m, t, s)
             if spans is None:
                 return None
-            product = multiplied(product, spans)
+            product = combine(mul, product, spans)
         return table.read(product)
 
-    def _spans(self, table: Table, m: Mask | Factor, t: Atom, s: Atom) -> list[Span] | None:
+    def _spans(self, table: Table, m: Mask | Factor, t: Atom, s: Atom) -> Spans | None:
         """A mask or a factor, by intervals of i - j."""
         if isinstance(m, Factor):
             return table.spans(m.value, m.dims, m.inverse)
-        pieces = self.prover.keeps(m, t, s)
-        if pieces is None:
+        spans = self.prover.keeps(m, t, s)
+        if spans is None:
             return None
-        return [Span(p.lo, p.hi, ONE if p.value else ZERO) for p in pieces]
+        return mapped(lambda kept: ONE if kept else ZERO, spans)
 
     def plausible(self, form: Form) -> bool:
         """Whether its operands are activations."""

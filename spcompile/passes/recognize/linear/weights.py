@@ -22,21 +22,13 @@ from sympy.core.function import AppliedUndef
 
 from spcompile.passes.recognize.algebra.dims import Atom, Dims, resolve
 from spcompile.passes.recognize.proof.context import Context, pick, symbols
+from spcompile.passes.recognize.proof.masks import Span, Spans
 from spcompile.passes.recognize.proof.prover import between_thresholds
 from spcompile.passes.recognize.proof.reals import Reals
-from spcompile.passes.recognize.proof.values import Index, Memo
+from spcompile.passes.recognize.proof.views import Index
 from spcompile.passes.shadow import Value
 
 ZERO, ONE = sympy.Integer(0), sympy.Integer(1)
-
-
-@dataclass(frozen=True)
-class Span:
-    """The weight wherever lo <= i - j <= hi."""
-
-    lo: int
-    hi: int
-    value: sympy.Expr
 
 
 @dataclass(frozen=True)
@@ -75,13 +67,13 @@ class Weights:
 class Table:
     """The weights of one pair of dims: rows of atom t, columns of atom s."""
 
-    def __init__(self, t: Atom, s: Atom, memo: Memo) -> None:
+    def __init__(self, t: Atom, s: Atom) -> None:
         self.ctx = Context()
         self.ctx.ranges[self.ctx.i], self.ctx.ranges[self.ctx.j] = (0, t.size - 1), (0, s.size - 1)
-        self.reals = Reals(self.ctx, memo)
+        self.reals = Reals(self.ctx)
         self.t, self.s = t, s
         self.named = {t: self.ctx.i, s: self.ctx.j}
-        self.known: dict[tuple, list[Span] | None] = {}
+        self.known: dict[tuple, Spans | None] = {}
 
     def index(self, dims: Dims) -> Index:
         """The index of each dim, from the symbols of its atoms."""
@@ -114,14 +106,14 @@ class Table:
             out.append(tuple(dim[::-1]))
         return tuple(out), ahead
 
-    def spans(self, value: Value, dims: Dims, inverse: bool = False) -> list[Span] | None:
+    def spans(self, value: Value, dims: Dims, inverse: bool = False) -> Spans | None:
         """`value` by intervals of i - j; None if that isn't proved."""
         key = (value, tuple(resolve(d) for d in dims), inverse)
         if key not in self.known:
             self.known[key] = self._spans(value, dims, inverse)
         return self.known[key]
 
-    def _spans(self, value: Value, dims: Dims, inverse: bool) -> list[Span] | None:
+    def _spans(self, value: Value, dims: Dims, inverse: bool) -> Spans | None:
         tree = self.reals.at(value, self.index(dims))
         intervals = between_thresholds(self.ctx, tests(tree), self.t.size, self.s.size)
         if intervals is None:
@@ -249,14 +241,3 @@ def tests(tree: object) -> set[sympy.Symbol]:
     if not hasattr(tree, "test"):
         return set()
     return symbols(tree.test) | tests(tree.then) | tests(tree.other)  # type: ignore[attr-defined]
-
-
-def multiplied(a: Sequence[Span], b: Sequence[Span]) -> list[Span]:
-    """The product, over the common refinement."""
-    out = [
-        Span(max(p.lo, q.lo), min(p.hi, q.hi), p.value * q.value)
-        for p in a
-        for q in b
-        if max(p.lo, q.lo) <= min(p.hi, q.hi)
-    ]
-    return sorted(out, key=lambda p: p.lo)

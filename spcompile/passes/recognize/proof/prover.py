@@ -1,13 +1,13 @@
 """Masks are decided by proof: a symbolic evaluator of the code that builds a mask.
 
 A mask is followed back to `arange`, `ones`, `tril`, comparisons and the like as a function from index
-symbols to a typed expression (`ops`). Its only undecided parts are then *atoms* `e >= 0`, with e a
+symbols to a typed expression (`exact`). Its only undecided parts are then *atoms* `e >= 0`, with e a
 polynomial in the row i and the column j, and data. Every atom must be settled by interval arithmetic over
 the index ranges, or depend on i - j alone; then the mask is a function of d = i - j that is constant between
 the atoms' thresholds, and one evaluation per piece is a complete proof, with nothing of size T x T. What is
 left is "general".
 
-The result is a list of `Piece`s: constant values over intervals of d (see `masks`).
+The result is a list of `Span`s: constant values over intervals of d (see `masks`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import sympy
 from spcompile.passes.recognize.algebra.dims import Atom, Dims, resolve
 from spcompile.passes.recognize.algebra.products import Mask
 from spcompile.passes.recognize.proof.context import Context, pick, symbols
-from spcompile.passes.recognize.proof.masks import Piece, Pieces, mapped, triangle
-from spcompile.passes.recognize.proof.ops import evaluate
+from spcompile.passes.recognize.proof.exact import Exact
+from spcompile.passes.recognize.proof.masks import Span, Spans, mapped, triangle
 from spcompile.passes.shadow import Value
 
 __all__ = ["Prover", "between_thresholds", "indices", "settle"]
@@ -31,12 +31,11 @@ _ROWS_AT_ONCE = 8192  # thresholds of a polynomial in d are looked for one d at 
 
 @dataclass
 class Prover:
-    """Evaluates masks of one shadow; keeps what it has evaluated."""
+    """Proves masks of one shadow; keeps what it has proved."""
 
-    functions: dict[Value, Any] = field(default_factory=dict)
-    proved: dict[tuple, Pieces | None] = field(default_factory=dict)
+    proved: dict[tuple, Spans | None] = field(default_factory=dict)
 
-    def pieces(self, value: Value, dims: Dims, rows: Atom, cols: Atom) -> Pieces | None:
+    def spans(self, value: Value, dims: Dims, rows: Atom, cols: Atom) -> Spans | None:
         """`value`, whose dims are named, as a function of i - j (rows i, columns j); None if that isn't
         proved."""
         numbers = {rows: 0, cols: 1}
@@ -49,20 +48,20 @@ class Prover:
             self.proved[key] = self._prove(value, dims, rows, cols)
         return self.proved[key]
 
-    def _prove(self, value: Value, dims: Dims, rows: Atom, cols: Atom) -> Pieces | None:
+    def _prove(self, value: Value, dims: Dims, rows: Atom, cols: Atom) -> Spans | None:
         ctx = Context()
         ctx.ranges[ctx.i], ctx.ranges[ctx.j] = (0, rows.size - 1), (0, cols.size - 1)
         index = indices(ctx, dims, {rows: ctx.i, cols: ctx.j})
-        expr = evaluate(value, self.functions)(ctx, index)
+        expr = Exact(ctx).at(value, index)
         return settle(ctx, expr, rows.size, cols.size)
 
-    def keeps(self, mask: Mask, rows: Atom, cols: Atom) -> Pieces | None:
+    def keeps(self, mask: Mask, rows: Atom, cols: Atom) -> Spans | None:
         """A factor of zeros and a constant: what it keeps, as bools or as numbers."""
         if mask.value is None:
             ordered = tuple(resolve(d) for d in mask.dims) == ((rows,), (cols,))
             return triangle(rows, cols, mask.diagonal) if ordered else None
-        pieces = self.pieces(mask.value, mask.dims, rows, cols)
-        return mapped(lambda x: not x, pieces) if pieces is not None and mask.complement else pieces
+        spans = self.spans(mask.value, mask.dims, rows, cols)
+        return mapped(lambda x: not x, spans) if spans is not None and mask.complement else spans
 
 
 def indices(ctx: Context, dims: Dims, named: dict[Atom, sympy.Symbol]) -> tuple[sympy.Expr, ...]:
@@ -78,20 +77,20 @@ def indices(ctx: Context, dims: Dims, named: dict[Atom, sympy.Symbol]) -> tuple[
     return tuple(out)
 
 
-def settle(ctx: Context, expr: object, rows: int, cols: int) -> Pieces | None:
+def settle(ctx: Context, expr: object, rows: int, cols: int) -> Spans | None:
     """Evaluate once per interval between the atoms' thresholds in d."""
     intervals = between_thresholds(ctx, symbols(expr), rows, cols)
     if intervals is None:
         return None
-    out: Pieces = []
+    out: Spans = []
     for a, b, facts in intervals:
         value = _constant(expr, facts)
         if value is None:
             return None
         if out and out[-1].value == value and isinstance(out[-1].value, bool) == isinstance(value, bool):
-            out[-1] = Piece(out[-1].lo, b, value)
+            out[-1] = Span(out[-1].lo, b, value)
         else:
-            out.append(Piece(a, b, value))
+            out.append(Span(a, b, value))
     return out
 
 

@@ -1,11 +1,10 @@
 """Decays, symbolically: the code that makes a real-valued mask, as an expression over the reals.
 
-`values` decides conditions, so it is exact: integers that a dtype holds. A decay's values are real
-numbers, and an op that replaces its code need only agree with it up to rounding. Here a Value is a tree of
-`Choice`s, whose tests are the exact evaluator's, and whose leaves are sympy expressions in the index symbols
-and in *sources*: undefined functions of their indices, one for each Value that stays data. A running sum of
-a source along a dim is a source of its own, so that `cumsum(x)_i - cumsum(x)_j` and the masked segment sums
-of x are the same difference.
+A decay's values are real numbers, and an op that replaces its code need only agree with it up to rounding.
+Here a Value is a tree of `Choice`s, whose tests are the exact domain's, and whose leaves are sympy
+expressions in the index symbols and in *sources*: undefined functions of their indices, one for each Value
+that stays data. A running sum of a source along a dim is a source of its own, so that
+`cumsum(x)_i - cumsum(x)_j` and the masked segment sums of x are the same difference.
 
 What does not vary along tokens (a slope per head) is data at once; a number is a number.
 """
@@ -17,18 +16,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import sympy
-import torch
 from sympy.core.function import AppliedUndef, UndefinedFunction
 
 from spcompile.passes.recognize.algebra.products import outer_product, scalar
-from spcompile.passes.recognize.proof import views
 from spcompile.passes.recognize.proof.constants import positive
 from spcompile.passes.recognize.proof.context import Choice, Context, choose, lift
-from spcompile.passes.recognize.proof.ops import evaluate
-from spcompile.passes.recognize.proof.values import Index, Memo, as_bool, as_number, broadcast, leaves, number
+from spcompile.passes.recognize.proof.domain import SHARED, TOO_LARGE, Domain, Reader, copied
+from spcompile.passes.recognize.proof.exact import Exact
+from spcompile.passes.recognize.proof.values import as_number, leaves, number
+from spcompile.passes.recognize.proof.views import Index
 from spcompile.passes.shadow import Value
-
-_TOO_LARGE = 64  # leaves of a tree
 
 
 @dataclass(frozen=True)
@@ -48,11 +45,12 @@ class Parity(sympy.Function):
         return sympy.Integer(1) if exponent.is_even else None
 
 
-class Reals:
+class Reals(Domain):
     """Evaluates real-valued code over the symbols of one Context."""
 
-    def __init__(self, ctx: Context, memo: Memo) -> None:
-        self.ctx, self.memo = ctx, memo
+    def __init__(self, ctx: Context) -> None:
+        super().__init__(ctx)
+        self.exact = Exact(ctx)
         self.tokens = {ctx.i, ctx.j}
         self.sources: dict[UndefinedFunction, Source] = {}
         self._named: dict[Source, UndefinedFunction] = {}
@@ -72,16 +70,16 @@ class Reals:
             return out if isinstance(out, sympy.Expr) and out.is_Number else self.source(v, index)
         if v.dtype is None or v.dtype.is_complex:
             return self.source(v, index)
-        reader = _READERS.get(v.name) if v.dtype.is_floating_point else None
-        out = reader(self, v, index) if reader is not None else self._exact(v, index)
-        return self.source(v, index) if out is None or len(leaves(out)) > _TOO_LARGE else out
+        known = v.dtype.is_floating_point and v.name in self.readers
+        out = self.read(v, index) if known else self._exact(v, index)
+        return self.source(v, index) if out is None or len(leaves(out)) > TOO_LARGE else out
 
     def varies(self, index: Index) -> bool:
         return any(e.free_symbols & self.tokens for e in index)
 
     def _exact(self, v: Value, index: Index) -> object:
-        """By the exact evaluator; None if something of it is data."""
-        out = as_number(evaluate(v, self.memo)(self.ctx, index))
+        """By the exact domain; None if something of it is data."""
+        out = as_number(self.exact.at(v, index))
         data = any(s.name[0] != "x" for x in leaves(out) for s in x.free_symbols)
         return None if data else out
 
@@ -94,15 +92,16 @@ class Reals:
         return self._named[source](*index)
 
     def operand(self, x: object, index: Index) -> object:
-        """An argument at the index of the result: a number, or a Value broadcast from the right."""
-        if (c := scalar(x)) is not None:
-            return number(c)
-        if not isinstance(x, Value):
-            return None
-        return self.at(x, views.expand_index(x.shape, index))
+        c = scalar(x)
+        return super().operand(x, index) if c is None else number(c)
 
-    def test(self, x: Value, index: Index) -> object:
-        return as_bool(self.ctx, broadcast(x, self.memo)(self.ctx, index))
+    def test(self, v: Value, index: Index) -> object:
+        return self.exact.test(v, index)
+
+    def arithmetic(self, f: Callable[..., sympy.Expr], v: Value, index: Index, *names: str) -> object:
+        if v.args.get("rounding_mode"):
+            return None
+        return _lifted(f, *(self.operand(v.args[n], index) for n in names))
 
     # ---- running sums
 
@@ -180,28 +179,16 @@ class Reals:
 
 # ---------------------------------------------------------------- what each op does
 
-Reader = Callable[[Reals, Value, Index], object]
-
 
 def _lifted(f: Callable[..., sympy.Expr], *xs: object) -> object:
     """f on every combination of leaves; None if an operand is missing, or there are too many."""
-    if any(x is None for x in xs) or math.prod(len(leaves(x)) for x in xs) > _TOO_LARGE:
+    if any(x is None for x in xs) or math.prod(len(leaves(x)) for x in xs) > TOO_LARGE:
         return None
     return lift(f, *xs)
 
 
 def _elementwise(f: Callable[..., sympy.Expr], *names: str) -> Reader:
-    def reader(r: Reals, v: Value, index: Index) -> object:
-        if v.args.get("rounding_mode"):
-            return None
-        return _lifted(f, *(r.operand(v.args[n], index) for n in names))
-
-    return reader
-
-
-def _add(r: Reals, v: Value, index: Index) -> object:
-    alpha = number(v.args.get("alpha", 1))
-    return _elementwise(lambda a, b: a + alpha * b, *_BINARY)(r, v, index)
+    return lambda r, v, index: r.arithmetic(f, v, index, *names)
 
 
 def _product(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr:
@@ -246,29 +233,11 @@ def _sign(base: sympy.Expr, exponent: sympy.Expr) -> sympy.Expr:
     return sympy.Mul(*(Parity(base, s) for s, c in terms.items() if c % 2))
 
 
-def _selected(r: Reals, v: Value, index: Index) -> object:
-    a, b = (r.operand(v.args[n], index) for n in _BINARY)
-    test = v.args["condition"]
-    if a is None or b is None or test.dtype != torch.bool:
-        return None
-    return choose(r.test(test, index), a, b)
-
-
 def _finite(r: Reals, v: Value, index: Index) -> object:
     """nan_to_num: what is a number stays."""
     if v.args.get("nan") not in (None, 0.0):
         return None
     return _lifted(lambda x: sympy.Integer(0) if x is sympy.nan else x, r.operand(v.args["self"], index))
-
-
-def _view(r: Reals, v: Value, index: Index) -> object:
-    at = views.REMAPS[v.name](v, index)
-    return None if at is None else r.at(v.args["self"], at)
-
-
-def _copy(r: Reals, v: Value, index: Index) -> object:
-    source = v.args.get("self")
-    return r.at(source, index) if isinstance(source, Value) and source.shape == v.shape else None
 
 
 def _einsum(r: Reals, v: Value, index: Index) -> object:
@@ -284,17 +253,15 @@ def _einsum(r: Reals, v: Value, index: Index) -> object:
 
 _LN2 = sympy.Float(math.log(2.0))
 _BINARY = ("self", "other")
-_READERS: dict[str, Reader] = {
-    **dict.fromkeys(views.REMAPS, _view),
-    **dict.fromkeys(("clone", "_to_copy"), _copy),
-    "add": _add,
+Reals.readers = {
+    **SHARED,
+    "_to_copy": copied,
     "mul": _elementwise(_product, *_BINARY),
     "div": _elementwise(lambda a, b: a / b, *_BINARY),
     "reciprocal": _elementwise(lambda a: 1 / a, "self"),
     "exp": _elementwise(_exp, "self"),
     "exp2": _elementwise(lambda a: _exp(_product(_LN2, a)), "self"),
     **dict.fromkeys(("pow", "float_power"), _power),
-    "where": _selected,
     "nan_to_num": _finite,
     "cumsum": Reals.running_sum,
     "einsum": _einsum,

@@ -20,9 +20,11 @@ from sympy.logic.boolalg import Boolean
 from spcompile.passes.recognize.algebra.dims import Atom, Dims
 from spcompile.passes.recognize.proof import masks
 from spcompile.passes.recognize.proof.context import Context, is_bool, lift
-from spcompile.passes.recognize.proof.masks import Pieces
-from spcompile.passes.recognize.proof.prover import Prover, indices, settle
-from spcompile.passes.recognize.proof.values import Index, evaluate, leaves
+from spcompile.passes.recognize.proof.exact import Exact
+from spcompile.passes.recognize.proof.masks import Spans
+from spcompile.passes.recognize.proof.prover import indices, settle
+from spcompile.passes.recognize.proof.values import leaves
+from spcompile.passes.recognize.proof.views import Index
 from spcompile.passes.recognize.softmax.documents import Documents, conjuncts, documents_of, named_dims
 from spcompile.passes.recognize.softmax.prefixes import Prefixes, prefixes_of
 from spcompile.passes.shadow import Value
@@ -45,12 +47,12 @@ class Band:
         return f"causal window of {self.window}" if self.causal else f"window of {self.window}"
 
 
-def band_of(pieces: Pieces) -> Band | None:
+def band_of(spans: Spans) -> Band | None:
     """The band that a boolean mask of d = i - j is; None if it is another mask."""
-    if not all(isinstance(p.value, bool) for p in pieces):
+    if not all(isinstance(p.value, bool) for p in spans):
         return None
-    lo, hi = pieces[0].lo, pieces[-1].hi
-    kept = [p for p in pieces if p.value]
+    lo, hi = spans[0].lo, spans[-1].hi
+    kept = [p for p in spans if p.value]
     if len(kept) != 1:
         return None
     first, last = kept[0].lo, kept[0].hi
@@ -79,7 +81,7 @@ class Split:
     With prefixes the first is (the function of i - j, or of one prefix), and the function is no factor alone.
     """
 
-    pieces: Pieces
+    spans: Spans
     keys: list[OfKeys]
     documents: Documents | None = None
     prefixes: Prefixes | None = None
@@ -90,7 +92,6 @@ Keeps = Callable[[Any], bool | None]
 
 
 def split(
-    prover: Prover,
     value: Value,
     dims: Dims,
     rows: Atom,
@@ -110,29 +111,29 @@ def split(
     ctx.ranges[ctx.i], ctx.ranges[ctx.j] = (0, rows.size - 1), (0, cols.size - 1)
     named = {rows: ctx.i, cols: ctx.j}
     index = indices(ctx, dims, named)
-    expr = _kept(evaluate(value, prover.functions)(ctx, index), keeps)
+    expr = _kept(Exact(ctx).at(value, index), keeps)
     if expr is None:
         return None
-    whole: Pieces = [masks.Piece(1 - cols.size, rows.size - 1, True)]
+    whole: Spans = [masks.Span(1 - cols.size, rows.size - 1, True)]
     atoms, parts, documents = {s: a for a, s in named.items()}, conjuncts(expr), None
     prefixes: Prefixes | None = None
     if rows.size == cols.size:
-        documents, parts = documents_of(ctx, prover, parts, atoms, held)
+        documents, parts = documents_of(ctx, parts, atoms, held)
         positions = None if documents is None else documents.positions
         if positions is not None and positions not in counts:
-            return split(prover, value, dims, rows, cols, keeps, held, counts | {positions})
-        beside = prefixes_of(ctx, prover, parts, atoms, held)
+            return split(value, dims, rows, cols, keeps, held, counts | {positions})
+        beside = prefixes_of(ctx, parts, atoms, held)
         if beside is not None:
             prefixes, whole, parts = beside
     rest: set[Boolean] = set()
     for part in parts:
-        pieces = settle(ctx, part, rows.size, cols.size)
-        if pieces is None:
+        spans = settle(ctx, part, rows.size, cols.size)
+        if spans is None:
             rest.add(part)
         elif prefixes is not None:
             return None  # a band that holds for prefixes too
         else:
-            whole = masks.combine(lambda a, b: bool(a and b), whole, pieces)
+            whole = masks.combine(lambda a, b: bool(a and b), whole, spans)
     found = _of_keys(ctx, rest, atoms, held) if rest else []
     return None if found is None else Split(whole, found, documents, prefixes)
 

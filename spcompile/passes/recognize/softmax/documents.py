@@ -12,8 +12,8 @@ from sympy.logic.boolalg import Boolean
 
 from spcompile.passes.recognize.algebra.dims import Atom, Dims, atoms_of, resolve
 from spcompile.passes.recognize.proof.context import Context
-from spcompile.passes.recognize.proof.prover import Prover
-from spcompile.passes.recognize.proof.values import Index, evaluate
+from spcompile.passes.recognize.proof.exact import Exact
+from spcompile.passes.recognize.proof.views import Index
 from spcompile.passes.shadow import Value
 
 __all__ = ["Documents", "conjuncts", "documents_of", "for_row", "named_dims", "of_tokens"]
@@ -33,7 +33,6 @@ class Documents:
 
 def documents_of(
     ctx: Context,
-    prover: Prover,
     parts: set[Boolean],
     atoms: dict[sympy.Symbol, Atom],
     held: Callable[[Value], bool],
@@ -53,9 +52,9 @@ def documents_of(
         if other is None or sorted(terms.values()) != [-1, 1]:
             continue
         (row,), (key,) = ([x for x, n in terms.items() if n == sign] for sign in (1, -1))
-        found = _same_of_both(ctx, prover, row, key, atoms, held)
+        found = _same_of_both(ctx, row, key, atoms, held)
         if found is not None:
-            return found, {_within(ctx, prover, found, part) for part in parts - {one, other}}
+            return found, {_within(ctx, found, part) for part in parts - {one, other}}
     return None, parts
 
 
@@ -69,7 +68,6 @@ def _at_least_zero(ctx: Context, part: Boolean) -> sympy.Expr | None:
 
 def _same_of_both(
     ctx: Context,
-    prover: Prover,
     row: sympy.Expr,
     key: sympy.Expr,
     atoms: dict[sympy.Symbol, Atom],
@@ -77,7 +75,7 @@ def _same_of_both(
 ) -> Documents | None:
     """A Value that is ``key`` where it is read for a key, and ``row`` where it is read for the row."""
     for v, index, dims, expr in of_tokens(ctx, atoms, held):
-        if expr == key and for_row(ctx, prover, v, index) == row:
+        if expr == key and for_row(ctx, v, index) == row:
             return Documents(v, dims, index, _positions(v))
     return None
 
@@ -96,17 +94,19 @@ def of_tokens(
             yield v, index, dims, expr
 
 
-def for_row(ctx: Context, prover: Prover, v: Value, index: Index) -> object:
+def for_row(ctx: Context, v: Value, index: Index) -> object:
     """What a Value that is read at ``index`` for a key is for the row."""
-    return evaluate(v, prover.functions)(ctx, tuple(ctx.i if e == ctx.j else e for e in index))
+    return Exact(ctx).at(v, tuple(ctx.i if e == ctx.j else e for e in index))
 
 
-def _within(ctx: Context, prover: Prover, documents: Documents, part: Boolean) -> Boolean:
+def _within(ctx: Context, documents: Documents, part: Boolean) -> Boolean:
     """A condition where row and key are of one document: positions differ there as places do."""
     if documents.positions is None:
         return part
-    f, index = evaluate(documents.positions, prover.functions), documents.index
-    key, row = (f(ctx, tuple(by.get(e, e) for e in index)) for by in ({}, {ctx.j: ctx.i}))
+    index = documents.index
+    key, row = (
+        Exact(ctx).at(documents.positions, tuple(by.get(e, e) for e in index)) for by in ({}, {ctx.j: ctx.i})
+    )
     if not (isinstance(key, sympy.Symbol) and isinstance(row, sympy.Symbol)):
         return part
     known = {}

@@ -213,7 +213,7 @@ def assign(found: Found, q: Operand, k: Operand, v: Operand) -> Roles:
     rows = [a for a in out if a not in values and a not in batch]
     keys = resolve((found.keys,))
     if len(keys) != 1 or not rows:
-        raise Refused("its sequence has length one or is cut in pieces")
+        raise Refused("its sequence has length one or is cut in spans")
     if (aq | ak) - set(contracted) - set(keys) - set(out) or av - set(keys) - set(out) or set(keys) & aq:
         raise Refused("its dims are not those of an attention")
     t = _row_atom(rows, keys[0], found.steps)

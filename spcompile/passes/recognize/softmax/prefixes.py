@@ -18,8 +18,8 @@ from sympy.logic.inference import satisfiable
 
 from spcompile.passes.recognize.algebra.dims import Atom, Dims
 from spcompile.passes.recognize.proof.context import Context, both, either, is_bool, lift
-from spcompile.passes.recognize.proof.masks import Pieces
-from spcompile.passes.recognize.proof.prover import Prover, settle
+from spcompile.passes.recognize.proof.masks import Spans
+from spcompile.passes.recognize.proof.prover import settle
 from spcompile.passes.recognize.proof.values import at_least, equal
 from spcompile.passes.recognize.softmax.documents import for_row, of_tokens
 from spcompile.passes.shadow import Value
@@ -49,11 +49,10 @@ class _Reading:
 
 def prefixes_of(
     ctx: Context,
-    prover: Prover,
     parts: set[Boolean],
     atoms: dict[sympy.Symbol, Atom],
     held: Callable[[Value], bool],
-) -> tuple[Prefixes, Pieces, set[Boolean]] | None:
+) -> tuple[Prefixes, Spans, set[Boolean]] | None:
     """The prefixes in a conjunction, the band beside them, and the other parts; None: there are none.
 
     Args:
@@ -65,30 +64,30 @@ def prefixes_of(
         whole = part.to_nnf(simplify=False)
         if not isinstance(whole, sympy.Or) or len(whole.free_symbols) > _MOST_SYMBOLS:
             continue
-        pieces = {a: settle(ctx, a, rows, cols) for a in whole.args}
-        band = sympy.Or(*(a for a, p in pieces.items() if p is not None))
+        spans = {a: settle(ctx, a, rows, cols) for a in whole.args}
+        band = sympy.Or(*(a for a, p in spans.items() if p is not None))
         of_band = settle(ctx, band, rows, cols)
-        if band == sympy.false or of_band is None or None not in pieces.values():
+        if band == sympy.false or of_band is None or None not in spans.values():
             continue
-        for x in _readings(ctx, prover, atoms, held):
+        for x in _readings(ctx, atoms, held):
             if any(_same(whole, either(band, more)) for more in _alternatives(ctx, x, of_band)):
                 return x.found, of_band, parts - {part}
     return None
 
 
 def _readings(
-    ctx: Context, prover: Prover, atoms: dict[sympy.Symbol, Atom], held: Callable[[Value], bool]
+    ctx: Context, atoms: dict[sympy.Symbol, Atom], held: Callable[[Value], bool]
 ) -> Iterator[_Reading]:
     """Values of which there is one for each token, as the mask has read them for keys."""
     for v, index, dims, key in of_tokens(ctx, atoms, held):
-        row = for_row(ctx, prover, v, index)
+        row = for_row(ctx, v, index)
         yield _Reading(Prefixes(v, dims), key, row)
         if v.dtype == torch.bool:
             opposite = sympy.Not(cast(Boolean, key)), sympy.Not(cast(Boolean, row))
             yield _Reading(Prefixes(v, dims, False), *opposite)
 
 
-def _alternatives(ctx: Context, x: _Reading, band: Pieces) -> Iterator[Boolean]:
+def _alternatives(ctx: Context, x: _Reading, band: Spans) -> Iterator[Boolean]:
     """What a mask may say beside its band, if tokens of one number of ``x`` see each other."""
     if x.found.value.dtype == torch.bool:
         assert is_bool(x.key) and is_bool(x.row)

@@ -21,8 +21,7 @@ from spcompile.passes.recognize.algebra.dims import Atom, Dims, atoms_of, resolv
 from spcompile.passes.recognize.edit import Editor, Operand, Refused, Writer
 from spcompile.passes.recognize.proof.constants import bounded
 from spcompile.passes.recognize.proof.context import Context
-from spcompile.passes.recognize.proof.prover import Prover
-from spcompile.passes.recognize.proof.values import evaluate
+from spcompile.passes.recognize.proof.exact import Exact
 from spcompile.passes.shadow import Value
 from spcompile.passes.shadow.spelling import by_schema, target_of
 
@@ -92,8 +91,8 @@ class Relative:
 class _Reader:
     """Reads the code of one bias."""
 
-    def __init__(self, rows: int, prover: Prover, held: Callable[[Value], bool]) -> None:
-        self.held, self.prover = held, prover
+    def __init__(self, rows: int, held: Callable[[Value], bool]) -> None:
+        self.held = held
         self.ctx = Context()
         self.ctx.ranges[self.ctx.i] = self.ctx.ranges[self.ctx.j] = (0, rows - 1)
         self.known: dict[tuple[Value, _Place], _Recipe | None] = {}
@@ -129,7 +128,7 @@ class _Reader:
         """Where it is an integer that is affine in i - j."""
         at = {place.row: self.ctx.i, place.key: self.ctx.j}
         index = tuple(at[d] if d in at else self.ctx.index(size) for d, size in enumerate(v.shape))
-        e = evaluate(v, self.prover.functions)(self.ctx, index)
+        e = Exact(self.ctx).at(v, index)
         if v.dtype == torch.bool or not isinstance(e, sympy.Expr):
             return None
         distance = sympy.Symbol("d", integer=True)
@@ -186,7 +185,6 @@ def read_relative(
     number: float,
     rows: Atom,
     keys: Atom,
-    prover: Prover,
     held: Callable[[Value], bool],
 ) -> Relative | None:
     """A bias, whose dims are named, as one by head and distance; None if it is not seen to be."""
@@ -194,7 +192,7 @@ def read_relative(
     place = _Place(where.get((rows,)), where.get((keys,)))
     if rows.size != keys.size or None in (place.row, place.key):
         return None
-    recipe = _Reader(rows.size, prover, held).read(value, place)
+    recipe = _Reader(rows.size, held).read(value, place)
     return None if recipe is None else Relative(recipe, value, dims, number)
 
 

@@ -118,7 +118,7 @@ def decide(found: Found, rows: Atom, prover: Prover, held: Callable[[Value], boo
         held: whether a Value can be had where the operator will stand.
     """
     scale, soft_cap = _scores(found.steps)
-    whole: masks.Pieces = [masks.Piece(1 - found.keys.size, rows.size - 1, True)]
+    whole: masks.Spans = [masks.Span(1 - found.keys.size, rows.size - 1, True)]
     proved, data, numbers, documents = whole, list[Step](), list[float](), dict[Documents, None]()
     relative: list[Relative] = []
     hiding: list[Step] = []
@@ -132,12 +132,12 @@ def decide(found: Found, rows: Atom, prover: Prover, held: Callable[[Value], boo
             data.append(replace(_scaled(step, after), of_keys=alone))
             numbers += [data[-1].number] if step.kind == "fill" else []
         else:
-            proved = masks.combine(lambda a, b: a and b, proved, part.pieces)
+            proved = masks.combine(lambda a, b: a and b, proved, part.spans)
             data += [Step("fill", part.hides, k.value, k.dims, k.keep, True) for k in part.keys]
             numbers.append(part.hides)
             documents |= {} if part.documents is None else {part.documents: None}
             prefixes += [] if part.prefixes is None else [part.prefixes]
-            narrower |= part.prefixes is None and not all(p.value for p in part.pieces)
+            narrower |= part.prefixes is None and not all(p.value for p in part.spans)
         hiding += [] if step.bounded else [step]
     if documents:  # a row of which no more is known than that it may see itself
         sure = masks.combine(lambda a, b: a and b, proved, _itself(rows.size, found.keys.size))
@@ -199,7 +199,7 @@ def _structure(
     if part is not None or step.kind != "bias":
         return part
     assert step.value is not None
-    return read_relative(step.value, step.dims, step.number * after, rows, found.keys, prover, held)
+    return read_relative(step.value, step.dims, step.number * after, rows, found.keys, held)
 
 
 def _known(step: Step) -> Step:
@@ -231,10 +231,10 @@ def _terms(step: Step, dtype: torch.dtype | None) -> list[Step]:
     return [step]
 
 
-def _itself(rows: int, keys: int) -> masks.Pieces:
+def _itself(rows: int, keys: int) -> masks.Spans:
     """A row sees the key at its own place."""
-    pieces = [masks.Piece(1 - keys, -1, False), masks.Piece(0, 0, True), masks.Piece(1, rows - 1, False)]
-    return [p for p in pieces if p.lo <= p.hi]
+    spans = [masks.Span(1 - keys, -1, False), masks.Span(0, 0, True), masks.Span(1, rows - 1, False)]
+    return [p for p in spans if p.lo <= p.hi]
 
 
 def _after(steps: Sequence[Step], n: int) -> float:
@@ -337,19 +337,19 @@ def _proved_part(
             return None
         hidden.append(step.number * after)
     does = fill if step.kind == "fill" else bias
-    pieces = prover.pieces(step.value, step.dims, rows, found.keys)
-    if pieces is not None:
-        if any(does(p.value) is None for p in pieces):
+    spans = prover.spans(step.value, step.dims, rows, found.keys)
+    if spans is not None:
+        if any(does(p.value) is None for p in spans):
             return None
-        return _Part(masks.mapped(does, pieces), [], hides=max(hidden, default=-math.inf))
-    parts = split(prover, step.value, step.dims, rows, found.keys, does, held)
+        return _Part(masks.mapped(does, spans), [], hides=max(hidden, default=-math.inf))
+    parts = split(step.value, step.dims, rows, found.keys, does, held)
     if parts is None:
         return None
     if parts.keys and step.kind == "bias" and found.sinks is None:
         # A row that keeps no key weighs all alike, but unlike after a fill its scores have a gradient.
         return None
     hides = max(hidden, default=-math.inf)
-    return _Part(parts.pieces, parts.keys, parts.documents, parts.prefixes, hides)
+    return _Part(parts.spans, parts.keys, parts.documents, parts.prefixes, hides)
 
 
 def emit_mask(
