@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from spcompile.passes.recognize.algebra.dims import Atom, Dims, align, atoms_of, back_through_view, name_dims
-from spcompile.passes.recognize.algebra.products import Factor, product_of, same_values
+from spcompile.passes.recognize.algebra.expand import product_of
+from spcompile.passes.recognize.algebra.products import Factor, same_values
 from spcompile.passes.recognize.edit import Refused
 from spcompile.passes.shadow import Value
 

@@ -3,17 +3,17 @@ lacks.
 
     out[atoms] = scale * sum_{summed} prod_n factor_n[atoms]
 
-`product_of` reads one contraction (an einsum, a sum of a product); `unfold` goes further back.
+`expand` reads a Value as one or several of them; `unfold` goes further back.
 """
 
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from spcompile.passes.recognize.algebra.dims import Atom, Dims, align, atoms_of, back_through_view, name_dims
+from spcompile.passes.recognize.algebra.dims import Atom, Dims, atoms_of, back_through_view
 from spcompile.passes.shadow import Value
 
 T = TypeVar("T")
@@ -65,13 +65,8 @@ class Term:
 # ---------------------------------------------------------------- one contraction
 
 
-def product_of(v: Value, dims: Dims) -> Term | None:
-    """Read `v`, whose dims are named, as one contraction; None if it is none."""
-    reader = _READERS.get(v.name)
-    return reader(v, dims) if reader else None
-
-
-def _einsum(v: Value, dims: Dims) -> Term | None:
+def einsum(v: Value, dims: Dims) -> Term | None:
+    """An einsum whose output's dims are named; None for a repeated letter (a diagonal)."""
     operands = list(v.args["tensors"])
     parsed = _parse_einsum(v.args["equation"], [len(o.shape) for o in operands])
     if parsed is None:
@@ -132,37 +127,6 @@ def _parse_einsum(equation: str, ranks: list[int]) -> tuple[list[str], str] | No
     if any(len(set(s)) != len(s) for s in [*inputs, output]):
         return None
     return inputs, output
-
-
-def summed_dims(v: Value, dims: Dims) -> tuple[Dims, list[Atom]]:
-    """The dims of what a `sum` sums, and those that it sums over."""
-    rest = iter(dims)
-    inner: list[tuple[Atom, ...]] = []
-    summed: list[Atom] = []
-    for d, size in enumerate(v.args["self"].shape):
-        if d not in v.args["dim"]:
-            inner.append(next(rest))
-            continue
-        inner += name_dims((size,))
-        summed += inner[-1]
-        if v.args["keepdim"]:
-            next(rest)
-    return tuple(inner), summed
-
-
-def _sum(v: Value, dims: Dims) -> Term | None:
-    """A sum over dims, of one factor or of a product written elementwise."""
-    inner, summed = summed_dims(v, dims)
-    term = Term([Factor(v.args["self"], inner)], summed=summed, contracted=True)
-    at, at_dims, path = peel(v.args["self"], inner)
-    if at.name == "mul" and isinstance(at.args["other"], Value):
-        a, b = at.args["self"], at.args["other"]
-        term.factors = [Factor(a, align(at_dims, a.shape)), Factor(b, align(at_dims, b.shape))]
-        term.path = [*path, Factor(at, at_dims)]
-    return term
-
-
-_READERS: dict[str, Callable[[Value, Dims], Term | None]] = {"einsum": _einsum, "sum": _sum}
 
 
 # ---------------------------------------------------------------- steps that change nothing but dims and

@@ -10,19 +10,10 @@ from collections.abc import Iterator
 
 import torch
 
-from spcompile.passes.recognize.algebra.dims import Dims, align, name_dims, resolve
+from spcompile.passes.recognize.algebra.dims import Dims, name_dims
+from spcompile.passes.recognize.algebra.expand import expand, product_of, running_sum
 from spcompile.passes.recognize.algebra.polynomials import between, polynomial
-from spcompile.passes.recognize.algebra.products import (
-    Factor,
-    Mask,
-    Term,
-    is_zero,
-    peel,
-    product_of,
-    same_values,
-    scalar,
-    scaled,
-)
+from spcompile.passes.recognize.algebra.products import Factor, Term, is_zero, same_values, scalar
 from spcompile.passes.shadow import Value
 
 
@@ -58,14 +49,17 @@ def terms_of(v: Value) -> Iterator[tuple[Dims, Term]]:
 
 def unfold(v: Value, dims: Dims) -> Term | None:
     """Go back from `v` through linear steps to the contraction that made it; None if none is met."""
-    at, at_dims, path = peel(v, dims)
-    term = _unfold_step(at, at_dims)
+    term = _polynomial(v, dims)
+    if term is None:
+        term = product_of(v, dims)
+        if term is None or len(term.factors) == 1:  # a sum: what it sums may be a contraction itself
+            term = _through(v, dims)
     if term is not None:
-        term.path = [*path, Factor(at, at_dims), *term.path]
+        term.path = [Factor(v, dims), *term.path]
     return term
 
 
-def _unfold_polynomial(v: Value, dims: Dims) -> Term | None:
+def _polynomial(v: Value, dims: Dims) -> Term | None:
     """A polynomial of scores q.k."""
     found = polynomial(v)
     if found is None:
@@ -83,70 +77,22 @@ def _unfold_polynomial(v: Value, dims: Dims) -> Term | None:
     return term
 
 
-def _unfold_step(v: Value, dims: Dims) -> Term | None:
-    if (term := _unfold_polynomial(v, dims)) is not None:
-        return term
-    if (product := product_of(v, dims)) is not None:
-        if len(product.factors) == 1:  # a sum: what it sums may be a contraction itself
-            deeper = unfold(product.factors[0].value, product.factors[0].dims)
-            if deeper is not None:
-                deeper.summed += product.summed
-                return deeper
-        return product
-    if (sc := scaled(v)) is not None:
-        term = unfold(sc[0], dims)
-        if term is not None:
-            term.scale *= sc[1]
-        return term
-    if v.name in ("mul", "div"):
-        return _unfold_product(v, dims)
-    if v.name == "cumsum":
-        return _unfold_cumsum(v, dims)
-    if (before := shifted_sum(v)) is not None:
-        return _unfold_cumsum(before, dims, -1)
-    return _unfold_mask(v, dims)
-
-
-def _unfold_product(v: Value, dims: Dims) -> Term | None:
-    a, b = v.args["self"], v.args["other"]
-    if not isinstance(a, Value) or not isinstance(b, Value) or v.args.get("rounding_mode"):
+def _through(v: Value, dims: Dims) -> Term | None:
+    """By one product of its operands, and what the first of them unfolds to that does."""
+    before = shifted_sum(v)
+    terms = expand(v, dims) if before is None else running_sum(before, dims, -1)
+    if terms is None or len(terms) != 1:
         return None
-    division = v.name == "div"
-    for spine, other in ((a, b), (b, a)):
-        if division and spine is b:
-            return None
-        term = unfold(spine, align(dims, spine.shape))
-        if term is not None:
-            term.factors.append(Factor(other, align(dims, other.shape), inverse=division))
-            return term
-    return None
-
-
-def _unfold_cumsum(v: Value, dims: Dims, diagonal: int = 0) -> Term | None:
-    """y_i = sum_{j <= i + diagonal} x_j: a causal mask over a fresh atom."""
-    x, d = v.args["self"], v.args["dim"]
-    if len(resolve(dims[d])) != 1:
-        return None
-    fresh = name_dims((v.shape[d],))[0]
-    inner = dims[:d] + (fresh,) + dims[d + 1 :]
-    term = unfold(x, inner) or Term([Factor(x, inner)], contracted=True)
-    term.masks.append(Mask((dims[d], fresh), diagonal=diagonal))
-    term.summed += list(fresh)
-    return term
-
-
-def _unfold_mask(v: Value, dims: Dims) -> Term | None:
-    """where(m, x, 0), where(m, 0, x)."""
-    if v.name != "where":
-        return None
-    m, a, b = (v.args[n] for n in ("condition", "self", "other"))
-    for x, other, complement in ((a, b, False), (b, a, True)):
-        if is_zero(other) and isinstance(x, Value) and x.shape == v.shape:
-            term = unfold(x, dims)
-            if term is not None:
-                term.masks.append(Mask(align(dims, m.shape), m, complement))
-            return term
-    return None
+    (step,) = terms
+    for n, f in enumerate(step.factors):
+        inner = None if f.inverse else unfold(f.value, f.dims)
+        if inner is not None:
+            inner.factors += step.factors[:n] + step.factors[n + 1 :]
+            inner.scale *= step.scale
+            inner.masks += step.masks
+            inner.summed += step.summed
+            return inner
+    return step if step.contracted else None
 
 
 # ---------------------------------------------------------------- running sums that leave out the last entry

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-from spcompile.passes.recognize.algebra.dims import Atom, Dims, align, atoms_of, back_through_view
-from spcompile.passes.recognize.algebra.products import Factor, product_of, same_values, scalar, summed_dims
+from spcompile.passes.recognize.algebra.dims import Atom, Dims, atoms_of
+from spcompile.passes.recognize.algebra.expand import expand
+from spcompile.passes.recognize.algebra.products import Factor, Term
 from spcompile.passes.recognize.edit import Refused
 from spcompile.passes.recognize.loops.families import Carry, Family, Invariant, Loop, Ref
 from spcompile.passes.recognize.loops.selections import selections
@@ -109,64 +109,31 @@ class Reader:
         return terms
 
     def _step(self, v: Value, dims: Dims, states: set[Value], split: bool) -> list[Product] | None:
-        def at(x: Value, d: Dims) -> list[Product]:
-            return self.expand(x, d, states, split)
-
-        if (source := same_values(v)) is not None:
-            return at(source, dims)
-        if (back := back_through_view(v, dims)) is not None:
-            return at(*back)
-        a, b = v.args.get("self"), v.args.get("other")
-        if v.name == "mul" or (v.name == "div" and not v.args.get("rounding_mode")):
-            return self._product(v, dims, at)
-        if v.name == "add":
-            if not self.depends(v):
-                return None  # a sum is one factor where it does not depend on the state
-            by = float(v.args.get("alpha", 1))
-            return self._term(a, dims, at) + [t.scaled(by) for t in self._term(b, dims, at)]
-        if v.name == "copy":
-            return at(v.args["src"], align(dims, v.args["src"].shape))
-        if v.name == "sum" and (v.dtype is None or v.dtype == v.args["self"].dtype):
-            return self._sum(v, dims, at)
-        if self.depends(v) and (found := selections(v, dims)) is not None:
-            out = [
-                x.times(Product(list(factors), summed=list(summed)))
-                for source, inner, factors, summed in found
-                for x in at(source, inner)
-            ]
-            return out or None
-        term = product_of(v, dims)
-        if term is None or v.name == "sum":
+        terms = self._expanded(v, dims)
+        if terms is None or any(t.masks for t in terms):
             return None
-        out = [Product(scale=term.scale, summed=list(term.summed))]
-        for f in term.factors:
-            out = [x.times(y) for x in out for y in at(f.value, f.dims)]
+        out = []
+        for t in terms:
+            products = [Product(scale=t.scale, summed=list(t.summed))]
+            for f in t.factors:
+                if f.inverse and self.depends(f.value):
+                    return None
+                by = [Product([f])] if f.inverse else self.expand(f.value, f.dims, states, split)
+                products = [x.times(y) for x in products for y in by]
+            out += products
         return out
 
-    def _term(self, x: Any, dims: Dims, at: Callable[[Value, Dims], list[Product]]) -> list[Product]:
-        if isinstance(x, Value):
-            return at(x, align(dims, x.shape))
-        return [Product(scale=float(x))]
-
-    def _product(
-        self, v: Value, dims: Dims, at: Callable[[Value, Dims], list[Product]]
-    ) -> list[Product] | None:
-        a, b = v.args["self"], v.args["other"]
-        left = self._term(a, dims, at)
-        if v.name == "div":
-            c = scalar(b)
-            if c is not None:
-                return [t.scaled(1.0 / c) for t in left] if c else None
-            if self.depends(b):
-                return None
-            right = [Product([Factor(b, align(dims, b.shape), inverse=True)])]
-        else:
-            right = self._term(b, dims, at)
-        return [x.times(y) for x in left for y in right]
-
-    def _sum(self, v: Value, dims: Dims, at: Callable[[Value, Dims], list[Product]]) -> list[Product]:
-        inner, summed = summed_dims(v, dims)
-        return [Product(t.factors, t.state, t.summed + summed, t.scale) for t in at(v.args["self"], inner)]
+    def _expanded(self, v: Value, dims: Dims) -> list[Term] | None:
+        """One step back."""
+        if self.depends(v):
+            found = selections(v, dims)
+            if found is not None:
+                return found
+        elif v.name == "add":
+            return None  # a sum is one factor where it does not depend on the state
+        if v.name == "sum" and v.dtype is not None and v.dtype != v.args["self"].dtype:
+            return None
+        return expand(v, dims)
 
 
 def mixed(state: Factor, dims: Dims) -> list[int]:

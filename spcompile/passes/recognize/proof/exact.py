@@ -6,13 +6,14 @@ number that its dtype may not hold exactly is data.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 
+from spcompile.passes.recognize.algebra.picks import Pick, joined, picks
 from spcompile.passes.recognize.proof.context import Choice, Context, both, choose, either, is_bool, lift
 from spcompile.passes.recognize.proof.domain import SHARED, TOO_LARGE, Domain, Reader, copied, where
 from spcompile.passes.recognize.proof.values import (
@@ -228,18 +229,20 @@ def _gather(d: Exact, v: Value, index: Index) -> object:
     return d.at(source, (*at, *index[lead:]))
 
 
-def _cat(d: Exact, v: Value, index: Index) -> object:
-    return _joined(d, list(v.args["tensors"]), v.args["dim"], index)
+def _parts(d: Exact, v: Value, index: Index) -> object:
+    """Of `cat` and `stack`."""
+    found = picks(v)
+    return None if found is None else _joined(d, found, index)
 
 
-def _joined(d: Exact, parts: list[Value], dim: int, index: Index) -> object:
-    """The entry of `cat(parts, dim)` at `index`."""
-    before = sum(p.shape[dim] for p in parts[:-1])
-    at = (*index[:dim], sympy.expand(index[dim] - before), *index[dim + 1 :])
-    here = d.at(parts[-1], at)
-    if len(parts) == 1:
+def _joined(d: Exact, parts: Sequence[Pick], index: Index) -> object:
+    """The entry of parts that follow each other along a dim."""
+    *before, last = parts
+    here = d.at(last.source, tuple(sympy.expand(e) for e in last.index(index)))
+    if not before:
         return here
-    return where(d.ctx.at_least_zero(at[dim]), here, _joined(d, parts[:-1], dim, index))
+    reached = d.ctx.at_least_zero(index[last.dim] + last.offset)
+    return where(reached, here, _joined(d, before, index))
 
 
 def _diff(d: Exact, v: Value, index: Index) -> object:
@@ -247,9 +250,9 @@ def _diff(d: Exact, v: Value, index: Index) -> object:
     if v.args.get("n", 1) != 1 or v.dtype == torch.bool:
         return None
     parts = [p for p in (v.args.get("prepend"), v.args["self"], v.args.get("append")) if p is not None]
-    dim = v.args["dim"]
+    found, dim = joined(parts, v.args["dim"]), v.args["dim"]
     after = (*index[:dim], index[dim] + 1, *index[dim + 1 :])
-    return _combined(lambda a, b: a - b, *(_joined(d, parts, dim, i) for i in (after, index)))
+    return _combined(lambda a, b: a - b, *(_joined(d, found, i) for i in (after, index)))
 
 
 _BINARY = ("self", "other")
@@ -262,7 +265,7 @@ Exact.readers = {
     "cumsum": _cumsum,
     "_to_copy": _cast,
     "index": _gather,
-    "cat": _cat,
+    **dict.fromkeys(("cat", "stack"), _parts),
     "diff": _diff,
     "mul": _mul,
     "abs": _elementwise(_absolute, "self"),

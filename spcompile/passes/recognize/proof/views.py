@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import sympy
 
+from spcompile.passes.recognize.algebra.picks import picks
 from spcompile.passes.shadow import Value
 
 Index = tuple[sympy.Expr, ...]
@@ -35,26 +36,16 @@ def permuted(v: Value, index: Index) -> Index:
     return tuple(at[d] for d in range(len(index)))
 
 
-def slice_view(v: Value, index: Index) -> Index:
-    d, start, step = (v.args[n] for n in ("dim", "start", "step"))
-    return (*index[:d], sympy.expand(index[d] * step + start), *index[d + 1 :])
-
-
-def select_view(v: Value, index: Index) -> Index:
-    d = v.args["dim"]
-    return (*index[:d], sympy.Integer(v.args["index"]), *index[d:])
-
-
-def flip_view(v: Value, index: Index) -> Index:
-    return tuple(v.shape[n] - 1 - e if n in v.args["dims"] else e for n, e in enumerate(index))
+def picked(v: Value, index: Index) -> Index | None:
+    """Of one operand, along one dim."""
+    found = picks(v)
+    return None if found is None else tuple(sympy.expand(e) for e in found[0].index(index))
 
 
 REMAPS: dict[str, Callable[[Value, Index], Index | None]] = {
     "reshape": reshape_view,
     "expand": expand_view,
     "permute": permuted,
-    "slice": slice_view,
-    "select": select_view,
-    "flip": flip_view,
+    **dict.fromkeys(("slice", "select", "flip"), picked),
 }
 """Views, by op name: the index of the operand's entry."""

@@ -20,7 +20,8 @@ import torch
 from torch import fx
 
 from spcompile.passes.recognize.algebra.dims import Atom, Dims, align, atoms_of, name_dims, resolve
-from spcompile.passes.recognize.algebra.products import Factor, peel, product_of, scalar, scaled
+from spcompile.passes.recognize.algebra.expand import product_of
+from spcompile.passes.recognize.algebra.products import Factor, peel, scalar, scaled
 from spcompile.passes.recognize.common import check_one_place, check_private
 from spcompile.passes.recognize.edit import Editor, Operand, Refused, Writer
 from spcompile.passes.recognize.proof.prover import Prover

@@ -137,7 +137,13 @@ def _softmax(c: Call, derive: Derive) -> Call:
 
 
 def _flip(c: Call, derive: Derive) -> Call:
-    return c.of("flip", "default", self=c.args["self"], dims=[d % c.rank for d in c.args["dims"]])
+    """One dim at a time."""
+    x, dims = c.args["self"], [d % c.rank for d in c.args["dims"]]
+    if not dims:
+        return c.of("clone", "default", self=x)
+    for d in dims[:-1]:
+        x = derive(c.of("flip", "default", self=x, dims=[d]))
+    return c.of("flip", "default", self=x, dims=dims[-1:])
 
 
 # ---------------------------------------------------------------- creation
