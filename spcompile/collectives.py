@@ -25,6 +25,7 @@ __all__ = [
     "finish",
     "local_positions",
     "local_valid",
+    "mirror",
     "rank",
     "reduce_scatter",
     "start_all_gather",
@@ -106,18 +107,33 @@ def start_all_gather(x: Tensor, group: Group) -> Tensor:
     return _c10d.all_gather_into_tensor(flat, group.size, group.name)
 
 
-@torch.library.custom_op("spcompile::start_shift", mutates_args=())
-def _start_shift(x: Tensor, by: int, size: int, group: str) -> Tensor:
-    rank, n = current_rank(group), x.numel()
-    to, source = (rank + by) % size, (rank - by) % size
+def _start_sending(x: Tensor, to: int, source: int, size: int, group: str) -> Tensor:
+    """To one rank, and from one."""
     # Of its own: a compiler that does not know this for a collective may write over x before the wait.
     sent = x.clone(memory_format=torch.contiguous_format)
-    splits = ([n if r == other else 0 for r in range(size)] for other in (source, to))
+    splits = ([x.numel() if r == other else 0 for r in range(size)] for other in (source, to))
     return _c10d.all_to_all_single(sent, *splits, group)
+
+
+@torch.library.custom_op("spcompile::start_shift", mutates_args=())
+def _start_shift(x: Tensor, by: int, size: int, group: str) -> Tensor:
+    rank = current_rank(group)
+    return _start_sending(x, (rank + by) % size, (rank - by) % size, size, group)
 
 
 @_start_shift.register_fake
 def _(x: Tensor, by: int, size: int, group: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("spcompile::start_mirror", mutates_args=())
+def _start_mirror(x: Tensor, size: int, group: str) -> Tensor:
+    other = size - 1 - current_rank(group)
+    return _start_sending(x, other, other, size, group)
+
+
+@_start_mirror.register_fake
+def _(x: Tensor, size: int, group: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -127,6 +143,14 @@ def start_shift(x: Tensor, by: int, group: Group) -> Tensor:
     Which ranks these are is read when the graph runs (PyTorch's ``permute_tensor`` has them as numbers).
     """
     return torch.ops.spcompile.start_shift(x.contiguous().reshape(-1), by, group.size, group.name)
+
+
+def mirror(x: Tensor, group: Group) -> Tensor:
+    """``x`` of the rank that is as far from the last as this one is from the first."""
+    if group.size == 1:
+        return x
+    flat = x.contiguous().reshape(-1)
+    return finish(torch.ops.spcompile.start_mirror(flat, group.size, group.name), tuple(x.shape))
 
 
 def finish(started: Tensor, shape: tuple[int, ...]) -> Tensor:

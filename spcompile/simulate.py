@@ -141,11 +141,16 @@ def _shift(x: _PerRank, by: int, size: int, name: str) -> _PerRank:
     return _PerRank(x[(r - by) % size] for r in range(size))
 
 
+def _mirror(x: _PerRank, size: int, name: str) -> _PerRank:
+    return _PerRank(x[::-1])
+
+
 _EXCHANGES: dict[Any, Callable[..., _PerRank]] = {
     _c10d.all_gather_into_tensor.default: _all_gather,
     _c10d.all_reduce.default: _all_reduce,
     _c10d.reduce_scatter_tensor.default: _reduce_scatter,
     torch.ops.spcompile.start_shift.default: _shift,
+    torch.ops.spcompile.start_mirror.default: _mirror,
     _c10d.wait_tensor.default: lambda x: x,
 }
 

@@ -95,8 +95,8 @@ VIEWS = [
     S(aten.cat.default, ([x(4, 6), x(4, 5)], 1)),
     S(aten.cat.default, ([x(2, 4), n(9, 1, 4), x(5, 4)],), name="three, one of integers"),
     S(aten.cat.default, ([torch.zeros(0, dtype=torch.float64), x(4, 6), x(3, 6)],), name="with an empty one"),
-    S(aten.flip.default, (x(4, 6, 5), [1, -1])),
-    S(prims.rev.default, (x(4, 6), [1])),
+    S(aten.flip.default, (x(4, 6, 5), [1, -1]), exchanges=True),
+    S(prims.rev.default, (x(4, 6), [1]), exchanges=True),
     S(aten.view_as_complex.default, (x(4, 6, 2),)),
     S(aten.view_as_real.default, (torch.complex(x(4, 6), x(4, 6, seed=1)),)),
 ]

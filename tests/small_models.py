@@ -49,7 +49,11 @@ _SMALL: dict[str, Any] = {name: size for size, found in _SIZES for name in found
 
 # What the names of sizes do not say: shapes that a configuration checks against each other.
 _ALSO: dict[str, dict[str, Any]] = {
-    "blt": {"encoder_hash_byte_group_vocab": 500},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 500,
+        "encoder_config": {"hidden_size_global": 64},
+        "decoder_config": {"hidden_size_global": 64},
+    },
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {
@@ -57,7 +61,7 @@ _ALSO: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
     },
-    "dbrx": {"attn_config": {"rope_theta": 1e4}, "ffn_config": {"hidden_size": 64}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"hidden_size": 64}},
     "dots1": {"n_shared_experts": 1},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n_text": {"num_kv_shared_layers": 0},

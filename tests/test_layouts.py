@@ -197,9 +197,9 @@ def check(
 
 def test_every_operator_has_samples() -> None:
     source = "".join(p.read_text() for p in Path(spcompile.__file__).parent.rglob("*.py"))
-    # "rank" takes no tensor; "start_shift" needs ranks to send to (tests/test_ways.py), and copies what it
-    # sends; those with "_" at the end only write; the others are replaced by their rules.
-    others = {"rank", "start_shift", "add_late_", "add_product_", "arrive", "depart"}
+    # "rank" takes no tensor; the "start_" operators need ranks to send to (tests/test_ways.py), and copy what
+    # they send; those with "_" at the end only write; the others are replaced by their rules.
+    others = {"rank", "start_shift", "start_mirror", "add_late_", "add_product_", "arrive", "depart"}
     # GPU kernels run in a process where they are interpreted: opcheck, and strided operands, there.
     worker = (Path(__file__).parent / "fused_worker.py").read_text()
     others |= set(re.findall(r"opcheck\(\s*ops\.(\w+)", worker))

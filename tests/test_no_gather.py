@@ -84,6 +84,10 @@ def shifted_round(x, n):
     return torch.roll(x, 1, 1) - torch.roll(x, -2, 1)
 
 
+def from_the_end(x, n):
+    return x + x.flip(1).cos() + x[:, 2:].sin().flip(1).sum(1, keepdim=True)
+
+
 def masked_scatter(x, n):
     """Images in a text: what a vision tower returns stands where their tokens are."""
     mask = (torch.arange(T) % 3 == 0) | (n[:, None] < T)
@@ -124,7 +128,10 @@ def test_nothing_is_gathered(name):
             few = ["cumsum", "masked_scatter", "convolution", "avg_pool2d"]  # counts, and edges
             few += ["unfold", "index_put"] if "windows" in name else []
             sent = [t for t in gathered if not any(op in t.purpose.op + t.purpose.consumer for op in few)]
-            assert all(t.elements <= 3 * B * D for t in sent) if name == "shifted_round" else not sent, hidden
+            moved = name in ("shifted_round", "from_the_end")  # by a few tokens; a block, to its mirror image
+            assert all(t.op == "mirror" or t.elements <= 4 * B * D for t in sent) if moved else not sent, (
+                hidden
+            )
         assert reference.error(*joint.run(ranks, nan_padding=True)) <= 1e-9
 
 

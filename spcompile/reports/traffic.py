@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from spcompile import collectives  # noqa: F401  (registers start_shift)
+from spcompile import collectives  # noqa: F401  (registers its operators)
 from spcompile.phases import backward_of
 from spcompile.placement import Partial, Placement, Shard
 from spcompile.sizes import hint
@@ -31,6 +31,7 @@ _NAMES = {
     _c10d.all_reduce.default: "all_reduce",
     _c10d.reduce_scatter_tensor.default: "reduce_scatter",
     torch.ops.spcompile.start_shift.default: "shift",
+    torch.ops.spcompile.start_mirror.default: "mirror",
 }
 
 

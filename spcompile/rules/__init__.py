@@ -16,6 +16,7 @@ from spcompile.rules import (
     contractions,
     creation,
     filling,
+    flips,
     indexing,
     kernels,
     pointwise,
@@ -70,8 +71,8 @@ RULES: dict[Any, str | Callable[[Call], Rule | None]] = {
     aten.glu_backward.default: reductions.rowwise,
     # Several tensors side by side along one dim
     aten.cat.default: views.Concatenation,
-    aten.flip.default: views.along_dim,
-    prims.rev.default: views.along_dim,
+    aten.flip.default: flips.Flip,
+    prims.rev.default: flips.Flip,
     aten.repeat.default: views.repeat,
     aten.select_scatter.default: views.SelectScatter,
     aten.unbind.int: views.unbind,

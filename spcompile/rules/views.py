@@ -171,9 +171,8 @@ def repeat(call: Call) -> Factors:
 
 
 def along_dim(call: Call) -> Factors:
-    """flip, cat: the dim (or dims) named is needed whole, the others pass. All are linear."""
-    named = call.argument(1, "dims" if call.op in (aten.flip.default, prims.rev.default) else "dim", 0)
-    rule = along(call, set(named) if isinstance(named, (list, tuple)) else {named})
+    """cat: the dim named is needed whole, the others pass. All are linear."""
+    rule = along(call, {call.argument(1, "dim", 0)})
     rule.linear = (frozenset(range(len(call.operands))),)
     return rule
 
