@@ -169,11 +169,18 @@ def test_linear_collectives(monkeypatch: pytest.MonkeyPatch, kind: str, size: in
 @pytest.mark.parametrize("size", [2, 3, 8])
 @every_kind
 def test_what_goes_from_rank_to_rank(monkeypatch: pytest.MonkeyPatch, kind: str, size: int) -> None:
-    """Each way: a ring P - 1 states, a scan 1 + ceil(log2(P - 1)) summaries; then the last state to all."""
+    """Each way: a ring P - 1 states, a scan 1 + ceil(log2(P - 1)) summaries, a pipeline P + n - 2 slices; then
+    the last state to all."""
     b, h, k, v = 2, 3, 4, 6
     x, options = draw(KINDS[kind], b, h, 64, k, v, dtype=torch.bfloat16), options_of(KINDS[kind])
     state, summary = (b * h * n * 4 for n in (k * v, KINDS[kind].elements(k, v)))
-    for name, step, steps in (("ring", state, size - 1), ("scan", summary, 1 + (size - 2).bit_length())):
+    ways = {
+        "ring": (state, size - 1),
+        "scan": (summary, 1 + (size - 2).bit_length()),
+        "pipelined": (state // 6, size + 6 - 2),
+    }
+    assert ways.keys() == LINEAR.keys() - {"allgather"}
+    for name, (step, steps) in ways.items():
         ranks = Ranks(size, monkeypatch)
         sharded(ranks, x, options, cotangents(x), name)
         assert ranks.log == [*[("shift", step)] * steps, ("all_reduce", state)] * 2, name

@@ -35,7 +35,7 @@ def case(name: str) -> tuple[Eager, Joint]:
 # tests/test_linear_strategies.py.
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    each_change(itertools.product(MODELS, OTHERS), [("retention", "scan"), ("gla", "ring")]),
+    each_change(itertools.product(MODELS, OTHERS), [("retention", "scan"), ("gla", "ring"), ("gated_deltanet", "pipelined")]),
 )
 def test_a_model_is_eager(name: str, strategy: str) -> None:
     expected, joint = case(name)
@@ -52,7 +52,8 @@ def test_what_crosses_is_in_the_formula(name: str, strategy: str) -> None:
     module, _ = case(name)[1].shard(ranks, linear=strategy)
     crossing = rows((t, 1) for t in transfers(module.graph, ranks))
     states = [c for c in crossing if c.purpose.startswith("linear")]
-    steps = {"ring": ranks - 1, "scan": 3}[strategy]
+    # Heads of 4 columns are 4 slices.
+    steps = {"ring": ranks - 1, "scan": 3, "pipelined": ranks + 4 - 2}[strategy]
     shifts = [(c.op, c.phase, c.count) for c in states if c.op == "shift"]
     assert shifts == [("shift", phase, steps) for phase in ("forward", "backward")]
     # The gradient of a decay per key asks for that of the state before the first token.

@@ -58,6 +58,7 @@ class StateAlgebra:
         neutral: the representation of 1 in the shape of the given one.
         add: the sum of two states.
         zero: the state that adds nothing.
+        mixes: whether A mixes rows of the state, or acts on each entry by itself. It never mixes columns.
     """
 
     name: str
@@ -67,6 +68,7 @@ class StateAlgebra:
     neutral: Callable[[Tensor], Tensor]
     add: Callable[[Tensor, Tensor], Tensor] = torch.add
     zero: float = 0.0
+    mixes: bool = False
 
     def apply(self, summary: Summary, state: Tensor) -> Tensor:
         """The state after a run of this ``summary`` that starts at ``state``: A state + S."""
@@ -96,7 +98,7 @@ DECAY = StateAlgebra(
 """Summary (g, S), g ``[..., 1, 1]`` or ``[..., K, 1]``: decay travels as sums of logs, never as products."""
 
 MATRIX = StateAlgebra(
-    "matrix", "a matrix M, K x K", lambda m, s: m @ s, lambda m2, m1: m2 @ m1, lambda m: _eye(m)
+    "matrix", "a matrix M, K x K", lambda m, s: m @ s, lambda m2, m1: m2 @ m1, lambda m: _eye(m), mixes=True
 )
 """Summary (M, S), M ``[..., K, K]``: the delta rules, and affine scans that mix rows of the state."""
 

@@ -22,6 +22,7 @@ from spcompile.placement import Partial, Placement, Shard
 from spcompile.sizes import hint
 from spcompile.source import source_of
 from spcompile.strategies import LINEAR, SOFTMAX
+from spcompile.strategies.linear_pipelined import slices_of
 
 __all__ = ["Collective", "Purpose", "Transfer", "rows", "transfers"]
 
@@ -33,6 +34,7 @@ _NAMES = {
     torch.ops.spcompile.start_shift.default: "shift",
     torch.ops.spcompile.start_mirror.default: "mirror",
 }
+_TO_ONE = ("shift", "mirror")  # sent to one rank, and not to all
 
 
 class Purpose(NamedTuple):
@@ -73,7 +75,7 @@ class Transfer(NamedTuple):
     def bytes(self) -> int:
         """Received by one rank."""
         size, P = self.elements * self.itemsize, self.ranks
-        if self.op == "shift":
+        if self.op in _TO_ONE:
             return size
         if self.op == "all_reduce":
             return round(2 * (P - 1) * size / P)
@@ -221,7 +223,7 @@ def _what(t: Transfer) -> str:
 def _formula(t: Transfer) -> tuple[str, dict[str, int]]:
     """The bytes by what was meant to be sent, and the symbols' values; "" where nothing is known."""
     p, values = t.purpose, {"P": t.ranks, "w": t.itemsize}
-    factor = "2 (P-1)/P" if t.op == "all_reduce" else "(P-1)"
+    factor = "1" if t.op in _TO_ONE else "2 (P-1)/P" if t.op == "all_reduce" else "(P-1)"
     if p is None or p.op == "gradients":
         return (
             ("", {})
@@ -279,7 +281,7 @@ def _with_sizes(text: str, t: Transfer, p: Purpose, values: dict[str, int]) -> t
         sizes |= {"B": t.batch, "H": q[0] * q[1] // t.batch, "G": k[0] * k[1] // t.batch}
     if op.startswith("linear"):
         text = text.replace("(K V+A)", _summary(*p.shapes[first + 3 : first + 5]))
-        sizes["D"] = (p.shapes[first + 3] or (0,))[-1]
+        sizes |= {"D": (p.shapes[first + 3] or (0,))[-1], "n": slices_of(v[3])}
     return text, values | {n: s for n, s in sizes.items() if n in text}
 
 
@@ -294,7 +296,7 @@ def _summary(log_decay: tuple[int, ...], beta: tuple[int, ...]) -> str:
 def _parsed(text: str) -> Any:
     import sympy
 
-    symbols = {name: sympy.Symbol(name) for name in "PTbBDEHGKVNw"}
+    symbols = {name: sympy.Symbol(name) for name in "PTbBDEHGKVNnw"}
     return sympy.sympify(text.replace(" ", "*"), locals=symbols)
 
 

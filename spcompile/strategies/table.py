@@ -23,7 +23,7 @@ class Strategy:
         where: the module and the name of its implementation, an ``Exchange`` for linear attention
             (``exchange.py``), a ``SoftmaxStrategy`` for softmax (``softmax.py``).
         sends: (operator, collective) -> what is sent, and the bytes that one rank receives as a formula in P
-            ranks, b tokens per rank, B, H, G key heads, K, V, w bytes an element; (K V+A) is a state and what
+            ranks, b tokens per rank, B, H, G key heads, K, V, w bytes an element, n slices of a state; (K V+A) is a state and what
             a run of tokens multiplies it by. With "edges" as a third part: of E neighbouring tokens alone.
     """
 
@@ -76,6 +76,12 @@ _LINEAR = (
         "LASP-1",
         "spcompile.strategies.linear_ring:Ring",
         _steps("B H K V w"),
+    ),
+    Strategy(
+        "pipelined",
+        "ZeCO",
+        "spcompile.strategies.linear_pipelined:Pipelined",
+        _steps("B H K V w/n"),
     ),
 )
 _BACK: dict[tuple[str, ...], tuple[str, str]] = {
