@@ -22,6 +22,7 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "all_reduce_bucket",
+    "all_to_all",
     "finish",
     "local_positions",
     "local_valid",
@@ -181,6 +182,14 @@ def all_reduce_bucket(tensors: list[Tensor], group: Group) -> list[Tensor]:
     flat = torch.cat([x.reshape(-1) for x in tensors])
     parts = all_reduce(flat, group).split([x.numel() for x in tensors])
     return [part.reshape(x.shape) for part, x in zip(parts, tensors, strict=True)]
+
+
+def all_to_all(x: Tensor, group: Group) -> Tensor:
+    """Entry p of ``x``, [P, ...], sent to rank p; entry p of the result came from rank p."""
+    if group.size == 1:
+        return x
+    flat, splits = x.contiguous().reshape(-1), [x[0].numel()] * group.size
+    return finish(_c10d.all_to_all_single(flat, splits, splits, group.name), tuple(x.shape))
 
 
 def reduce_scatter(x: Tensor, group: Group) -> Tensor:

@@ -145,10 +145,16 @@ def _mirror(x: _PerRank, size: int, name: str) -> _PerRank:
     return _PerRank(x[::-1])
 
 
+def _all_to_all(x: _PerRank, output: list[int], sent: list[int], name: str) -> _PerRank:
+    parts = [y.split(sent) for y in x]
+    return _PerRank(torch.cat([p[r] for p in parts]) for r in range(len(x)))
+
+
 _EXCHANGES: dict[Any, Callable[..., _PerRank]] = {
     _c10d.all_gather_into_tensor.default: _all_gather,
     _c10d.all_reduce.default: _all_reduce,
     _c10d.reduce_scatter_tensor.default: _reduce_scatter,
+    _c10d.all_to_all_single.default: _all_to_all,
     torch.ops.spcompile.start_shift.default: _shift,
     torch.ops.spcompile.start_mirror.default: _mirror,
     _c10d.wait_tensor.default: lambda x: x,

@@ -124,14 +124,19 @@ def packed() -> dict[str, Any]:
 
 def ways() -> dict[str, Any]:
     """A step with each way across the ranks but the all-gather, of a length each (`train` has two)."""
-    from spcompile.strategies import LINEAR
+    from spcompile.strategies import LINEAR, SOFTMAX
 
     torch.manual_seed(0)
-    net = models.get("gla:tiny", **SHAPE, pattern="L", layers=1)().double()
+    nets = {
+        kind: models.get("gla:tiny", **SHAPE, pattern=pattern, layers=1)().double()
+        for kind, pattern in (("linear", "L"), ("softmax", "N"))
+    }
+    ways = [(kind, x) for kind, rows in (("linear", LINEAR), ("softmax", SOFTMAX)) for x in rows]
     errors: dict[str, float] = {}
-    for name, length in zip((x for x in LINEAR if x != "allgather"), (16, 13, 14), strict=True):
+    for number, (kind, name) in enumerate(way for way in ways if way[1] != "allgather"):
+        length, net = 13 + number, nets[kind]
         torch.compiler.reset()
-        compiled = torch.compile(net, backend="spcompile", options={"linear": name})
+        compiled = torch.compile(net, backend="spcompile", options={kind: name})
         inputs = net.example_inputs(seq=length, batch=2)
         expected = eager(net, inputs)
         loss = compiled(**inputs)

@@ -169,8 +169,8 @@ def test_linear_collectives(monkeypatch: pytest.MonkeyPatch, kind: str, size: in
 @pytest.mark.parametrize("size", [2, 3, 8])
 @every_kind
 def test_what_goes_from_rank_to_rank(monkeypatch: pytest.MonkeyPatch, kind: str, size: int) -> None:
-    """Each way: a ring P - 1 states, a scan 1 + ceil(log2(P - 1)) summaries, a pipeline P + n - 2 slices; then
-    the last state to all."""
+    """A ring P - 1 states, a scan 1 + ceil(log2(P - 1)) summaries, a pipeline P + n - 2 slices; then the last
+    state to all."""
     b, h, k, v = 2, 3, 4, 6
     x, options = draw(KINDS[kind], b, h, 64, k, v, dtype=torch.bfloat16), options_of(KINDS[kind])
     state, summary = (b * h * n * 4 for n in (k * v, KINDS[kind].elements(k, v)))

@@ -104,14 +104,17 @@ def test_what_is_refused(ids: Tensor, said: str) -> None:
 # ---- on ranks ----
 
 
+@pytest.mark.parametrize("way", SOFTMAX)
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("kind", IDS)
 @pytest.mark.parametrize("length", [24, 13, 3])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_sharded(monkeypatch: pytest.MonkeyPatch, size: int, length: int, kind: str, options: str) -> None:
+def test_sharded(
+    monkeypatch: pytest.MonkeyPatch, size: int, length: int, kind: str, options: str, way: str
+) -> None:
     """A prefix is on, across or behind shards; a window needs more than the neighbours' keys."""
     given, (causal, window), ids = draw(length, length, False), OPTIONS[options], prefixes(kind, length)
-    ranks, strategy = Ranks(size, monkeypatch), SOFTMAX["allgather"].load()
+    ranks, strategy = Ranks(size, monkeypatch), SOFTMAX[way].load()
     sequence = ranks.sequence(length)
     split, how = [shards(x, sequence) for x in given], (Options(causal, 0.3, 0, window), sequence, sequence)
 

@@ -122,13 +122,14 @@ def test_what_is_refused(relative: Tensor, said: str) -> None:
 # ---- on ranks ----
 
 
+@pytest.mark.parametrize("way", SOFTMAX)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [24, 13, 3])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_sharded(monkeypatch: pytest.MonkeyPatch, size: int, length: int, kind: str) -> None:
+def test_sharded(monkeypatch: pytest.MonkeyPatch, size: int, length: int, kind: str, way: str) -> None:
     """The gradient of the bias is the sum of the ranks' terms; what is behind the sequence is NaN."""
     given, named = sample(kind, length, length)
-    ranks, strategy = Ranks(size, monkeypatch), SOFTMAX["allgather"].load()
+    ranks, strategy = Ranks(size, monkeypatch), SOFTMAX[way].load()
     sequence = ranks.sequence(length)
     split, (relative, *sinks) = [shards(x, sequence) for x in given[:4]], given[4:]
     causal, scale, window, cap = named.values()

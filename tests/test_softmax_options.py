@@ -231,10 +231,15 @@ def test_documents_that_are_refused() -> None:
 
 
 def on_ranks(
-    ranks: Ranks, given: list[Any], mask: Tensor | None, options: Options, keep: bool = True
+    ranks: Ranks,
+    given: list[Any],
+    mask: Tensor | None,
+    options: Options,
+    keep: bool = True,
+    way: str = "allgather",
 ) -> list[Tensor]:
     """out, lse, dq, dk, dv; what a rank has behind the sequence is NaN."""
-    strategy, sequence = SOFTMAX["allgather"].load(), ranks.sequence(given[1].shape[2])
+    strategy, sequence = SOFTMAX[way].load(), ranks.sequence(given[1].shape[2])
     grads, queries, keys, values = (shards(x, sequence) for x in given[:4])
     masks = [mask] * ranks.size
     if mask is not None and mask.shape[2] > 1:
@@ -250,11 +255,14 @@ def on_ranks(
     return [whole(list(x), sequence) for x in zip(*ranks.run(work), strict=True)]
 
 
+@pytest.mark.parametrize("way", SOFTMAX)
 @pytest.mark.parametrize("mask", ["", "keys", "rows"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("length", [24, 13, 3])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_sharded(monkeypatch: pytest.MonkeyPatch, size: int, length: int, causal: bool, mask: str) -> None:
+def test_sharded(
+    monkeypatch: pytest.MonkeyPatch, size: int, length: int, causal: bool, mask: str, way: str
+) -> None:
     """Windows shorter than a shard (edges), as long and longer (all keys), with caps and sinks."""
     data = make_mask(mask, length, length)
     for window in (1, 2, 4, 7, 40):
@@ -262,23 +270,24 @@ def test_sharded(monkeypatch: pytest.MonkeyPatch, size: int, length: int, causal
             given = draw(length, length, sinks)
             named = {"causal": causal, "scale": 0.3, "window": window, "soft_cap": cap}
             options = Options(causal, 0.3, window=window, soft_cap=cap)
-            got = on_ranks(Ranks(size, monkeypatch), given, data, options)
+            got = on_ranks(Ranks(size, monkeypatch), given, data, options, way=way)
             expect(got, want(given, data, named)[:5])
 
 
+@pytest.mark.parametrize("way", SOFTMAX)
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("length", [24, 13, 3])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_sharded_documents(
-    monkeypatch: pytest.MonkeyPatch, size: int, length: int, causal: bool, window: int | None
+    monkeypatch: pytest.MonkeyPatch, size: int, length: int, causal: bool, window: int | None, way: str
 ) -> None:
     """Borders inside, on and across shards."""
     for kind in DOCUMENTS:
         given, ids = draw(length, length, False), documents(kind, length)
         named = {"causal": causal, "scale": 0.3, "window": window}
         got = on_ranks(
-            Ranks(size, monkeypatch), [*given, None, ids], None, Options(window=window, **how(named))
+            Ranks(size, monkeypatch), [*given, None, ids], None, Options(window=window, **how(named)), way=way
         )
         expect(got, want(given, None, named | {"documents": ids})[:5])
 

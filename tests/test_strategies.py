@@ -14,6 +14,7 @@ from spcompile.strategies import SOFTMAX
 from tests.threads import Ranks, close, operands, reference_gradients, shards, whole
 
 RANKS = (1, 2, 3, 4, 8)
+every_way = pytest.mark.parametrize("way", SOFTMAX)
 
 
 def sharded_softmax(
@@ -26,8 +27,9 @@ def sharded_softmax(
     causal: bool = False,
     keep: bool = True,
     kv_whole: bool = False,
+    way: str = "allgather",
 ) -> tuple[Tensor, ...]:
-    strategy = SOFTMAX["allgather"].load()
+    strategy = SOFTMAX[way].load()
     rows, columns = ranks.sequence(q.shape[2]), ranks.sequence(k.shape[2])
     grads, queries = shards(grad, rows), shards(q, rows)
     keys, values = ([x] * ranks.size if kv_whole else shards(x, columns) for x in (k, v))
@@ -58,13 +60,16 @@ def expect_softmax(
         close(x, y)
 
 
+@every_way
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("length", [24, 13, 5])
 @pytest.mark.parametrize("size", RANKS)
-def test_softmax_is_exact(monkeypatch: pytest.MonkeyPatch, size: int, length: int, causal: bool) -> None:
+def test_softmax_is_exact(
+    monkeypatch: pytest.MonkeyPatch, size: int, length: int, causal: bool, way: str
+) -> None:
     """With grouped key heads, and values wider than keys."""
     q, k, v, grad = operands((2, 4, length, 4), (2, 2, length, 4), (2, 2, length, 6), (2, 4, length, 6))
-    got = sharded_softmax(Ranks(size, monkeypatch), grad, q, k, v, causal=causal)
+    got = sharded_softmax(Ranks(size, monkeypatch), grad, q, k, v, causal=causal, way=way)
     expect_softmax(got, grad, q, k, v, None, causal)
 
 
@@ -88,28 +93,30 @@ MASKS = (
 )  # fmt: skip
 
 
+@every_way
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("size", [1, 3])
-def test_softmax_masks(monkeypatch: pytest.MonkeyPatch, size: int, kind: str, causal: bool) -> None:
+def test_softmax_masks(monkeypatch: pytest.MonkeyPatch, size: int, kind: str, causal: bool, way: str) -> None:
     q, k, v, grad = operands((2, 4, 13, 4), (2, 2, 13, 4), (2, 2, 13, 4), (2, 4, 13, 4))
     mask = make_mask(kind, 13, 13)
-    got = sharded_softmax(Ranks(size, monkeypatch), grad, q, k, v, mask, causal)
+    got = sharded_softmax(Ranks(size, monkeypatch), grad, q, k, v, mask, causal, way=way)
     expect_softmax(got, grad, q, k, v, mask, causal)
 
 
+@every_way
 @pytest.mark.parametrize("kv_whole", [True, False])
 @pytest.mark.parametrize("keys", [7, 20])
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 @pytest.mark.parametrize("kind", ["", "rows-bool", "causal"])
 def test_cross_attention(
-    monkeypatch: pytest.MonkeyPatch, size: int, keys: int, kind: str, kv_whole: bool
+    monkeypatch: pytest.MonkeyPatch, size: int, keys: int, kind: str, kv_whole: bool, way: str
 ) -> None:
     """Keys and values on another sequence, or whole on every rank (then dk and dv are terms of a sum)."""
     q, k, v, grad = operands((1, 2, 13, 4), (1, 1, keys, 4), (1, 1, keys, 4), (1, 2, 13, 4))
     causal = kind == "causal"
     mask = make_mask(kind, 13, keys) if kind and not causal else None
-    got = sharded_softmax(Ranks(size, monkeypatch), grad, q, k, v, mask, causal, kv_whole=kv_whole)
+    got = sharded_softmax(Ranks(size, monkeypatch), grad, q, k, v, mask, causal, kv_whole=kv_whole, way=way)
     expect_softmax(got, grad, q, k, v, mask, causal)
 
 
@@ -125,6 +132,23 @@ def test_softmax_collectives(monkeypatch: pytest.MonkeyPatch, keep: bool) -> Non
     expect_softmax(got, grad, q, k, v, None, True)
     moved = (size - 1) * b * heads * 5 * (kd + vd) * 8
     assert ranks.log == [("all_gather", moved)] * (1 if keep else 2) + [("reduce_scatter", moved)]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_all_to_all(monkeypatch: pytest.MonkeyPatch, keep: bool) -> None:
+    """Heads that ranks share out: there, and the rows back; backward rows there, and gradients back."""
+    size, b, h, heads, length, kd, vd = 2, 2, 4, 2, 13, 4, 6
+    q, k, v, grad = operands(
+        (b, h, length, kd), (b, heads, length, kd), (b, heads, length, vd), (b, h, length, vd)
+    )
+    ranks = Ranks(size, monkeypatch)
+    got = sharded_softmax(ranks, grad, q, k, v, causal=True, keep=keep, way="alltoall")
+    expect_softmax(got, grad, q, k, v, None, True)
+    received = b * 7 * 8 * (size - 1) // size  # of one number a token
+    there, back = (received * (h * kd + heads * (kd + vd)), received * h * (vd + 1))
+    rows = received * h * (2 * vd + 1)
+    moved = [there, back, *[there] * (not keep), rows, there]
+    assert ranks.log == [("all_to_all", n) for n in moved]
 
 
 def test_whole_queries_sharded_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,10 +169,15 @@ def test_whole_queries_sharded_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     expect_softmax(got, grad, q, k, v, None, False)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_softmax_low_precision(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bound: float) -> None:
+@every_way
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
+)
+def test_softmax_low_precision(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bound: float, way: str
+) -> None:
     q, k, v, grad = operands(*[(1, 2, 100, 16)] * 4, dtype=dtype)
-    got = sharded_softmax(Ranks(3, monkeypatch), grad, q, k, v, causal=True)
+    got = sharded_softmax(Ranks(3, monkeypatch), grad, q, k, v, causal=True, way=way)
     want = reference_gradients(
         lambda *x: reference.softmax_attention(*x, None, True, 0.3)[0],
         *(x.double() for x in (grad, q, k, v)),

@@ -11,13 +11,14 @@ import torch
 import models
 from spcompile.config import Config
 from spcompile.reports.traffic import rows, transfers
-from spcompile.strategies import LINEAR
+from spcompile.strategies import LINEAR, SOFTMAX
 from tests.proof import Eager, Joint, capture, eager
 from tests.real_ranks import run_ranks
 from tests.releases import each_change
 
 SHAPE = {"vocab": 20, "hidden": 8, "heads": 2, "kv_heads": 1, "mlp": 12}
 OTHERS = [name for name in LINEAR if name != "allgather"]
+OTHERS_OF_SOFTMAX = [name for name in SOFTMAX if name != "allgather"]
 # No decay, one that every rank knows, one per key, and a matrix.
 MODELS = ("linear_llama3", "retention", "gla", "gated_deltanet")
 LENGTH = 13
@@ -35,7 +36,10 @@ def case(name: str) -> tuple[Eager, Joint]:
 # tests/test_linear_strategies.py.
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    each_change(itertools.product(MODELS, OTHERS), [("retention", "scan"), ("gla", "ring"), ("gated_deltanet", "pipelined")]),
+    each_change(
+        itertools.product(MODELS, OTHERS),
+        [("retention", "scan"), ("gla", "ring"), ("gated_deltanet", "pipelined")],
+    ),
 )
 def test_a_model_is_eager(name: str, strategy: str) -> None:
     expected, joint = case(name)
@@ -62,6 +66,24 @@ def test_what_crosses_is_in_the_formula(name: str, strategy: str) -> None:
     assert all(c.formula and c.grows is False for c in states), states
 
 
+@pytest.mark.parametrize("strategy", OTHERS_OF_SOFTMAX)
+def test_a_model_with_softmax_is_eager(strategy: str) -> None:
+    """Two heads and one of keys: ranks that share them out, and more ranks than heads."""
+    expected, joint = case("linear_llama3")
+    for ranks in (1, 2, 3, 4, 8):
+        error = expected.error(*joint.run(ranks, nan_padding=True, softmax=strategy))
+        assert error <= 1e-9, f"P={ranks}: {error:.1e}"
+    module, _ = joint.shard(2, softmax=strategy)
+    crossing = [
+        c for c in rows((t, 1) for t in transfers(module.graph, 2)) if c.purpose.startswith("softmax")
+    ]
+    assert {c.op for c in crossing} == {OPERATORS[strategy]}
+    assert all(c.formula and c.grows for c in crossing), crossing
+
+
+OPERATORS = {"alltoall": "all_to_all"}
+
+
 def test_an_option_that_is_no_row_is_an_error() -> None:
     with pytest.raises(Exception, match="linear") as raised:
         Config.of({"linear": "rings"})
@@ -73,5 +95,5 @@ def test_an_option_that_is_no_row_is_an_error() -> None:
 def test_on_real_ranks() -> None:
     """Through Inductor, which does not know the sends for collectives: three ranks, one length padded."""
     for result in run_ranks("ways", 3, timeout=580):
-        assert result["errors"].keys() == set(OTHERS)
+        assert result["errors"].keys() == {*OTHERS, *OTHERS_OF_SOFTMAX}
         assert max(result["errors"].values()) <= 1e-9, result

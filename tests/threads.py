@@ -36,6 +36,7 @@ class Ranks:
         monkeypatch.setattr(collectives, "finish", lambda started, shape: started.reshape(shape))
         monkeypatch.setattr(collectives, "all_reduce", self._reduce)
         monkeypatch.setattr(collectives, "reduce_scatter", self._scatter)
+        monkeypatch.setattr(collectives, "all_to_all", self._exchange)
 
     def sequence(self, length: int) -> Sequence:
         return Sequence(Group(self.size, "simulated"), -(-length // self.size), length)
@@ -81,6 +82,10 @@ class Ranks:
     def _reduce(self, x: Tensor, group: Group, op: str = "sum") -> Tensor:
         self._note("all_reduce", 1, x)
         return sum(self._meet(x))
+
+    def _exchange(self, x: Tensor, group: Group) -> Tensor:
+        self._note("all_to_all", self.size - 1, x[0])
+        return torch.stack([y[self._here.rank] for y in self._meet(x)])
 
     def _scatter(self, x: Tensor, group: Group) -> Tensor:
         self._note("reduce_scatter", self.size - 1, x[0])

@@ -31,10 +31,12 @@ _NAMES = {
     _c10d.all_gather_into_tensor.default: "all_gather",
     _c10d.all_reduce.default: "all_reduce",
     _c10d.reduce_scatter_tensor.default: "reduce_scatter",
+    _c10d.all_to_all_single.default: "all_to_all",
     torch.ops.spcompile.start_shift.default: "shift",
     torch.ops.spcompile.start_mirror.default: "mirror",
 }
 _TO_ONE = ("shift", "mirror")  # sent to one rank, and not to all
+_PARTS = ("reduce_scatter", "all_to_all")  # of what a rank has, a part to each
 
 
 class Purpose(NamedTuple):
@@ -79,7 +81,7 @@ class Transfer(NamedTuple):
             return size
         if self.op == "all_reduce":
             return round(2 * (P - 1) * size / P)
-        return (P - 1) * size // P if self.op == "reduce_scatter" else (P - 1) * size
+        return (P - 1) * size // P if self.op in _PARTS else (P - 1) * size
 
 
 @dataclass(frozen=True)
@@ -180,9 +182,9 @@ _ATTENTION: dict[tuple[str, ...], tuple[str, tuple[str, ...]]] = {
     ("linear_attention_backward", "all_reduce"): ("gradient of memory state", ("2 (P-1)/P B H K V w",)),
 }
 for _strategy in (*LINEAR.values(), *SOFTMAX.values()):
-    for _sent, (_said, _text) in _strategy.sends.items():
+    for _sent, (_said, *_texts) in _strategy.sends.items():
         _, _known = _ATTENTION.get(_sent, (_said, ()))
-        _ATTENTION[_sent] = _said, tuple(dict.fromkeys((*_known, _text)))
+        _ATTENTION[_sent] = _said, tuple(dict.fromkeys((*_known, *_texts)))
 
 # What rules send themselves: a number of tokens (or totals) that does not depend on the sequence's length.
 _EDGES = {

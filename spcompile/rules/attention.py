@@ -350,7 +350,8 @@ class SoftmaxAttention:
                 x = softmax.Operands(given[0], given[1], given[2], *more)
                 context.took("softmax", rows.name(x, options), rows.refuses(x, options))
                 out, lse, kv = context.softmax.forward(x, options, queries, keys)
-                context.leave(self.call.site, keys, context.gathered(kv))
+                grows = kv is not None and context.softmax.grows(kv)
+                context.leave(self.call.site, keys, context.gathered(kv) if grows else kv)
                 return out, lse
             grad, q, k, v, out, lse = given
             x = softmax.Operands(q, k, v, *more)

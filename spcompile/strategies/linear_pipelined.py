@@ -1,4 +1,4 @@
-"""ZeCO's All-Scan: the state walks from rank to rank in slices, and a slice is passed on while the next comes.
+"""ZeCO's All-Scan: the state walks from rank to rank in slices, one passed on while the next comes.
 
 Columns of a state do not depend on each other, so a state is cut into n slices of its columns. In step t the
 rank with r ranks before it has slice t - r: it adds what its tokens do to the slice that came, and passes it

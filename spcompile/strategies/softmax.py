@@ -27,6 +27,14 @@ class SoftmaxStrategy(Protocol):
         ...
 
     @staticmethod
+    def grows(kv: Tensor) -> bool:
+        """Whether ``kv`` is of all ranks' tokens, so that saving it may cost more than sending it again.
+
+        Else it is no more than this rank's queries, keys and values, in whose place it is saved.
+        """
+        ...
+
+    @staticmethod
     def forward(
         x: Operands, options: Options, queries: Sequence | None, keys: Sequence | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:

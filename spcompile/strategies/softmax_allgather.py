@@ -70,6 +70,11 @@ class AllGather:
         return neighbours(packed, 0, *reach, group, collectives.rank(group, packed.device))
 
     @staticmethod
+    def grows(kv: Tensor) -> bool:
+        """All keys, or a window's edges."""
+        return True
+
+    @staticmethod
     def forward(
         x: Operands, options: Options, queries: Sequence | None, keys: Sequence | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -22,15 +22,16 @@ class Strategy:
         title: what the field calls it.
         where: the module and the name of its implementation, an ``Exchange`` for linear attention
             (``exchange.py``), a ``SoftmaxStrategy`` for softmax (``softmax.py``).
-        sends: (operator, collective) -> what is sent, and the bytes that one rank receives as a formula in P
-            ranks, b tokens per rank, B, H, G key heads, K, V, w bytes an element, n slices of a state; (K V+A) is a state and what
-            a run of tokens multiplies it by. With "edges" as a third part: of E neighbouring tokens alone.
+        sends: (operator, collective) -> what is sent, and the bytes that one rank receives as formulas, one
+            for each thing that is sent so. In P ranks, b tokens per rank, B, H, G key heads, K, V, w bytes an
+            element, n slices of a state; (K V+A) is a state and what a run of tokens multiplies it by. With
+            "edges" as a third part: of E neighbouring tokens alone.
     """
 
     name: str
     title: str
     where: str
-    sends: Mapping[tuple[str, ...], tuple[str, str]]
+    sends: Mapping[tuple[str, ...], tuple[str, ...]]
 
     def load(self) -> Any:
         """The implementation."""
@@ -42,9 +43,16 @@ _SCANS = ("affine_scan", "max_scan")
 _STATES = "(P-1) B H (K V+A) w"
 _KEYS = "(P-1) b B G (K+V) w"
 _EDGES = "(P-1) E B G (K+V) w"
+# With key heads as they are, and with one for each query head.
+_OF_HEADS = ("(P-1)/P b B (H K+G (K+V)) w", "(P-1)/P b B H (2 K+V) w")
 
 
-def _steps(of_a_step: str) -> dict[tuple[str, ...], tuple[str, str]]:
+def _rows(times: int) -> tuple[str, ...]:
+    """Of so many values a row, and its log-sum-exp: as long as one number, or as two narrow ones."""
+    return tuple(f"(P-1)/P b B H ({times} V+{n}) w" for n in (1, 2))
+
+
+def _steps(of_a_step: str) -> dict[tuple[str, ...], tuple[str, ...]]:
     """What is sent from rank to rank, in each of several steps, and the last state to all."""
     return {
         ("linear_attention", "shift"): ("memory states", of_a_step),
@@ -84,7 +92,7 @@ _LINEAR = (
         _steps("B H K V w/n"),
     ),
 )
-_BACK: dict[tuple[str, ...], tuple[str, str]] = {
+_BACK: dict[tuple[str, ...], tuple[str, ...]] = {
     ("all_gather",): ("keys and values again", _KEYS),
     ("reduce_scatter",): ("gradients of keys and values", _KEYS),
     ("all_gather", "edges"): ("gradients of neighbours' keys and values", _EDGES),
@@ -101,6 +109,26 @@ _SOFTMAX = (
                 (f"softmax_attention{relative}_backward", *crossing): said
                 for relative in ("", "_relative")
                 for crossing, said in _BACK.items()
+            },
+        },
+    ),
+    Strategy(
+        "alltoall",
+        "Ulysses",
+        "spcompile.strategies.softmax_alltoall:AllToAll",
+        {
+            ("softmax_attention", "all_to_all"): (
+                "tokens of a rank's heads, and back",
+                *_OF_HEADS,
+                *_rows(1),
+            ),
+            **{
+                (f"softmax_attention{relative}_backward", "all_to_all"): (
+                    "gradients of a rank's heads, and back",
+                    *_OF_HEADS,
+                    *_rows(2),
+                )
+                for relative in ("", "_relative")
             },
         },
     ),
