@@ -52,7 +52,8 @@ _ALSO: dict[str, dict[str, Any]] = {
     "blt": {
         "encoder_hash_byte_group_vocab": 500,
         "encoder_config": {"hidden_size_global": 64},
-        "decoder_config": {"hidden_size_global": 64},
+        "decoder_config": {"hidden_size_global": 64, "cross_attn_k": 2},
+        "cross_attn_k": 2,
     },
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
@@ -71,7 +72,8 @@ _ALSO: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "reformer": {"axial_pos_embds": False},
     "zamba": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "hybrid"] * 2},
-    "zamba2": {"layer_types": ["linear_attention", "hybrid"]},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }
 _RANDOM = ("dropout", "pdrop", "layerdrop", "jitter_noise", "drop_path")
