@@ -81,7 +81,7 @@ def _one_by_one(model: nn.Module, inputs: dict[str, Any]) -> Eager:
 
 
 def of_rounding(model: nn.Module, inputs: dict[str, Any], expected: Eager) -> float:
-    """How much eager moves if its parameters change in the ninth digit: of what is float32 inside, in the last.
+    """How much eager moves if its parameters change in the ninth digit (of what is float32 inside, the last).
 
     A gradient that is nothing but the rounding of others may differ by more than they do.
     """
