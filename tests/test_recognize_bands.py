@@ -160,6 +160,12 @@ def sinks(q, k, v, _, s):
     return F.softmax(logits, dim=-1, dtype=logits.dtype)[..., :-1] @ v
 
 
+@spelling(FOUND, "causal window of 3")
+def without_the_largest(q, k, v, _, s):
+    logits = (q @ k.mT * 0.4).masked_fill((distance() < 0) | (distance() > 2), MIN)
+    return F.softmax(logits - logits.amax(-1, keepdim=True), dim=-1) @ v
+
+
 @spelling(FOUND, "causal, sinks")
 def sinks_first(q, k, v, _, s):
     logits = torch.cat([column(s, q), (q @ k.mT).masked_fill(future(), -INF)], dim=-1)

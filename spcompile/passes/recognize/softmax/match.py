@@ -28,7 +28,7 @@ from spcompile.passes.recognize.proof.prover import Prover
 from spcompile.passes.recognize.softmax.documents import Documents
 from spcompile.passes.recognize.softmax.prefixes import Prefixes
 from spcompile.passes.recognize.softmax.relative import emit_relative
-from spcompile.passes.recognize.softmax.sinks import read_sink
+from spcompile.passes.recognize.softmax.sinks import read_sink, without_maximum
 from spcompile.passes.recognize.softmax.steps import (
     Found,
     Step,
@@ -72,9 +72,13 @@ def _match_probabilities(v: Value, out: Dims, p: Factor, values: Factor, keys: A
         path += sink.path
         logits, at = sink.logits, sink.softmax
     else:
-        logits = at.args["self"]
-        if resolve(dims[at.args["dim"]]) != resolve((keys,)):
+        logits, dim = at.args["self"], at.args["dim"]
+        if resolve(dims[dim]) != resolve((keys,)):
             return None
+        off = without_maximum(logits, dim)
+        if off is not None:
+            path += [Factor(x, ()) for x in (logits, *off[1])]
+            logits = off[0]
     found = _match_logits(logits, dims)
     if found is None:
         return None
