@@ -10,6 +10,7 @@ from bench.kernels import Kernels
 from bench.masks import Masks
 from bench.options import Benchmark
 from bench.outputs import Outputs
+from bench.ranks import Ranks
 from bench.variants import VariantsCompile
 from bench.warm_start import WarmStart
 
@@ -23,5 +24,6 @@ BENCHMARKS: dict[str, Benchmark] = {
     "warm": WarmStart("processor seconds of the first step in a process, compiler caches empty, then filled"),
     "kernels": Kernels("Triton kernels: on a GPU their times, elsewhere machine code, launches, bytes"),
     "masks": Masks("softmax attention under each kind of mask, B1 H2 D64, one training step on two ranks"),
+    "ranks": Ranks("every way across the ranks, linear_llama3 with 4 layers of 128, B1, Gloo on loopback"),
     "outputs": Outputs("Hugging Face Llama that returns logits and cache, a training step on two ranks"),
 }
