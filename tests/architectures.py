@@ -3,8 +3,8 @@
 Every architecture that transformers' table of causal language models lists and that can be made small by
 the names of its sizes; or, by ``--builders``, the models of a Python file. Each runs in a process of its
 own, a training step on simulated ranks, or with ``--real`` on a process a rank, all short of Inductor;
-``--plan`` asks ``spcompile.explain`` for 2,048 tokens besides. What is done is kept in a file, one line of
-JSON for each, and not done again; ``--table`` prints it.
+``--plan`` asks ``spcompile.explain`` for 2,048 tokens besides (with an empty ``--ranks`` for nothing else).
+What is done is kept in a file, lines of JSON, and not done again; ``--table`` prints it.
 """
 
 from __future__ import annotations
@@ -146,26 +146,38 @@ def plan(name: str, builders: Path | None) -> dict[str, Any]:
     }
 
 
+def merged(lines: list[str]) -> dict[str, dict[str, Any]]:
+    """What is kept of each model, by name; of what was done twice the last."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in map(json.loads, lines):
+        rows[row["name"]] = rows.get(row["name"], {}) | row
+    return rows
+
+
+def asked(args: argparse.Namespace) -> list[str]:
+    """The keys of a row that has all that is asked for; a plan that failed is one."""
+    return [f"P={p}, real" if args.real else f"P={p}" for p in args.ranks] + ["planned"] * args.plan
+
+
 def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """All that is asked of one architecture; what stops it is told."""
     row: dict[str, Any] = {"name": name}
-    builders, ranks = args.builders, args.ranks
+    builders = args.builders
     began = time.perf_counter()
     try:
         built(name, LENGTH, builders)
     except Exception as error:
         return row | {"note": f"not made small: {_line(error)}"}
-    for p in ranks:
-        key = f"P={p}, real" if args.real else f"P={p}"
+    for p, key in zip(args.ranks, asked(args), strict=False):
         try:
             row[key] = check_real(name, p, builders, args.timeout) if args.real else check(name, p, builders)
         except Exception as error:
             row[key] = {"note": _line(error)}
     if args.plan:
         try:
-            row |= plan(name, builders)
+            row |= plan(name, builders) | {"planned": ""}
         except Exception as error:
-            row["plan"] = _line(error)
+            row["planned"] = _line(error)
     return row | {"took": time.perf_counter() - began}
 
 
@@ -214,8 +226,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in sorted(rows, key=lambda row: row["name"]):
         found = {k: v for k, v in row.items() if k.startswith("P=")}
         said = row.get("note", "")[:100] or "; ".join(f"{p}: {verdict(x)}" for p, x in found.items())
-        breaks = max((x.get("breaks", 0) for x in found.values()), default="")
+        breaks = max((x["breaks"] for x in found.values() if "breaks" in x), default="")
         listed = ["; ".join(f"{n} {what}" for what, n in row.get(k, {}).items()) for k in ("sites", "left")]
+        listed[0] = f"no plan: {row['planned'][:80]}" if row.get("planned") else listed[0]
         gathered = "; ".join(f"{what} {human(n)}" for what, n in row.get("gathers", {}).items())
         (alone, each), (one, four) = row.get("saved", (0, 0)), row.get("seconds", (0, 0))
         saves, longer = (f"{a / b:.1f}x" if b else "" for a, b in ((alone, each), (four, one)))
@@ -228,7 +241,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.architectures", description=__doc__)
     parser.add_argument("names", nargs="*", help="types of model, as transformers has them (default: all)")
     parser.add_argument("--builders", type=Path, help="a file of builders, in place of transformers' table")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 3])
     parser.add_argument("--plan", action="store_true", help="also what 2,048 tokens on four ranks would do")
     parser.add_argument("--real", action="store_true", help="a process for each rank, on Gloo")
     parser.add_argument("--timeout", type=int, default=600, help="seconds for each (default: %(default)s)")
@@ -241,21 +254,22 @@ def main() -> int:
         sys.modules["fla"] = None  # type: ignore[assignment]  # whose kernels, where it is there, need a GPU
         print("ROW " + json.dumps(measured(args.one, args)), flush=True)
         return 0
-    rows = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    rows = merged(args.out.read_text().splitlines() if args.out.exists() else [])
     if args.table:
-        print(table(rows))
+        print(table(list(rows.values())))
         return 0
     known = architectures() if args.builders is None else of_file(args.builders)
-    kept = {row["name"] for row in rows}
+    kept = {n for n, row in rows.items() if "note" in row or all(key in row for key in asked(args))}
     todo = [name for name in args.names or known if name not in kept]
     with ThreadPoolExecutor(args.jobs) as pool, args.out.open("a") as out:
         done = as_completed([pool.submit(apart, name, args) for name in todo])
         for each in track(done, "architectures", total=len(todo)):
-            rows.append(each.result())
-            print(json.dumps(rows[-1]), file=out, flush=True)
+            row = each.result()
+            rows[row["name"]] = rows.get(row["name"], {}) | row
+            print(json.dumps(row), file=out, flush=True)
     wrong = [
         row["name"]
-        for row in rows
+        for row in rows.values()
         if any("WRONG" in verdict(x) for k, x in row.items() if k.startswith("P="))
     ]
     print(f"{len(rows)} architectures; wrong: {', '.join(wrong) or 'none'}")

@@ -134,6 +134,26 @@ def test_softmax_collectives(monkeypatch: pytest.MonkeyPatch, keep: bool) -> Non
     assert ranks.log == [("all_gather", moved)] * (1 if keep else 2) + [("reduce_scatter", moved)]
 
 
+@pytest.mark.parametrize("window", [None, 2, 6, 7])
+def test_ring(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    """As many steps as a causal row sees ranks; gradients walk with their keys, and home in one step more."""
+    size, b, heads, length, kd, vd = 4, 2, 2, 19, 4, 6
+    shapes = (b, 4, length, kd), (b, heads, length, kd), (b, heads, length, vd), (b, 4, length, vd)
+    sequence = (ranks := Ranks(size, monkeypatch)).sequence(length)
+    q, k, v, grad = (shards(x, sequence) for x in operands(*shapes))
+    how, strategy = (Options(True, 0.3, window=window), sequence, sequence), SOFTMAX["ring"].load()
+
+    def work(rank: int) -> tuple[Tensor, ...]:
+        x = Operands(q[rank], k[rank], v[rank])
+        out, lse, kv = strategy.forward(x, *how)
+        assert kv is None
+        return strategy.backward(grad[rank], x, out, lse, kv, *how)
+
+    ranks.run(work)
+    steps, moved = {None: 3, 2: 1, 6: 1, 7: 2}[window], b * heads * 5 * (kd + vd) * 8
+    assert ranks.log == [("shift", moved)] * (steps + 2 * steps + 1)
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_all_to_all(monkeypatch: pytest.MonkeyPatch, keep: bool) -> None:
     """Heads that ranks share out: there, and the rows back; backward rows there, and gradients back."""

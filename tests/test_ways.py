@@ -81,7 +81,7 @@ def test_a_model_with_softmax_is_eager(strategy: str) -> None:
     assert all(c.formula and c.grows for c in crossing), crossing
 
 
-OPERATORS = {"alltoall": "all_to_all"}
+OPERATORS = {"alltoall": "all_to_all", "ring": "shift"}
 
 
 def test_an_option_that_is_no_row_is_an_error() -> None:

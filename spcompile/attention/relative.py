@@ -74,12 +74,14 @@ def local_softmax_attention_relative_backward(
     documents: Tensor | None = None,
     relative: Tensor | None = None,
     prefixes: Tensor | None = None,
+    ring: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``local_softmax_attention``: of keys, values and ``relative`` from just these rows."""
     options = Options(causal, scale, 0, window, soft_cap)
     x = Operands(q, k, v, mask, sinks, documents, relative, prefixes)
-    here = local(x, options, group, block, length, reach)
-    dq, dk, dv, drelative = rows.backward_relative(grad, here.x, here.options)
+    here = local(x, options, group, block, length, reach, ring)
+    given = None if ring is None else (out, lse)
+    dq, dk, dv, drelative = rows.backward_relative(grad, here.x, here.options, given)
     return dq, *here.back(dk, dv, k.shape[2]), drelative
 
 

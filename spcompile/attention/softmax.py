@@ -259,12 +259,15 @@ class Local(NamedTuple):
         return F.pad(dk, pad), F.pad(dv, pad)
 
 
-def local(x: Operands, options: Options, group: str, block: int, length: int, reach: int | None) -> Local:
-    """Place this rank's rows among the keys; of neighbours' keys, drop what lies outside of the sequence."""
-    row, begin = current_rank(group) * block, 0
+def local(
+    x: Operands, options: Options, group: str, block: int, length: int, reach: int | None, ring: int | None
+) -> Local:
+    """Place this rank's rows among the keys; of other ranks' keys, drop what lies outside of the sequence."""
+    row = current_rank(group) * block
     if reach is None:
         return Local(x, options._replace(first_row=row), 0)
     begin = row - reach
+    begin += ring if ring is not None and begin < 0 else 0
     first, end = max(0, begin), min(length, begin + x.k.shape[2])
     count = max(0, end - first)
     first = first if count else begin
@@ -296,6 +299,7 @@ def local_softmax_attention(
     documents: Tensor | None = None,
     relative: Tensor | None = None,
     prefixes: Tensor | None = None,
+    ring: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of this rank's query rows where the position says what a row may see.
 
@@ -307,6 +311,8 @@ def local_softmax_attention(
         k, v: all keys and values ``[B, Hkv, S, *]``; or, where ``reach`` is given, this rank's and those of
             its neighbours: the positions from ``rank * block - reach`` on, of which those before 0 and from
             ``length`` on are not there, whatever they hold.
+        ring: where the keys given are those of one rank, so many positions on: of all ranks, for what would
+            be before 0 then follows from the end; or 0, where rows do not see what is behind them.
         mask: None, or these rows' mask, broadcastable to ``[B, H, block, S]`` with the columns of all keys.
         group: registered name of the process group along the sequence.
         block: tokens per rank.
@@ -318,7 +324,8 @@ def local_softmax_attention(
     """
     options = Options(causal, scale, 0, window, soft_cap)
     here = local(
-        Operands(q, k, v, mask, sinks, documents, relative, prefixes), options, group, block, length, reach
+        Operands(q, k, v, mask, sinks, documents, relative, prefixes),
+        *(options, group, block, length, reach, ring),
     )
     return rows.forward(here.x, here.options)
 
@@ -349,14 +356,16 @@ def local_softmax_attention_backward(
     documents: Tensor | None = None,
     relative: Tensor | None = None,
     prefixes: Tensor | None = None,
+    ring: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``local_softmax_attention``: dq of these rows; dk, dv of the keys given from just these
-    rows, 0 where a key is not there."""
+    rows, 0 where a key is not there. In a ``ring`` out and lse are those of all keys."""
     options = Options(causal, scale, 0, window, soft_cap)
     here = local(
-        Operands(q, k, v, mask, sinks, documents, relative, prefixes), options, group, block, length, reach
+        Operands(q, k, v, mask, sinks, documents, relative, prefixes),
+        *(options, group, block, length, reach, ring),
     )
-    dq, dk, dv = rows.backward(grad, here.x, out, lse, here.options)
+    dq, dk, dv = rows.backward(grad, here.x, out, lse, here.options, part=ring is not None)
     return dq, *here.back(dk, dv, k.shape[2])
 
 

@@ -43,6 +43,7 @@ _SCANS = ("affine_scan", "max_scan")
 _STATES = "(P-1) B H (K V+A) w"
 _KEYS = "(P-1) b B G (K+V) w"
 _EDGES = "(P-1) E B G (K+V) w"
+_BLOCK = "b B G (K+V) w"
 # With key heads as they are, and with one for each query head.
 _OF_HEADS = ("(P-1)/P b B (H K+G (K+V)) w", "(P-1)/P b B H (2 K+V) w")
 
@@ -109,6 +110,21 @@ _SOFTMAX = (
                 (f"softmax_attention{relative}_backward", *crossing): said
                 for relative in ("", "_relative")
                 for crossing, said in _BACK.items()
+            },
+        },
+    ),
+    Strategy(
+        "ring",
+        "Ring Attention",
+        "spcompile.strategies.softmax_ring:Ring",
+        {
+            ("softmax_attention", "shift"): ("keys and values", _BLOCK),
+            **{
+                (f"softmax_attention{relative}_backward", "shift"): (
+                    "keys, values, and their gradients",
+                    _BLOCK,
+                )
+                for relative in ("", "_relative")
             },
         },
     ),

@@ -5,7 +5,8 @@
 
 with a sink as one more logit of each row. The probabilities of one block of rows exist at a time, against the
 keys that one of its rows may see. The backward computes them again from whole rows (not from ``lse``), so a
-row whose keys are all masked by a huge negative number keeps its distribution.
+row whose keys are all masked by a huge negative number keeps its distribution; of a part of the keys it
+cannot, and takes ``out`` and ``lse``.
 """
 
 from __future__ import annotations
@@ -146,16 +147,24 @@ def forward(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(grad: Tensor, x: Operands, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+Given = tuple[Tensor, Tensor] | None
+"""out and lse, where they are of more keys than these."""
+
+
+def backward(
+    grad: Tensor, x: Operands, options: Options, given: Given = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`forward`'s ``out``: dq, dk, dv contiguous, each in its input's dtype."""
-    return _gradients(grad, x, options, None)
+    return _gradients(grad, x, options, None, given)
 
 
-def backward_relative(grad: Tensor, x: Operands, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward_relative(
+    grad: Tensor, x: Operands, options: Options, given: Given = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same, and the gradient of ``relative``: of an entry the sum over the scores that it is added to."""
     assert x.relative is not None
     total = torch.zeros(x.relative.shape, dtype=state_dtype(x.q.dtype), device=x.q.device)
-    return *_gradients(grad, x, options, total), total.to(x.relative.dtype)
+    return *_gradients(grad, x, options, total, given), total.to(x.relative.dtype)
 
 
 def _by_distance(ds: Tensor, heads: int) -> Tensor:
@@ -171,7 +180,7 @@ def _by_distance(ds: Tensor, heads: int) -> Tensor:
 
 
 def _gradients(
-    grad: Tensor, x: Operands, options: Options, total: Tensor | None
+    grad: Tensor, x: Operands, options: Options, total: Tensor | None, given: Given
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv; that of ``relative`` is added to ``total``."""
     q, k, v = x[:3]
@@ -180,10 +189,16 @@ def _gradients(
     for block in _blocks(x, options):
         rows, grads = (_grouped(y[:, :, block.rows], heads).to(wide) for y in (q, grad))
         keys, values = (y[:, :, block.keys].to(wide) for y in (k, v))
-        p, _, slope = _probabilities(rows, keys, x, options, block)
-        dv[:, :, block.keys] += (p.mT @ grads).sum(2)
+        p, own, slope = _probabilities(rows, keys, x, options, block)
         dp = grads @ values.unsqueeze(2).mT
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+        if given is None:
+            common = (p * dp).sum(-1, keepdim=True)
+        else:
+            out, lse = (_grouped(y[:, :, block.rows], heads).to(wide) for y in given)
+            p = p * torch.where(own == -torch.inf, 0.0, torch.exp(own - lse)).unsqueeze(-1)
+            common = (grads * out).sum(-1, keepdim=True)
+        dv[:, :, block.keys] += (p.mT @ grads).sum(2)
+        ds = p * (dp - common)
         if total is not None:
             total.index_add_(1, x.distances(options, *block), _by_distance(ds, total.shape[0]))
         ds = ds * options.scale

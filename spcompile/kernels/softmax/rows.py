@@ -42,22 +42,29 @@ def forward(x: Operands, options: Options) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    grad: Tensor, x: Operands, out: Tensor, lse: Tensor, options: Options
+    grad: Tensor, x: Operands, out: Tensor, lse: Tensor, options: Options, part: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`forward`'s ``out``; dk and dv are these rows' part of the sum over all rows.
+
+    ``part``: of the keys given, where ``out`` and ``lse`` are of more.
 
     Sinks are in ``out`` and ``lse``: exp(score - lse) is a key's weight beside them, and dO . out what the
     gradients of a row's scores have in common.
     """
     if not flash.refuses(x, options):
-        if not flash.imprecise(x, lse):
+        if part or not flash.imprecise(x, lse):
             return flash.backward(grad, x, out, lse, options)
     elif not flex.refuses(x, options):
         with flex.or_blocks(x, options):
             return flex.backward(grad, x, out, lse, options)
-    return blockwise.backward(grad, x, options)
+    return blockwise.backward(grad, x, options, (out, lse) if part else None)
 
 
-def backward_relative(grad: Tensor, x: Operands, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same and the gradient of ``relative``, which no fused kernel sums in a fixed order."""
-    return blockwise.backward_relative(grad, x, options)
+def backward_relative(
+    grad: Tensor, x: Operands, options: Options, given: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same and the gradient of ``relative``, which no fused kernel sums in a fixed order.
+
+    ``given``: out and lse, where they are of more keys than these.
+    """
+    return blockwise.backward_relative(grad, x, options, given)
