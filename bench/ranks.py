@@ -25,7 +25,7 @@ class Ranks:
     """
 
     title: str
-    ranks: tuple[int, ...] = (2, 4)
+    ranks: tuple[int, ...] = (2,)
     lengths: tuple[int, ...] = (8192,)
 
     def plan(self, options: Options) -> list[Step]:
@@ -34,7 +34,7 @@ class Ranks:
             (model, length, ranks, *ways)
             for model in PATTERNS
             for length in lengths
-            for ranks in (1, *(self.ranks[:1] if options.quick else self.ranks))
+            for ranks in (1, *self.ranks)
             for ways in _ways(model, ranks)
         ]
 
