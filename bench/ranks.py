@@ -27,12 +27,13 @@ class Ranks:
     title: str
     ranks: tuple[int, ...] = (2,)
     lengths: tuple[int, ...] = (8192,)
+    models: tuple[str, ...] = tuple(PATTERNS)
 
     def plan(self, options: Options) -> list[Step]:
         lengths = [512] if options.quick else [n for n in self.lengths if n <= options.max_seq]
         return [
             (model, length, ranks, *ways)
-            for model in PATTERNS
+            for model in self.models
             for length in lengths
             for ranks in (1, *self.ranks)
             for ways in _ways(model, ranks)

@@ -25,6 +25,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "kernels": Kernels("Triton kernels: on a GPU their times, elsewhere machine code, launches, bytes"),
     "masks": Masks("softmax attention under each kind of mask, B1 H2 D64, one training step on two ranks"),
     "ranks": Ranks("every way across two ranks, linear_llama3 with 4 layers of 128, B1, Gloo on loopback"),
+    "ranks-softmax": Ranks("the same of softmax layers alone", models=("softmax",)),
     "ranks-many": Ranks("the same across four and eight ranks", ranks=(4, 8)),
     "outputs": Outputs("Hugging Face Llama that returns logits and cache, a training step on two ranks"),
 }

@@ -117,13 +117,13 @@ def _start_sending(x: Tensor, to: int, source: int, size: int, group: str) -> Te
 
 
 @torch.library.custom_op("spcompile::start_shift", mutates_args=())
-def _start_shift(x: Tensor, by: int, size: int, group: str) -> Tensor:
+def _start_shift(x: Tensor, by: int, size: int, group: str, after: Tensor | None = None) -> Tensor:
     rank = current_rank(group)
     return _start_sending(x, (rank + by) % size, (rank - by) % size, size, group)
 
 
 @_start_shift.register_fake
-def _(x: Tensor, by: int, size: int, group: str) -> Tensor:
+def _(x: Tensor, by: int, size: int, group: str, after: Tensor | None = None) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -138,12 +138,14 @@ def _(x: Tensor, size: int, group: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def start_shift(x: Tensor, by: int, group: Group) -> Tensor:
+def start_shift(x: Tensor, by: int, group: Group, after: Tensor | None = None) -> Tensor:
     """Start sending ``x`` to the rank ``by`` further on, around the ring; :func:`finish` gives what came.
 
     Which ranks these are is read when the graph runs (PyTorch's ``permute_tensor`` has them as numbers).
+    ``after`` is not read: it is not sent before that is there, so not in the forward if it is a gradient.
     """
-    return torch.ops.spcompile.start_shift(x.contiguous().reshape(-1), by, group.size, group.name)
+    more = () if after is None else (after,)
+    return torch.ops.spcompile.start_shift(x.contiguous().reshape(-1), by, group.size, group.name, *more)
 
 
 def mirror(x: Tensor, group: Group) -> Tensor:

@@ -137,7 +137,7 @@ def _reduce_scatter(x: _PerRank, op: str, size: int, name: str) -> _PerRank:
     return _PerRank(reduce(_REDUCE[op], x).chunk(size))
 
 
-def _shift(x: _PerRank, by: int, size: int, name: str) -> _PerRank:
+def _shift(x: _PerRank, by: int, size: int, name: str, after: Any = None) -> _PerRank:
     return _PerRank(x[(r - by) % size] for r in range(size))
 
 

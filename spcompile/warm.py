@@ -136,7 +136,7 @@ class Told:
         gathers = [(g._replace(source=""), number(g.source)) for g in self.record.gathers]
         record = self.record
         told: dict[str, Any] = {"gathers": gathers, "sequence": record.sequence}
-        told |= {"lent": record.lent, "kernels": record.kernels}
+        told |= {"lent": record.lent, "kernels": record.kernels, "sizes": record.sizes}
         self.joint = self._keep(told | self._transfers(None))
 
     def saw_final(self, graph: fx.Graph) -> None:
@@ -167,6 +167,7 @@ class Told:
         self.joint = marks[0][0]
         self.record.sharded, self.record.sequence = True, joint["sequence"]
         self.record.lent, self.record.kernels = joint["lent"], joint["kernels"]
+        self.record.sizes = joint["sizes"]
         self.record.gathers += [g._replace(source=self.lines.text(n)) for g, n in joint["gathers"]]
         self._take(joint["transfers"], None)
         for phase, final in finals.items():

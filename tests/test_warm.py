@@ -332,7 +332,9 @@ def test_one_rank_is_served_from_the_cache(cache: Path, monkeypatch: pytest.Monk
 def test_an_entry_whose_told_is_lost_in_part_is_not_served(cache: Path) -> None:
     gm = fx.symbolic_trace(nn.Identity())
     told = warm.Told(Record(Group(1, "")), gm, "")
-    joint = told._keep({"gathers": [], "sequence": None, "lent": {}, "kernels": {}, "transfers": []})
+    joint = told._keep(
+        {"gathers": [], "sequence": None, "lent": {}, "kernels": {}, "sizes": {}, "transfers": []}
+    )
     mark = f"{warm.MARK} {joint} forward"
     assert not told._retell(warm.Counter({f"{mark} {'0' * 64}": 1}))
     assert not told._retell(warm.Counter())

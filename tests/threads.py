@@ -75,7 +75,7 @@ class Ranks:
         self._note("all_gather", self.size - 1, x)
         return torch.stack([y.reshape(-1) for y in self._meet(x)])
 
-    def _shift(self, x: Tensor, by: int, group: Group) -> Tensor:
+    def _shift(self, x: Tensor, by: int, group: Group, after: Tensor | None = None) -> Tensor:
         self._note("shift", 1, x)
         return self._meet(x)[(self._here.rank - by) % self.size].reshape(-1)
 

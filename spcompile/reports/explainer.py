@@ -113,9 +113,7 @@ class _Session:
         with record.timed("recognize"):
             found = frontend.prepare(gm, self.config)
         record.sites = found.sites
-        compilers = _Compilers(
-            self.group, self.config, found, record, "meta" if moved is not None else None
-        )
+        compilers = _Compilers(self.group, self.config, found, record, "meta" if moved is not None else None)
         run = _torch.aot_autograd(
             fw_compiler=compilers.forward,
             bw_compiler=compilers.stub,

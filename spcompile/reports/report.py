@@ -7,7 +7,7 @@ import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import fx
 
 from spcompile.collectives import Group
 from spcompile.config import Config
+from spcompile.costs import MACHINES, Sizes, Way, ways
 from spcompile.phases import is_tangent
 from spcompile.placement import Shard
 from spcompile.reports import budget
@@ -37,6 +38,7 @@ class Record:
         sites: what recognition saw (``spcompile.passes.recognize.Site``).
         lent: how the outputs lie that stay this rank's part, by their number.
         kernels: (kind of attention, kernel, why it is not a fused one) -> how many take it.
+        sizes: (kind of attention, device, sizes) -> how many cross ranks.
         gathers: gathers that a missing rule forced (``spcompile.passes.shard.localize.GatherNote``).
         transfers: the collectives of the graph.
         sequence: (tokens, tokens per rank) of most of its sharded tensors; None if nothing is sharded.
@@ -54,6 +56,7 @@ class Record:
     sites: list[Any] = field(default_factory=list)
     lent: dict[int, Shard] = field(default_factory=dict)
     kernels: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    sizes: Counter[tuple[str, str, Sizes]] = field(default_factory=Counter)
     gathers: list[Any] = field(default_factory=list)
     transfers: list[Transfer] = field(default_factory=list)
     sequence: tuple[int, int] | None = None
@@ -80,7 +83,7 @@ class Record:
         """Take what is to be known of a joint graph that was just sharded (``passes.shard.Sharded``)."""
         self.sharded = True
         self.gathers += sharded.gathers
-        self.kernels = sharded.kernels
+        self.kernels, self.sizes = sharded.kernels, sharded.sizes
         self.lent = {number: shard.expressions() for number, shard in sharded.lent.items()}
         steps = sharded.plan.steps.values() if sharded.plan is not None else ()
         placements = [p for step in steps for p in step.native if isinstance(p, Shard)]
@@ -152,6 +155,19 @@ class Report:
     def gathers(self) -> list[Any]:
         """The gathers that missing rules forced."""
         return [gather for record in self.records for gather in record.gathers]
+
+    @property
+    def ways(self) -> list[Way]:
+        """What each way across the ranks would take, of the attention of each size."""
+        found: dict[tuple[str, str, Sizes], Way] = {}
+        for record in self.records:
+            for key, count in record.sizes.items():
+                kind, device, sizes = key
+                count += found[key].count if key in found else 0
+                machine = MACHINES.get(device, MACHINES["cuda"])
+                taken = record.strategies.get(kind, "")
+                found[key] = Way(kind, count, taken, sizes, ways(kind, sizes, machine))
+        return list(found.values())
 
     @property
     def kernels(self) -> Counter[tuple[str, str, str]]:
@@ -252,6 +268,7 @@ class Report:
                 {"kind": kind, "kernel": kernel, "refused": why, "count": n}
                 for (kind, kernel, why), n in self.kernels.items()
             ],
+            "ways": [asdict(way) for way in self.ways],
             "collectives": [row.to_dict() for row in self.collectives],
             "gathers": [dict(g._asdict()) for g in self.gathers],
             "parameters": self.parameters,

@@ -38,7 +38,7 @@ def render_html(report: Report) -> str:
 
 def _parts(report: Report) -> list[str]:
     parts = [_header(report), _sites(report), _refused(report), _kernels(report)]
-    parts += [*_collectives(report), _gathers(report)]
+    parts += [*_collectives(report), _ways(report), _gathers(report)]
     parts += [_memory(report), _fits(report), _largest(report), _choices(report), _passes(report)]
     return [part for part in parts if part]
 
@@ -123,6 +123,23 @@ def _refused(report: Report) -> str:
         return ""
     rows = [(n, kind, _cut(why, 50), _cut(source, 52)) for (kind, why, source), n in counts.items()]
     return _table("seen and not rewritten", ("count", "kind", "why", "source"), rows, "count")
+
+
+def _ways(report: Report) -> str:
+    if report.ranks == 1 or not report.ways:
+        return ""
+    rows = [
+        (
+            way.count,
+            way.kind,
+            way.taken,
+            ", ".join(f"{name} {seconds * 1e3:.3g}" for name, seconds in way.seconds.items()),
+        )
+        for way in report.ways
+    ]
+    note = "Not measured: latency, bandwidth and rate are round numbers for the device (spcompile.costs)."
+    heads = ("count", "kind", "taken", "ms in a step of one, by each way")
+    return _table("ways across the ranks", heads, rows, "count", note)
 
 
 def _kernels(report: Report) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 from torch import fx
 
 from spcompile import collectives  # noqa: F401  (registers its operators)
+from spcompile.costs import parsed
 from spcompile.phases import backward_of
 from spcompile.placement import Partial, Placement, Shard
 from spcompile.sizes import hint
@@ -165,7 +165,7 @@ def _row(t: Transfer) -> Collective:
     text, values = _formula(t)
     grows: bool | None = None
     if text and round(_evaluated(text, values)) == t.bytes:
-        grows = any(str(s) in ("b", "T") for s in _parsed(text).free_symbols)
+        grows = any(str(s) in ("b", "T") for s in parsed(text).free_symbols)
     else:
         text, values = "", {}
     if t.purpose is None:
@@ -294,13 +294,5 @@ def _summary(log_decay: tuple[int, ...], beta: tuple[int, ...]) -> str:
     return "K V" if not log_decay or log_decay[2] == 1 else "(K V+D)"
 
 
-@cache
-def _parsed(text: str) -> Any:
-    import sympy
-
-    symbols = {name: sympy.Symbol(name) for name in "PTbBDEHGKVNnw"}
-    return sympy.sympify(text.replace(" ", "*"), locals=symbols)
-
-
 def _evaluated(text: str, values: dict[str, int]) -> float:
-    return float(_parsed(text).subs(values))
+    return float(parsed(text).subs(values))

@@ -11,15 +11,19 @@ from torch import Tensor, fx
 
 import spcompile.attention  # noqa: F401  (registers the operators)
 from spcompile.collectives import Sequence
+from spcompile.costs import Sizes
 from spcompile.errors import SpcompileError
 from spcompile.kernels.linear.kernel import kernel_of
 from spcompile.kernels.linear.operands import Operands, Options
+from spcompile.kernels.scan import state_dtype
 from spcompile.kernels.softmax import operands as softmax
 from spcompile.kernels.softmax import rows
 from spcompile.placement import Partial, Placement, Replicate, Shard
 from spcompile.rules.base import Call, Context, Emit, Side, Split
 from spcompile.rules.scans import StateScan
+from spcompile.sizes import hint
 from spcompile.strategies import linear
+from spcompile.strategies.linear_pipelined import slices_of
 
 __all__ = ["FORWARD", "RULES", "edges", "forward_of", "is_operand"]
 
@@ -189,6 +193,8 @@ class LinearAttention:
             if not self.backward:
                 kernel = kernel_of(x, options)
                 context.took("linear", kernel.name, kernel.refused)
+                if sequence is not None and options.causal:
+                    context.priced("linear", x.k.device.type, _sizes_of_linear(x, sequence))
                 # What both ways make is one node, this one.
                 with context.again(kernel.again):
                     out, final, carry = linear.forward(x, options, sequence, context.linear)
@@ -204,6 +210,22 @@ class LinearAttention:
             return tuple(x.q.new_zeros(0) if g is None else g for g in grads)
 
         return emit
+
+
+def _sizes_of_linear(x: Operands, sequence: Sequence) -> Sizes:
+    b, h, _, k = map(hint, x.k.shape)
+    decay, v = x.log_decay, hint(x.v.shape[3])
+    sent = 0 if decay is None or decay.shape[2] == 1 else hint(decay.shape[3])
+    width = state_dtype(x.k.dtype).itemsize
+    more = {"w": width, "A": k * k if x.beta is not None else sent, "n": slices_of(v)}
+    return Sizes(sequence.group.size, hint(sequence.block), b, h, h, k, v, **more)
+
+
+def _sizes_of_softmax(x: softmax.Operands, options: softmax.Options, queries: Sequence) -> Sizes:
+    b, h, _, k = map(hint, x.q.shape)
+    of_keys = hint(x.k.shape[1]), k, hint(x.v.shape[3])
+    width, causal = x.q.dtype.itemsize, int(options.causal)
+    return Sizes(queries.group.size, hint(queries.block), b, h, *of_keys, w=width, c=causal)
 
 
 def _carry(
@@ -349,6 +371,8 @@ class SoftmaxAttention:
             if not self.backward:
                 x = softmax.Operands(given[0], given[1], given[2], *more)
                 context.took("softmax", rows.name(x, options), rows.refuses(x, options))
+                if queries is not None and alike and options.window is None:
+                    context.priced("softmax", x.q.device.type, _sizes_of_softmax(x, options, queries))
                 out, lse, kv = context.softmax.forward(x, options, queries, keys)
                 grows = kv is not None and context.softmax.grows(kv)
                 context.leave(self.call.site, keys, context.gathered(kv) if grows else kv)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from spcompile import collectives
+from spcompile.costs import Sizes
 from spcompile.errors import SpcompileError
 from spcompile.placement import Partial, Placement, Replicate, Routed, Shard, Sharding
 from spcompile.sizes import key
@@ -88,6 +89,9 @@ class Context:
 
     def took(self, kind: str, kernel: str, refused: str = "") -> None:
         """A kernel takes an attention, and why that is not a fused one: for the report."""
+
+    def priced(self, kind: str, device: str, sizes: Sizes) -> None:
+        """The sizes of an attention that crosses ranks: for what each way would take."""
 
     @contextlib.contextmanager
     def again(self, operators: frozenset[Any]) -> Iterator[None]:

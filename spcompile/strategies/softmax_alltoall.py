@@ -40,6 +40,7 @@ class AllToAll:
         heads = _Heads.of(x, queries, keys)
         if heads is None:
             return AllGather.gather(x, options, queries, keys)
+        x = _together(x)
         return heads.exchanged(x.q, *(heads.repeated(y) for y in x[1:3]))
 
     @staticmethod
@@ -57,12 +58,14 @@ class AllToAll:
             return AllGather.forward(x, options, queries, keys)
         kv = AllToAll.gather(x, options, queries, keys)
         assert kv is not None
+        shape, x = x.q.shape[:3], _together(x)
         whole = heads.whole(x, kv)
         attention = torch.ops.spcompile.softmax_attention
         out, lse = attention(*whole[:4], options.causal, options.scale, *options[3:], *whole[4:])
         rows = torch.cat([out, _as_numbers(lse, out.dtype)], dim=3)
         (back,) = heads.returned(rows)
-        return back[..., : x.v.shape[3]].contiguous(), _as_lse(back[..., x.v.shape[3] :], lse.dtype), kv
+        out, lse = back[..., : x.v.shape[3]].contiguous(), _as_lse(back[..., x.v.shape[3] :], lse.dtype)
+        return out.view(*shape, -1), lse.view(shape), kv
 
     @staticmethod
     def backward(
@@ -80,11 +83,11 @@ class AllToAll:
         """Of this rank's heads, and each rank's rows of them; repeated key heads are summed."""
         heads = _Heads.of(x, queries, keys)
         if heads is None:
-            given = (kv, options, queries, keys)
-            return AllGather.backward(grad, x, out, lse, *given, relative=relative)
+            return AllGather.backward(grad, x, out, lse, kv, options, queries, keys, relative=relative)
         assert kv is not None
+        given, x = x, _together(x)
         whole, values = heads.whole(x, kv), x.v.shape[3]
-        rows = torch.cat([grad, out, _as_numbers(lse, out.dtype)], dim=3)
+        rows = torch.cat([grad, out, _as_numbers(lse, out.dtype)], dim=3).reshape(*x.q.shape[:3], -1)
         (came,) = heads.arrived(heads.exchanged(rows), rows)
         grad, out = came[..., :values].contiguous(), came[..., values : 2 * values].contiguous()
         saved = (grad, *whole[:4], out, _as_lse(came[..., 2 * values :], lse.dtype))
@@ -92,7 +95,27 @@ class AllToAll:
         attention = ops.softmax_attention_relative_backward if relative else ops.softmax_attention_backward
         grads = attention(*saved, options.causal, options.scale, *options[3:], *whole[4:])
         dq, dk, dv = heads.returned(*grads[:3])
-        return dq, heads.summed(dk, x.k), heads.summed(dv, x.v), *(heads.placed(y, x) for y in grads[3:])
+        own = dq, heads.summed(dk, x.k), heads.summed(dv, x.v)
+        shaped = (y.view(z.shape) for y, z in zip(own, given[:3], strict=True))
+        return *shaped, *(heads.placed(y, given) for y in grads[3:])
+
+
+def _together(x: Operands) -> Operands:
+    """The batch as heads, where nothing else differs within it: ranks then share out all B H.
+
+    Recognition folds groups of heads into the batch, so that it may have more of them than there are heads.
+    """
+    batch, mask = x.q.shape[0], x.mask
+    if batch == 1 or any(y.shape[0] > 1 for y in x.ids) or (mask is not None and mask.dim() > 3):
+        return x
+    if mask is not None and mask.dim() == 3 and mask.shape[0] > 1:
+        mask = mask.repeat(batch, 1, 1)
+    relative = x.relative
+    if relative is not None and relative.shape[0] > 1:
+        relative = relative.repeat(batch, 1)
+    sinks = None if x.sinks is None else x.sinks.repeat(batch)
+    q, k, v = (y.reshape(1, -1, *y.shape[2:]) for y in x[:3])
+    return x._replace(q=q, k=k, v=v, mask=mask, relative=relative, sinks=sinks)
 
 
 def _as_numbers(lse: Tensor, dtype: torch.dtype) -> Tensor:
@@ -108,7 +131,7 @@ class _Heads:
     """Who has which heads of a call."""
 
     def __init__(self, x: Operands, sequence: Sequence, group: Group) -> None:
-        self.sequence, self.group = sequence, group
+        self.sequence, self.group, x = sequence, group, _together(x)
         (self.of_queries, self.of_keys), ranks = (y.shape[1] for y in x[:2]), group.size
         grouped = self.of_queries // self.of_keys
         fits = (n for n in range(1, grouped + 1) if grouped % n == 0 and self.of_keys * n % ranks == 0)
@@ -188,4 +211,5 @@ class _Heads:
             return gradient
         ranks = torch.arange(self.group.size, device=gradient.device)
         own = ranks == collectives.rank(self.group, gradient.device)
-        return torch.where(own[:, None, None], gradient, 0.0).flatten(0, 1)[: self.of_queries]
+        places = torch.where(own[:, None, None], gradient, 0.0).flatten(0, 1)[: self.of_queries]
+        return places.unflatten(0, (-1, x.relative.shape[0])).sum(0)

@@ -94,7 +94,7 @@ class Ring:
         wide, ops = state_dtype(q.dtype), torch.ops.spcompile
         backward = ops.local_softmax_attention_backward
         backward = ops.local_softmax_attention_relative_backward if relative else backward
-        walk = _Walk(x.k, x.v, queries)
+        walk = _Walk(x.k, x.v, queries, after=grad)
         home = _Walk(torch.zeros_like(x.k, dtype=wide), torch.zeros_like(x.v, dtype=wide), queries)
         wanted = (q, x.relative) if relative else (q,)
         mine = [torch.zeros_like(y, dtype=wide) for y in wanted if y is not None]
@@ -151,10 +151,14 @@ def _merged(total: tuple[Tensor, Tensor] | None, found: tuple[Tensor, Tensor]) -
 
 
 class _Walk:
-    """Two tensors that go from rank to rank, packed."""
+    """Two tensors that go from rank to rank, packed.
 
-    def __init__(self, a: Tensor, b: Tensor, sequence: Sequence) -> None:
-        self.group, self.shapes = sequence.group, (a.shape, b.shape)
+    ``after``: a gradient. Keys walk again in the backward, where nothing else of theirs depends on one: the
+    same sends as in the forward would be its own, and all that came saved, of size T.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor, sequence: Sequence, after: Tensor | None = None) -> None:
+        self.group, self.shapes, self.after = sequence.group, (a.shape, b.shape), after
         self.packed = torch.cat([a.reshape(-1), b.reshape(-1)])
         self.started: Tensor | None = None
 
@@ -169,7 +173,7 @@ class _Walk:
 
     def start(self, goes: bool, by: int = 1) -> None:
         """Send it so many ranks on, or leave it."""
-        self.started = collectives.start_shift(self.packed, by, self.group) if goes else None
+        self.started = collectives.start_shift(self.packed, by, self.group, self.after) if goes else None
 
     def finish(self) -> None:
         """Take what came in its place."""

@@ -13,6 +13,9 @@ from typing import Any
 __all__ = ["LINEAR", "SOFTMAX", "Strategy", "strategy_of"]
 
 
+Crossing = tuple[str, str]
+
+
 @dataclass(frozen=True)
 class Strategy:
     """One way across the ranks.
@@ -26,12 +29,18 @@ class Strategy:
             for each thing that is sent so. In P ranks, b tokens per rank, B, H, G key heads, K, V, w bytes an
             element, n slices of a state; (K V+A) is a state and what a run of tokens multiplies it by. With
             "edges" as a third part: of E neighbouring tokens alone.
+        forward, backward: (how many collectives or sends, the bytes that a rank receives in each), of the
+            plain causal attention.
+        share: of all pairs of a row and a key, P times the part that the slowest rank has; c is 1 if causal.
     """
 
     name: str
     title: str
     where: str
     sends: Mapping[tuple[str, ...], tuple[str, ...]]
+    forward: tuple[Crossing, ...]
+    backward: tuple[Crossing, ...]
+    share: str = ""
 
     def load(self) -> Any:
         """The implementation."""
@@ -73,24 +82,32 @@ _LINEAR = (
             ("linear_attention_backward", "all_gather"): ("gradients of memory states", _STATES),
             **{(scan, "all_gather"): ("states of a scan", "(P-1) N w") for scan in _SCANS},
         },
+        (("1", "(P-1) B H (K V+A) w"),),
+        (("1", "(P-1) B H (K V+A) w"),),
     ),
     Strategy(
         "scan",
         "log-step scan",
         "spcompile.strategies.linear_scan:Scan",
         _steps("B H (K V+A) w"),
+        (("1+ceil(log2(P-1))", "B H (K V+A) w"),),
+        (("1+ceil(log2(P-1))", "B H (K V+A) w"),),
     ),
     Strategy(
         "ring",
         "LASP-1",
         "spcompile.strategies.linear_ring:Ring",
         _steps("B H K V w"),
+        (("P-1", "B H K V w"),),
+        (("P-1", "B H K V w"),),
     ),
     Strategy(
         "pipelined",
         "ZeCO",
         "spcompile.strategies.linear_pipelined:Pipelined",
         _steps("B H K V w/n"),
+        (("P+n-2", "B H K V w/n"),),
+        (("P+n-2", "B H K V w/n"),),
     ),
 )
 _BACK: dict[tuple[str, ...], tuple[str, ...]] = {
@@ -112,6 +129,9 @@ _SOFTMAX = (
                 for crossing, said in _BACK.items()
             },
         },
+        (("1", _KEYS),),
+        (("2", _KEYS),),
+        "1-c/(2*P)",
     ),
     Strategy(
         "ring",
@@ -127,6 +147,9 @@ _SOFTMAX = (
                 for relative in ("", "_relative")
             },
         },
+        (("P-1", _BLOCK),),
+        (("2*P-1", _BLOCK),),
+        "1-c/(2*P)",
     ),
     Strategy(
         "alltoall",
@@ -147,6 +170,9 @@ _SOFTMAX = (
                 for relative in ("", "_relative")
             },
         },
+        (("1", _OF_HEADS[0]), ("1", _rows(1)[0])),
+        (("1", _rows(2)[0]), ("1", _OF_HEADS[0])),
+        "ceil(B H/P)*P/B/H*(1-c/2)",
     ),
 )
 LINEAR = {row.name: row for row in _LINEAR}

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from spcompile import _torch
 from spcompile.collectives import Group
 from spcompile.config import Config
+from spcompile.costs import Sizes
 from spcompile.emit import Emitter
 from spcompile.passes.shard import copies
 from spcompile.passes.shard.context import GraphContext
@@ -35,13 +36,14 @@ __all__ = ["Sharded", "shard_joint_graph"]
 @dataclass
 class Sharded:
     """What the passes did to a graph: its plan (None at one rank), the gathers that missing rules forced,
-    how the outputs lie that are returned as this rank's part, by the number of their port, and which kernels
-    take the attention (``passes/shard/context.py``)."""
+    how the outputs lie that are returned as this rank's part, by the number of their port, which kernels take
+    the attention, and of what sizes it crosses ranks (``passes/shard/context.py``)."""
 
     plan: Plan | None
     gathers: list[GatherNote]
     lent: dict[int, Shard] = field(default_factory=dict)
     kernels: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    sizes: Counter[tuple[str, str, Sizes]] = field(default_factory=Counter)
 
 
 def shard_joint_graph(
@@ -81,7 +83,7 @@ def shard_joint_graph(
         _erase_dead(graph, emitter.emitted)
         verify(graph, localizer, done)
         sharded.gathers, sharded.lent = localizer.gathers, localizer.lent
-    sharded.kernels = context.kernels
+    sharded.kernels, sharded.sizes = context.kernels, context.sizes
     # A part that is returned has a placement, so verify has checked its shape.
     check_outputs([None if number in sharded.lent else x for x, number in before], graph)
     return sharded

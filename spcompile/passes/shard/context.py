@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from spcompile import collectives
 from spcompile.config import Config
+from spcompile.costs import Sizes
 from spcompile.emit import Emitter
 from spcompile.rules.base import Context
 from spcompile.rules.creation import DRAW_STRIDE, shared_seed
@@ -29,11 +30,16 @@ class GraphContext(Context):
         self._draws = 0
         self.kernels: Counter[tuple[str, str, str]] = Counter()
         """(kind of attention, kernel, why it is not a fused one) -> how many take it."""
+        self.sizes: Counter[tuple[str, str, Sizes]] = Counter()
+        """(kind of attention, device, sizes) -> how many cross ranks."""
         self.held: list[fx.Node] = []
         """Keys and values of all ranks, which a backward reads."""
 
     def took(self, kind: str, kernel: str, refused: str = "") -> None:
         self.kernels[kind, kernel, refused] += 1
+
+    def priced(self, kind: str, device: str, sizes: Sizes) -> None:
+        self.sizes[kind, device, sizes] += 1
 
     @contextlib.contextmanager
     def again(self, operators: frozenset[Any]) -> Iterator[None]:
