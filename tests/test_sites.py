@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spcompile.collectives import Group, Sequence
+from spcompile.costs import parsed
 from spcompile.errors import SpcompileError
 from spcompile.reports.traffic import transfers
 from spcompile.rules.base import Context
@@ -105,7 +106,12 @@ def test_a_second_collective_is_an_error() -> None:
 
 
 def test_each_row_of_a_strategy_is_all_there() -> None:
-    """Its implementation loads, and what it sends has a formula; options and reports read the rows."""
+    """Its implementation loads, and all that it sends has a formula in the width of a number; options and
+    reports read the rows, and costs what crosses in each direction."""
     for row in (*LINEAR.values(), *SOFTMAX.values()):
         assert row.load() and row.title
-        assert all(what and formula.endswith("w") for what, formula in row.sends.values())
+        crossing = (*row.forward, *row.backward)
+        assert row.forward and row.backward and all(formulas for _, *formulas in row.sends.values())
+        of_a_send = [formula for _, *formulas in row.sends.values() for formula in formulas]
+        for formula in (*of_a_send, *(size for _, size in crossing)):
+            assert "w" in {str(s) for s in parsed(formula).free_symbols}, formula
