@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import models
 import spcompile
-from bench.launch import report, task
 from bench.memory import peak_growth
-from bench.worker import clock
+from bench.worker import clock, serve
 
 SHAPE = {"vocab": 256, "hidden": 128, "heads": 4, "kv_heads": 4, "mlp": 256}
 CHECKED = 256
-
-
-def main() -> None:
-    work = task()
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    if work["ranks"] > 1:
-        dist.init_process_group("gloo")
-    report(**measure(work))
-    if work["ranks"] > 1:
-        dist.destroy_process_group()
 
 
 def measure(work: dict[str, Any]) -> dict[str, Any]:
@@ -73,4 +60,4 @@ def check(model: nn.Module, run: Any) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    serve(measure)

@@ -19,7 +19,8 @@ from bench.memory import peak_growth
 TOLERANCE = 1e-4
 
 
-def main() -> None:
+def serve(measure: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """In a worker of one rank or more: do what it was launched for, and report it."""
     work = task()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if work["ranks"] > 1:
@@ -88,4 +89,4 @@ def clock(run: Callable[[], None], budget: float, ranks: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    serve(measure)

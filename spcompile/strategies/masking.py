@@ -7,12 +7,20 @@ from torch import Tensor
 
 from spcompile.collectives import Group, Sequence, local_valid
 
-__all__ = ["masked", "others"]
+__all__ = ["masked", "others", "shared"]
 
 
 def others(sequence: Sequence | None) -> Group | None:
     """The ranks to talk to, or None where this rank holds all there is."""
     return None if sequence is None or sequence.group.size == 1 else sequence.group
+
+
+def shared(queries: Sequence | None, keys: Sequence | None) -> Group | None:
+    """The ranks that hold queries and keys of the same tokens; None where there are none, or others do."""
+    group = others(queries)
+    if group is None or queries is None or keys is None:
+        return None
+    return group if (queries.block, queries.length) == (keys.block, keys.length) else None
 
 
 def masked(sequence: Sequence | None, dim: int, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from spcompile import collectives
 from spcompile.collectives import Group, Sequence
 from spcompile.kernels.softmax.operands import Operands, Options
-from spcompile.strategies.masking import others
+from spcompile.strategies.masking import shared
 from spcompile.strategies.softmax_allgather import AllGather
 
 __all__ = ["AllToAll"]
@@ -40,8 +40,7 @@ class AllToAll:
         heads = _Heads.of(x, queries, keys)
         if heads is None:
             return AllGather.gather(x, options, queries, keys)
-        x = _together(x)
-        return heads.exchanged(x.q, *(heads.repeated(y) for y in x[1:3]))
+        return heads.exchanged(heads.x.q, *(heads.repeated(y) for y in heads.x[1:3]))
 
     @staticmethod
     def grows(kv: Tensor) -> bool:
@@ -58,7 +57,7 @@ class AllToAll:
             return AllGather.forward(x, options, queries, keys)
         kv = AllToAll.gather(x, options, queries, keys)
         assert kv is not None
-        shape, x = x.q.shape[:3], _together(x)
+        shape, x = x.q.shape[:3], heads.x
         whole = heads.whole(x, kv)
         attention = torch.ops.spcompile.softmax_attention
         out, lse = attention(*whole[:4], options.causal, options.scale, *options[3:], *whole[4:])
@@ -85,7 +84,7 @@ class AllToAll:
         if heads is None:
             return AllGather.backward(grad, x, out, lse, kv, options, queries, keys, relative=relative)
         assert kv is not None
-        given, x = x, _together(x)
+        given, x = x, heads.x
         whole, values = heads.whole(x, kv), x.v.shape[3]
         rows = torch.cat([grad, out, _as_numbers(lse, out.dtype)], dim=3).reshape(*x.q.shape[:3], -1)
         (came,) = heads.arrived(heads.exchanged(rows), rows)
@@ -131,8 +130,8 @@ class _Heads:
     """Who has which heads of a call."""
 
     def __init__(self, x: Operands, sequence: Sequence, group: Group) -> None:
-        self.sequence, self.group, x = sequence, group, _together(x)
-        (self.of_queries, self.of_keys), ranks = (y.shape[1] for y in x[:2]), group.size
+        self.sequence, self.group, self.x = sequence, group, _together(x)
+        (self.of_queries, self.of_keys), ranks = (y.shape[1] for y in self.x[:2]), group.size
         grouped = self.of_queries // self.of_keys
         fits = (n for n in range(1, grouped + 1) if grouped % n == 0 and self.of_keys * n % ranks == 0)
         self.times = next(fits, grouped)
@@ -141,13 +140,10 @@ class _Heads:
     @staticmethod
     def of(x: Operands, queries: Sequence | None, keys: Sequence | None) -> _Heads | None:
         """None where rows stay where they are: of another sequence than the keys, or with their own masks."""
-        group = others(queries)
+        group = shared(queries, keys)
         # Of a single row, whether the mask is that row's or all rows' is not seen.
         rows = x.mask is not None and x.mask.dim() > 1 and (x.mask.shape[-2] > 1 or x.q.shape[2] == 1)
-        if group is None or queries is None or keys is None or rows:
-            return None
-        alike = (queries.block, queries.length) == (keys.block, keys.length)
-        return _Heads(x, queries, group) if alike else None
+        return None if group is None or queries is None or rows else _Heads(x, queries, group)
 
     def each(self, heads: int) -> int:
         """Of so many heads, how many a rank has, those included that fill up."""

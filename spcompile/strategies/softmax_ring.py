@@ -27,7 +27,7 @@ from spcompile import collectives
 from spcompile.collectives import Sequence
 from spcompile.kernels.scan import state_dtype
 from spcompile.kernels.softmax.operands import Operands, Options, with_sinks
-from spcompile.strategies.masking import masked, others
+from spcompile.strategies.masking import masked, shared
 from spcompile.strategies.softmax_allgather import AllGather
 
 __all__ = ["Ring"]
@@ -107,7 +107,7 @@ class Ring:
             home.add(dk, dv)
             home.start(step < steps)
             walk.finish()
-        home.start(True, -steps)
+        home.start(steps > 0, -steps)
         home.finish()
         dk, dv = (y.to(x.k.dtype) for y in home.here())
         return (
@@ -120,10 +120,8 @@ class Ring:
 
 def _steps(x: Operands, options: Options, queries: Sequence | None, keys: Sequence | None) -> int | None:
     """How often blocks walk on; None where keys are gathered."""
-    group = others(queries)
-    if group is None or queries is None or keys is None or x.ids:
-        return None
-    if (queries.block, queries.length) != (keys.block, keys.length):
+    group = shared(queries, keys)
+    if group is None or queries is None or x.ids:
         return None
     if x.mask is not None and x.mask.dtype != torch.bool:
         return None
